@@ -1,0 +1,1451 @@
+#!/usr/bin/env python3
+"""Does an external memory make GPT-2 better?  GPT-2 against GPT-2 + DNC, on the same tokens.
+
+    python dnc_gpt2.py                         train both arms, compare, plot, inspect
+    python dnc_gpt2.py --help                  every Config field, its default and its comment
+    python dnc_gpt2.py --lr 1e-3 --seed 2      override fields (or edit Config below)
+    python dnc_gpt2.py --resume auto           continue an interrupted run, bit for bit
+    python dnc_gpt2.py --inspect checkpoints/GPT2_+_DNC_FINAL_step800.pt --text "Some text"
+
+Read downward; each section uses only what stands above it: Config, Data, Memory, Model, Loss,
+Checkpoints, Training, Comparison, Main.
+
+Letters, everywhere: B batch rows, T time, S segments (windows) a step, C hidden width,
+V vocabulary, N memory slots, W word width, R read heads, P sampled positions.
+
+The DNC is Graves et al. 2016, "Hybrid computing using a neural network with dynamic external
+memory", Methods. Options marked (M), (D), (S) are Csordas & Schmidhuber 2019, arXiv 1904.10278.
+"""
+
+from __future__ import annotations
+
+import ast
+import contextlib
+import dataclasses
+import functools
+import hashlib
+import inspect
+import itertools
+import json
+import math
+import os
+import pickle
+import platform
+import re
+import shlex
+import shutil
+import signal
+import sys
+import sysconfig
+import textwrap
+import threading
+import time
+import urllib.request
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+EPS = 1e-6  # the epsilon of every equation; float32 resolves 1 - 1e-6, bfloat16 does not
+ARMS = {"baseline": "GPT2 Baseline", "matched": "GPT2 Matched", "dnc": "GPT2 + DNC"}
+
+# ══ Config ═══════════════════════════════════════════════════════════════════════════════════════
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Every constant of a run. Edit here, or override as `--name value`."""
+
+    # model
+    hidden_size: int = 768  # C, width of the controller
+    num_layers: int = 6  # transformer blocks
+    num_heads: int = 8  # attention heads; divides hidden_size
+    dropout: float = 0.0  # of the controller; one epoch from scratch underfits, so none
+    mlp_width: int = 0  # feed-forward width, 0 = 4 * hidden_size
+    init_from: str = "scratch"  # or hub name or folder of a pretrained GPT-2: its sizes are used
+    # memory
+    memory: str = "dnc"  # dnc | none; every arm sets its own
+    mem_slots: int = 64  # N, rows of the memory matrix
+    mem_width: int = 128  # W, width of one row
+    num_reads: int = 4  # R, read heads
+    carry_memory: bool = True  # memory crosses windows; False: empty at every window
+    bptt_segments: int = 1  # S, windows of a row in a step: the gradient's reach in the memory
+    use_links: bool = False  # temporal links and read modes (Graves)
+    mask_min: float = 1.0  # (M) lowest key mask, 1 = no masks; 0.1 where they are used
+    dealloc_wipe: bool = False  # (D) de-allocation also wipes the freed content
+    sharpen_links: bool = False  # (S) sharpen what is read along links; needs use_links
+    # training
+    epochs: int = 1  # passes over the training split
+    max_steps: int = 0  # > 0 overrides epochs
+    batch_size: int = 4  # windows a step; rows of the stream = batch_size / bptt_segments
+    seq_len: int = 128  # tokens a window; attention never crosses windows
+    lr: float = 3e-4  # peak learning rate
+    lr_schedule: str = "cosine"  # cosine (to a tenth of the peak) | constant
+    lr_warmup: float = 0.05  # share of all steps with a linearly rising rate
+    weight_decay: float = 0.01  # AdamW, on matrices only
+    grad_clip: float = 1.0  # global gradient norm
+    lambda_routing: float = 0.1  # weight of L_routing
+    lambda_entropy: float = 0.05  # weight of L_entropy
+    routing: str = "kl"  # reward the gate where memory changes (kl) or helps (benefit) prediction
+    routing_fraction: float = 0.125  # share of positions at which routing is computed, 1 = all
+    seed: int = 0  # weights, dropout and routing positions
+    arms: str = "baseline,dnc"  # of baseline, matched (as many parameters as dnc), dnc; in order
+    # data
+    dataset: str = "auto"  # auto | hub id | folder with train.txt, valid.txt, test.txt
+    tokenizer: str = "auto"  # auto (gpt2 from the hub) | hub name | folder
+    preset: str = "auto"  # full (the numbers above) | small | auto = full with CUDA, else small
+    eval_tokens: int = 20_000  # of the validation split, at every save_every_steps
+    eval_rows: int = 8  # parallel rows in evaluation, at least 2 for the swapped-memory control
+    # logging
+    log_every_steps: int = 50  # a metrics.jsonl row
+    save_every_steps: int = 3000  # validation and a checkpoint
+    save_dir: str = "checkpoints/"  # checkpoints
+    plot_dir: str = "plots/"  # pictures and metrics.jsonl
+    # hardware
+    use_compile: bool = False  # torch.compile of the controller; needs num_gpus=1 or 0
+    compile_mode: str = "reduce-overhead"  # mode of torch.compile
+    num_gpus: int | str = "auto"  # auto (up to 2, nn.DataParallel) | 0 (CPU) | 1 | 2
+    precision: str = "auto"  # auto = bf16 autocast on GPUs that have it | bf16 | float32
+    # commands
+    resume: str = ""  # auto = newest valid state of the whole job | path of a checkpoint
+    inspect: str = ""  # path of a GPT2 + DNC checkpoint: print its gates on text, no training
+    text: str = "Albert Einstein was born in Ulm in 1879 and died in Princeton."  # the sample
+
+    # derived: parallel rows of the training stream; tokens of one row a step; arms in order
+    rows = property(lambda self: self.batch_size // self.bptt_segments)
+    step_len = property(lambda self: self.bptt_segments * self.seq_len)
+    arm_list = property(lambda self: self.arms.replace(" ", "").split(","))
+
+    def __post_init__(self) -> None:
+        def check(ok, name: str, requirement: str) -> None:
+            require(ok, name, getattr(self, name), requirement)
+
+        check_types(self)
+        for name in ("hidden_size num_layers num_heads mem_slots mem_width num_reads bptt_segments "
+                     "epochs batch_size seq_len lr grad_clip routing_fraction eval_tokens "
+                     "log_every_steps save_every_steps").split():
+            check(getattr(self, name) > 0, name, "above 0")
+        for name in "mlp_width max_steps weight_decay lambda_routing lambda_entropy seed".split():
+            check(getattr(self, name) >= 0, name, "0 or more")
+        for name in "dropout mask_min lr_warmup routing_fraction".split():
+            check(0 <= getattr(self, name) <= 1, name, "from 0 to 1")
+        for name, allowed in (("memory", ("dnc", "none")), ("lr_schedule", ("cosine", "constant")),
+                              ("routing", ("kl", "benefit")), ("num_gpus", ("auto", 0, 1, 2)),
+                              ("precision", ("auto", "bf16", "float32"))):
+            check(getattr(self, name) in allowed, name, "one of " + ", ".join(map(str, allowed)))
+        arms = self.arm_list
+        check(set(arms) <= set(ARMS) and len(set(arms)) == len(arms), "arms",
+              "a comma-separated choice of " + ", ".join(ARMS) + ", each once")
+        check(self.eval_rows >= 2, "eval_rows", "2 or more")
+        check(self.hidden_size % self.num_heads == 0, "hidden_size",
+              f"divisible by num_heads ({self.num_heads})")
+        check(self.batch_size % self.bptt_segments == 0, "bptt_segments",
+              f"a divisor of batch_size ({self.batch_size})")
+        check(self.use_links or not self.sharpen_links, "sharpen_links",
+              "False without links; set use_links True as well")
+        check(self.text.strip() != "", "text", "text with at least one word")
+        if self.num_gpus == 2:
+            check(self.rows >= 2, "num_gpus", "at most the rows of the stream, batch_size / "
+                  f"bptt_segments = {self.rows}; set num_gpus=1 or a smaller bptt_segments")
+            check(not self.use_compile, "use_compile", "False on two GPUs; set num_gpus=1")
+
+# What a preset sets. "full" repeats the shipped values of Config: a field edited in the file away
+# from them, or given on the command line, wins over "small".
+PRESETS: dict[str, dict] = {
+    "full": {"hidden_size": 768, "num_layers": 6, "num_heads": 8, "mem_slots": 64, "mem_width": 128,
+             "num_reads": 4, "max_steps": 0, "batch_size": 4, "seq_len": 128, "bptt_segments": 1,
+             "lr": 3e-4, "log_every_steps": 50, "save_every_steps": 3000},
+    "small": {"hidden_size": 256, "num_layers": 4, "num_heads": 4, "mem_slots": 32, "mem_width": 64,
+              "num_reads": 4, "max_steps": 400, "batch_size": 16, "seq_len": 64, "bptt_segments": 2,
+              "lr": 1e-3, "log_every_steps": 10, "save_every_steps": 200},
+}
+
+def require(condition: bool, field: str, value: object, requirement: str) -> None:
+    """Raise ValueError, naming field, value and requirement, unless the condition holds."""
+    if not condition:
+        raise ValueError(f"{field} = {value!r}: must be {requirement}")
+
+def field_types(cls: type) -> dict[str, tuple[type, ...]]:
+    """The types that each field of a Config class takes."""
+    types = {"int": (int,), "float": (float, int), "bool": (bool,), "str": (str,)}
+    return {f.name: sum((types[part.strip()] for part in f.type.split("|")), ())
+            for f in dataclasses.fields(cls)}
+
+def check_types(config: object) -> None:
+    """Raise ValueError for a field that is not of its declared type (bool is no int here)."""
+    for name, types in field_types(type(config)).items():
+        value = getattr(config, name)
+        fits = isinstance(value, types) and (bool in types or not isinstance(value, bool))
+        expected = " or ".join(kind.__name__ for kind in types)
+        require(fits and value == value, name, value, f"of type {expected}")
+
+def parse_value(name: str, text: str, types: tuple[type, ...]) -> int | float | bool | str:
+    """Read one command-line value as the first of `types` that it fits. Raises ValueError."""
+    for kind in types:
+        if kind is str or (kind is bool and text.lower() in ("true", "false")):
+            return text if kind is str else text.lower() == "true"
+        if kind is not bool:
+            with contextlib.suppress(ValueError):
+                return kind(text)
+    expected = " or ".join(t.__name__ for t in types)
+    raise ValueError(f"{name} = {text!r}: must be {expected.replace('bool', 'True or False')}")
+
+def parse_overrides(cls: type, argv: list[str]) -> dict[str, int | float | bool | str]:
+    """Read `--name value` and `--name=value` into a dict of fields of the Config class `cls`.
+    Raises ValueError for an unknown field (listing what exists), a missing or a mistyped value."""
+    types, overrides, words = field_types(cls), {}, list(argv)
+    while words:
+        word = words.pop(0)
+        name, equals, text = word.removeprefix("--").partition("=")
+        if not word.startswith("--") or name not in types:
+            raise ValueError(f"{word}: no such field; there are {', '.join(types)}")
+        require(bool(equals or words), name, "", f"followed by a value, as in --{name} VALUE")
+        overrides[name] = parse_value(name, text if equals else words.pop(0), types[name])
+    return overrides
+
+def make_config(cls: type, overrides: dict, presets: dict[str, dict], cuda: bool):
+    """Build a Config: command line over edits in the file over the preset -> (config, a line that
+    says which preset and why)."""
+    defaults = {f.name: f.default for f in dataclasses.fields(cls)}
+    preset = overrides.get("preset", defaults["preset"])
+    require(preset in ("auto", *presets), "preset", preset, "one of auto, " + ", ".join(presets))
+    chosen = preset if preset != "auto" else "full" if cuda else "small"
+    values = {k: v for k, v in presets[chosen].items() if defaults[k] == presets["full"][k]}
+    why = {"full": "auto: a CUDA device is visible", "small": "auto: no CUDA device is visible; "
+           "--preset full is the real size, about 1.7 s a step on two CPU cores"}[chosen]
+    return cls(**{**values, **overrides}), f"{chosen} ({why if preset == 'auto' else 'as asked'})"
+
+def print_help(cls: type, doc: str) -> None:
+    """Print the usage, then every field with its default and its comment, read from the source."""
+    print(doc.split("\n\nRead downward")[0] + "\n\nFields, with the defaults of --preset full:")
+    for line in inspect.getsource(cls).split("# derived")[0].splitlines():
+        if heading := re.fullmatch(r"    # (\w+)", line):
+            print(f"\n  {heading[1]}")
+        elif field := re.fullmatch(r"    (\w+): [\w| ]+ = .+?  # (.+)", line):
+            print(f"    --{field[1]:<17} {str(getattr(cls, field[1]))[:18]!r:<20} {field[2]}")
+
+# ══ Data: one token stream a split ═══════════════════════════════════════════════════════════════
+
+class Corpus(NamedTuple):
+    """Three splits as 1-D int64 token streams, and the tokenizers.Tokenizer that made them."""
+
+    name: str
+    tokenizer: object
+    train: torch.Tensor
+    valid: torch.Tensor
+    test: torch.Tensor
+    fingerprint: str  # sha256 of the three streams
+
+HUB_WIKITEXT = ("Salesforce/wikitext", "wikitext-2-raw-v1")
+HUB_SECONDS = 8.0  # to decide whether the hub answers; 10 s in all with what follows
+
+@functools.lru_cache(maxsize=1)
+def hub_reachable() -> bool:
+    """Whether the model hub answers within HUB_SECONDS; if not, its libraries are told to use their
+    cache alone. A thread bounds name resolution too, which no socket timeout covers."""
+    answered = threading.Event()
+
+    def probe() -> None:
+        with contextlib.suppress(OSError, ValueError):
+            url = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
+            urllib.request.urlopen(url, timeout=HUB_SECONDS).close()
+            answered.set()
+
+    if os.environ.get("HF_HUB_OFFLINE", "0") in ("0", ""):
+        threading.Thread(target=probe, daemon=True).start()
+        if not answered.wait(HUB_SECONDS):
+            os.environ["HF_HUB_OFFLINE"] = "1"  # read when the hub's libraries are first imported
+    return answered.is_set()
+
+@contextlib.contextmanager
+def had_or_refused(field: str, name: str, folder: str):
+    """Turn the dozen kinds of error of the hub's libraries into one ValueError: both ways out."""
+    reachable = Path(name).is_dir() or hub_reachable()
+    try:
+        yield
+    except Exception as error:
+        why = (str(error).splitlines() or [""])[0][:120] if reachable else "the hub does not answer"
+        raise ValueError(f"{field} = {name!r}: cannot be had ({why}); connect to the hub, or give "
+                         f"{folder}") from None
+
+def embedded_texts() -> dict[str, list[str]]:
+    """English documentation that every CPython carries: language topics, then docstrings by module,
+    split 8 : 1 : 1 by document.
+
+    Read as source text, nothing is imported or run. A docstring seen before is left out, so that
+    modules that share text (posixpath, ntpath) do not leak it from one split into another.
+    """
+    from pydoc_data.topics import topics
+
+    documents, seen = [topics[name] for name in sorted(topics)], set()
+    skip = {"test", "tests", "idlelib", "lib2to3", "site-packages", "turtledemo", "pydoc_data"}
+    stdlib = Path(sysconfig.get_paths()["stdlib"])
+    kinds = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+    for path in sorted(stdlib.rglob("*.py")):
+        if skip & set(path.relative_to(stdlib).parts):
+            continue
+        with contextlib.suppress(SyntaxError, ValueError, OSError):  # templates, not Python
+            nodes = [n for n in ast.walk(ast.parse(path.read_bytes())) if isinstance(n, kinds)]
+            docs = [doc for doc in dict.fromkeys(map(ast.get_docstring, nodes)) if doc not in seen]
+            seen.update(docs)
+            documents.append("\n\n".join(filter(None, docs)))
+    texts: dict[str, list[str]] = {"train": [], "valid": [], "test": []}
+    for i, document in enumerate(filter(None, documents)):
+        texts[{8: "valid", 9: "test"}.get(i % 10, "train")].append(document + "\n\n")
+    return texts
+
+def folder_texts(folder: str) -> dict[str, list[str]]:
+    """Read train.txt, valid.txt and test.txt (UTF-8). Raises ValueError naming file and remedy."""
+    texts = {}
+    for split in ("train", "valid", "test"):
+        path = Path(folder) / f"{split}.txt"
+        require(path.is_file(), "dataset", folder, "a folder with train.txt, valid.txt and "
+                f"test.txt ({path.name} is missing), or a hub id")
+        try:
+            texts[split] = [path.read_text(encoding="utf-8")]
+        except UnicodeDecodeError as error:
+            raise ValueError(f"dataset = {folder!r}: {path.name} is not UTF-8 (at byte "
+                             f"{error.start}); convert it, for example with iconv") from None
+        require(texts[split][0].strip() != "", "dataset", folder, f"text ({path.name} has none)")
+    return texts
+
+def hub_texts(name: str) -> dict[str, list[str]]:
+    """Load a text data set from the hub or its cache. Raises ValueError naming both ways out."""
+    with had_or_refused("dataset", name, "a folder with train.txt, valid.txt and test.txt"):
+        from datasets import load_dataset
+
+        splits = load_dataset(*HUB_WIKITEXT) if name == HUB_WIKITEXT[0] else load_dataset(name)
+        names = {"train": "train", "valid": "validation", "test": "test"}
+        return {split: ["".join(splits[theirs]["text"])] for split, theirs in names.items()}
+
+def load_tokenizer(name: str):
+    """Load a tokenizers.Tokenizer by hub name or folder. Raises ValueError naming both ways out."""
+    with had_or_refused("tokenizer", name, "a folder written by a tokenizer's save_pretrained"):
+        from transformers import AutoTokenizer
+
+        tokenizer = AutoTokenizer.from_pretrained(name).backend_tokenizer
+    # An unreachable or incomplete name can come back as a tokenizer without a vocabulary.
+    require(len(tokenizer.encode("word", add_special_tokens=False).ids) > 0, "tokenizer", name,
+            "one that encodes text (this one is empty); give a folder with tokenizer.json")
+    return tokenizer
+
+def train_tokenizer(texts: list[str], vocab_size: int = 4096):
+    """Train a byte-level BPE (GPT-2's kind) on the training split alone -> tokenizers.Tokenizer."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer.train_from_iterator(texts, trainers.BpeTrainer(
+        vocab_size=vocab_size, initial_alphabet=alphabet, show_progress=False))
+    return tokenizer
+
+def tokenize(tokenizer, documents: list[str]) -> torch.Tensor:
+    """Encode documents into one stream (tokens,), line by line: 7 times faster than in one piece,
+    and on WikiText-2 the same 2,448,382 tokens."""
+    lines = [line for document in documents for line in document.splitlines(keepends=True)]
+    encodings = tokenizer.encode_batch(lines, add_special_tokens=False)
+    return torch.tensor([i for encoding in encodings for i in encoding.ids], dtype=torch.int64)
+
+def load_corpus(config: Config) -> Corpus:
+    """Load the texts and the tokenizer that Config names, and tokenize. Prints each downgrade."""
+    name, tokenizer = config.dataset, None
+    embedded = f"Python {platform.python_version()} documentation (embedded)"
+    if name == "auto":
+        try:
+            texts, name = hub_texts(HUB_WIKITEXT[0]), f"WikiText-2 ({HUB_WIKITEXT[1]})"
+        except ValueError as error:
+            texts, name = embedded_texts(), embedded
+            print(f"{error}. Running on {embedded} instead")
+    elif Path(name).is_dir() or name.startswith((".", "/", "~")) or name.count("/") > 1:
+        texts, name = folder_texts(name), Path(name).resolve().name
+    else:
+        texts = hub_texts(name)
+
+    kind = Path(config.tokenizer).name
+    if config.tokenizer != "auto":
+        tokenizer = load_tokenizer(config.tokenizer)
+    elif name != embedded:
+        try:
+            tokenizer, kind = load_tokenizer("gpt2"), "gpt2"
+        except ValueError as error:
+            print(f"tokenizer auto: {error}. Training one on the training split instead")
+    if tokenizer is None:
+        tokenizer, kind = train_tokenizer(texts["train"]), "own BPE"
+    streams = {split: tokenize(tokenizer, documents) for split, documents in texts.items()}
+    digest = hashlib.sha256(b"".join(stream.numpy().tobytes() for stream in streams.values()))
+    for split, rows, width in (("train", config.rows, config.step_len),
+                               *((s, config.eval_rows, config.seq_len) for s in ("valid", "test"))):
+        require(len(streams[split]) > rows * width, "dataset", config.dataset, f"longer: {split} "
+                f"has {len(streams[split]):,} tokens, one batch needs {rows * width + 1:,}; give "
+                "more text, or a smaller batch_size, eval_rows or seq_len")
+    label = f"{name}, {kind} tokenizer of {tokenizer.get_vocab_size():,}"
+    return Corpus(label, tokenizer, **streams, fingerprint=digest.hexdigest())
+
+def training_rows(stream: torch.Tensor, rows: int, step_len: int) -> torch.Tensor:
+    """Cut a stream into contiguous rows, (rows, steps * step_len + 1); neighbours share a token.
+    Position j of a row is input, j + 1 its target: every scored position is a real token. What does
+    not fill a step at the end is left out."""
+    length = (len(stream) - 1) // (rows * step_len) * step_len
+    return torch.stack([stream[r * length : (r + 1) * length + 1] for r in range(rows)])
+
+def evaluation_rows(stream: torch.Tensor, rows: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Cut a whole stream into rows of inputs and targets, both (rows, length). Every token but the
+    first is a target exactly once; what fills up the last row has target -100, never scored."""
+    length = math.ceil((len(stream) - 1) / rows)
+    padding = rows * length - (len(stream) - 1)
+    inputs = F.pad(stream[:-1], (0, padding)).view(rows, length)
+    targets = F.pad(stream[1:], (0, padding), value=-100).view(rows, length)
+    return inputs, targets
+
+# ══ Memory: the DNC, addressing as pure functions in the paper's order ═══════════════════════════
+
+class DNCOptions(NamedTuple):
+    """Switches of the recurrence; the defaults are Graves' DNC without temporal links."""
+
+    use_links: bool = False
+    mask_min: float = 1.0  # (M), 1 = no masks
+    dealloc_wipe: bool = False  # (D)
+    sharpen_links: bool = False  # (S)
+
+class DNCState(NamedTuple):
+    """What one step hands to the next, one row a sequence. Without links the last two are empty."""
+
+    memory: torch.Tensor  # (B, N, W)
+    usage: torch.Tensor  # (B, N) in [0, 1]
+    write_weights: torch.Tensor  # (B, N) >= 0, sum <= 1
+    read_weights: torch.Tensor  # (B, R, N) >= 0, sum <= 1
+    link: torch.Tensor  # (B, N, N) in [0, 1], or (B, 0, 0)
+    precedence: torch.Tensor  # (B, N), or (B, 0)
+
+class DNCTrace(NamedTuple):
+    """What the memory did at each token, for losses, metrics and plots."""
+
+    write_gate: torch.Tensor  # (B, T) in (0, 1)
+    write_weights: torch.Tensor  # (B, T, N)
+    read_weights: torch.Tensor  # (B, T, R, N)
+
+class Interface(NamedTuple):
+    """The controller's instructions to the memory, activations applied; optional parts None."""
+
+    write_key: torch.Tensor  # (B, T, W)
+    write_strength: torch.Tensor  # (B, T) >= 1
+    erase: torch.Tensor  # (B, T, W) in (0, 1)
+    write_vector: torch.Tensor  # (B, T, W)
+    write_gate: torch.Tensor  # (B, T) in (0, 1)
+    allocation_gate: torch.Tensor  # (B, T) in (0, 1)
+    read_keys: torch.Tensor  # (B, T, R, W)
+    read_strengths: torch.Tensor  # (B, T, R) >= 1
+    free_gates: torch.Tensor  # (B, T, R) in (0, 1)
+    read_modes: torch.Tensor | None  # (B, T, R, 3), softmax over backward, content, forward
+    write_mask: torch.Tensor | None  # (B, T, W) in (mask_min, 1)
+    read_masks: torch.Tensor | None  # (B, T, R, W) in (mask_min, 1)
+    sharpening: torch.Tensor | None  # (B, T, R, 2) >= 1, backward and forward
+
+def interface_sizes(width: int, reads: int, options: DNCOptions) -> dict[str, int]:
+    """Sizes of the parts of one interface vector, in order."""
+    sizes = {"write_key": width, "write_strength": 1, "erase": width, "write_vector": width,
+             "write_gate": 1, "allocation_gate": 1, "read_keys": reads * width,
+             "read_strengths": reads, "free_gates": reads}
+    if options.use_links:
+        sizes["read_modes"] = reads * 3
+    if options.mask_min < 1:
+        sizes["masks"] = (reads + 1) * width
+    if options.sharpen_links:
+        sizes["sharpening"] = reads * 2
+    return sizes
+
+def split_interface(z: torch.Tensor, width: int, reads: int, options: DNCOptions) -> Interface:
+    """Split interface vectors z (B, T, I) and apply the activations (Graves, "interface")."""
+    sizes = interface_sizes(width, reads, options)
+    part = dict(zip(sizes, z.split(list(sizes.values()), dim=-1), strict=True))
+    heads = (*z.shape[:2], reads)
+    modes = write_mask = read_masks = sharpening = None
+    if options.use_links:
+        modes = part["read_modes"].view(*heads, 3).softmax(-1)  # (B, T, R, 3)
+    if options.mask_min < 1:
+        masks = part["masks"].sigmoid() * (1 - options.mask_min) + options.mask_min
+        masks = masks.view(*z.shape[:2], reads + 1, width)  # (B, T, R+1, W)
+        write_mask, read_masks = masks[:, :, 0], masks[:, :, 1:]  # (B, T, W), (B, T, R, W)
+    if options.sharpen_links:
+        sharpening = 1 + F.softplus(part["sharpening"].view(*heads, 2))  # (B, T, R, 2)
+    return Interface(
+        part["write_key"], 1 + F.softplus(part["write_strength"].squeeze(-1)),
+        part["erase"].sigmoid(), part["write_vector"], part["write_gate"].squeeze(-1).sigmoid(),
+        part["allocation_gate"].squeeze(-1).sigmoid(), part["read_keys"].view(*heads, width),
+        1 + F.softplus(part["read_strengths"]), part["free_gates"].sigmoid(),
+        modes, write_mask, read_masks, sharpening)
+
+def zero_state(batch: int, slots: int, width: int, reads: int, options: DNCOptions,
+               dtype: torch.dtype = torch.float32, device: torch.device | None = None) -> DNCState:
+    """An empty memory: contents, usage, weightings and links are zero."""
+    zeros = functools.partial(torch.zeros, dtype=dtype, device=device)
+    linked = slots if options.use_links else 0
+    return DNCState(zeros(batch, slots, width), zeros(batch, slots), zeros(batch, slots),
+                    zeros(batch, reads, slots), zeros(batch, linked, linked), zeros(batch, linked))
+
+def usage_update(usage, write_weights, read_weights, free_gates):
+    """u = (u + w - u*w) * psi, retention psi = prod_r (1 - f_r * wr_r), from the previous step's
+    weightings. usage, write_weights (B, N); read_weights (B, R, N); free_gates (B, R).
+    Returns usage and retention, both (B, N) in [0, 1]."""
+    kept = 1 - free_gates.unsqueeze(-1) * read_weights  # (B, R, N)
+    # A chain of products: the backward of torch.prod synchronises a GPU with the host.
+    retention = functools.reduce(torch.mul, kept.unbind(1))  # (B, N)
+    return (usage + write_weights - usage * write_weights) * retention, retention
+
+def allocation_weighting(usage: torch.Tensor) -> torch.Tensor:
+    """Weight of each slot for new content, free slots first: usage (B, N) -> (B, N), sum <= 1.
+
+    a_i = (1 - u~_i) * prod of u~_j over the slots j freer than i, u~ = eps + (1 - eps) u; ties
+    break to the lowest slot. The order is constant for the gradient. Not renormalised: a full
+    memory allocates nothing. A comparison matrix stands in for Graves' sort: same order, and the
+    product over a free list becomes one matrix product of logarithms (u~ >= eps, no log of 0).
+    """
+    used = EPS + (1 - EPS) * usage
+    mine, other = used.unsqueeze(2), used.unsqueeze(1)  # (B, N, 1), (B, 1, N)
+    slot = torch.arange(usage.shape[1], device=usage.device)
+    lower = slot < slot.unsqueeze(1)  # (N, N), j < i
+    freer = (other < mine) | ((other == mine) & lower)  # (B, N, N), slot j comes before slot i
+    before = (freer.to(used.dtype) @ used.log().unsqueeze(2)).squeeze(2)  # (B, N)
+    return (1 - used) * before.exp()
+
+def content_weighting(keys, strengths, memory, masks=None):
+    """softmax over slots of strength * cos(key, slot); the eps stands INSIDE the root of each norm,
+    or the gradient into an empty slot is thousands of times larger.
+
+    keys (B, K, W), strengths (B, K), memory (B, N, W), masks (B, K, W) or None -> (B, K, N).
+    A mask (M) multiplies key and memory: k.m, M.m.
+    """
+    if masks is None:
+        dots = keys @ memory.transpose(1, 2)  # (B, K, N)
+        slot_norms = (memory * memory).sum(-1).unsqueeze(1)  # (B, 1, N)
+    else:
+        keys = keys * masks
+        dots = (keys * masks) @ memory.transpose(1, 2)  # (B, K, N)
+        slot_norms = (masks * masks) @ (memory * memory).transpose(1, 2)  # (B, K, N)
+    key_norms = (keys * keys).sum(-1, keepdim=True)  # (B, K, 1)
+    cosine = dots * (slot_norms + EPS).rsqrt() * (key_norms + EPS).rsqrt()
+    return (strengths.unsqueeze(-1) * cosine).softmax(-1)
+
+def link_update(link, precedence, write_weights):
+    """L_ij = (1 - w_i - w_j) L_ij + w_i p_j with zero diagonal, then p = (1 - sum w) p + w.
+    link (B, N, N), precedence and write_weights (B, N). Returns link and precedence."""
+    w_i, w_j = write_weights.unsqueeze(2), write_weights.unsqueeze(1)  # (B, N, 1), (B, 1, N)
+    link = (1 - w_i - w_j) * link + w_i * precedence.unsqueeze(1)  # (B, N, N)
+    link = link.tril(-1) + link.triu(1)
+    return link, (1 - write_weights.sum(-1, keepdim=True)) * precedence + write_weights
+
+def sharpen(weights: torch.Tensor, strengths: torch.Tensor) -> torch.Tensor:
+    """(S): ((d + eps) / max(d + eps))^s over its sum. weights (B, R, N), strengths (B, R)."""
+    weights = weights + EPS
+    powered = (weights / weights.amax(-1, keepdim=True)).pow(strengths.unsqueeze(-1))
+    return powered / powered.sum(-1, keepdim=True)
+
+def read_weighting(x: Interface, content, link, previous, options: DNCOptions):
+    """Read weightings (B, R, N): content alone, or mixed with the links' two directions."""
+    if not options.use_links:
+        return content
+    backward, forward = previous @ link, previous @ link.transpose(1, 2)  # L^T wr, L wr: (B, R, N)
+    if options.sharpen_links:
+        backward = sharpen(backward, x.sharpening[..., 0])
+        forward = sharpen(forward, x.sharpening[..., 1])
+    by_mode = torch.stack((backward, content, forward), dim=-1)  # (B, R, N, 3)
+    return (by_mode @ x.read_modes.unsqueeze(-1)).squeeze(-1)  # (B, R, N)
+
+def dnc_step(x: Interface, state: DNCState, options: DNCOptions) -> tuple[torch.Tensor, DNCState]:
+    """One token: usage, allocation and content, write, links, read. x holds one step's (B, ...).
+    Returns the read vectors (B, R, W) and the new state."""
+    usage, retention = usage_update(state.usage, state.write_weights, state.read_weights,
+                                    x.free_gates)
+    allocation = allocation_weighting(usage)  # (B, N)
+    key, strength = x.write_key.unsqueeze(1), x.write_strength.unsqueeze(1)  # (B, 1, W), (B, 1)
+    mask = None if x.write_mask is None else x.write_mask.unsqueeze(1)  # (B, 1, W)
+    content = content_weighting(key, strength, state.memory, mask).squeeze(1)  # (B, N)
+    gate = x.allocation_gate.unsqueeze(1)  # (B, 1)
+    write_weights = x.write_gate.unsqueeze(1) * (gate * allocation + (1 - gate) * content)
+
+    slots = write_weights.unsqueeze(2)  # (B, N, 1)
+    memory = state.memory * retention.unsqueeze(2) if options.dealloc_wipe else state.memory
+    memory = memory * (1 - slots * x.erase.unsqueeze(1)) + slots * x.write_vector.unsqueeze(1)
+
+    link, precedence = state.link, state.precedence
+    if options.use_links:
+        link, precedence = link_update(link, precedence, write_weights)
+    content = content_weighting(x.read_keys, x.read_strengths, memory, x.read_masks)  # (B, R, N)
+    read_weights = read_weighting(x, content, link, state.read_weights, options)
+    new = DNCState(memory, usage, write_weights, read_weights, link, precedence)
+    return read_weights @ memory, new  # (B, R, W)
+
+def dnc_loop(interface: Interface, state: DNCState, options: DNCOptions):
+    """The readable recurrence over T tokens; a faster one must return the same.
+
+    Returns reads (B, T, R, W), write_weights (B, T, N), read_weights (B, T, R, N) and the state
+    after the last token. The state passed in is not modified.
+    """
+    length = interface.write_gate.shape[1]
+    parts = [[None] * length if p is None else p.unbind(1) for p in interface]
+    reads, write_weights, read_weights = [], [], []
+    for step in zip(*parts, strict=True):
+        read, state = dnc_step(Interface(*step), state, options)
+        reads.append(read)
+        write_weights.append(state.write_weights)
+        read_weights.append(state.read_weights)
+    return (*(torch.stack(x, dim=1) for x in (reads, write_weights, read_weights)), state)
+
+class DNCMemory(nn.Module):
+    """DNC over hidden states, a pure function of (h, state): h + read_proj(reads).
+
+    The controller never sees its reads, so the interface of all T tokens is one matrix product.
+    departs from Graves: there the reads of step t-1 enter the controller at step t, and no
+    LayerNorm stands before the interface. `read_proj` has no bias and starts at zero: at step 0
+    the model is the baseline, and zeroed reads give the model without memory exactly.
+    """
+
+    def __init__(self, hidden_size: int, slots: int, width: int, reads: int,
+                 options: DNCOptions = DNCOptions()):
+        super().__init__()
+        self.slots, self.width, self.reads, self.options = slots, width, reads, options
+        self.norm = nn.LayerNorm(hidden_size)
+        sizes = interface_sizes(width, reads, options)
+        self.interface = nn.Linear(hidden_size, sum(sizes.values()))
+        self.read_proj = nn.Linear(reads * width, hidden_size, bias=False)
+        nn.init.zeros_(self.read_proj.weight)
+
+    def init_state(self, batch_size: int) -> DNCState:
+        weight = self.read_proj.weight
+        dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
+        return zero_state(batch_size, self.slots, self.width, self.reads, self.options, dtype,
+                          weight.device)
+
+    def forward(self, h: torch.Tensor, state: DNCState) -> tuple[torch.Tensor, DNCState, DNCTrace]:
+        """h (B, T, C), state of B rows -> h_out (B, T, C), state after the last token, trace."""
+        z = self.interface(self.norm(h))  # (B, T, I)
+        with torch.autocast(h.device.type, enabled=False):  # 1 - 1e-6 is 1 in bfloat16
+            z = z if z.dtype == torch.float64 else z.float()
+            x = split_interface(z, self.width, self.reads, self.options)
+            reads, write_weights, read_weights, state = dnc_loop(x, state, self.options)
+        h_out = h + self.read_proj(reads.flatten(2))  # (B, T, R*W) -> (B, T, C)
+        return h_out, state, DNCTrace(x.write_gate, write_weights, read_weights)
+
+def build_memory(config: Config) -> DNCMemory:
+    switches = config.use_links, config.mask_min, config.dealloc_wipe, config.sharpen_links
+    return DNCMemory(config.hidden_size, config.mem_slots, config.mem_width, config.num_reads,
+                     DNCOptions(*switches))
+
+def map_state(fn, state):
+    """Apply fn to every tensor of a state: detach, move, roll or select rows. None stays None."""
+    return None if state is None else type(state)(*map(fn, state))
+
+# ══ Model: GPT2Model, memory, tied LM head ═══════════════════════════════════════════════════════
+
+# Columns of the statistics that evaluation takes of every token; the last six need a memory.
+STATS = ("nll", "top1", "top5", "confidence", "rank", "pred_entropy",
+         "nll_without", "kl", "gate", "gate_squared", "write_rate", "sparsity")
+LOGITS_AT_ONCE = 2**25  # elements of one chunk of logits outside the training head (128 MiB)
+
+class Output(NamedTuple):
+    """One forward pass, every tensor batch first, so that nn.DataParallel can gather it."""
+
+    nll: torch.Tensor  # (B, L) next-token cross-entropy in nats; 0 where the target is -100
+    top1: torch.Tensor  # (B, L) 1 where the most likely token is the target
+    effect: torch.Tensor  # (B, P) KL or benefit at the sampled positions, no gradient
+    stats: torch.Tensor  # (B, L, len(STATS)) when measuring, else (B, 0, 0)
+    trace: DNCTrace | None
+    state: DNCState | None
+
+def weight_entropy(weights: torch.Tensor) -> torch.Tensor:
+    """H(w / sum w) / log N of weightings (..., N), in [0, 1]. Normalised first, or a closed gate
+    would count as focus."""
+    p = weights / weights.sum(-1, keepdim=True).clamp_min(1e-12)
+    return -(p * p.clamp_min(1e-12).log()).sum(-1) / math.log(max(2, weights.shape[-1]))
+
+def token_statistics(h, h_out, targets, weight, trace: DNCTrace | None) -> torch.Tensor:
+    """The STATS of every token: h, h_out (B, L, C), targets (B, L), weight (V, C) -> (B, L, K).
+
+    Logits in float32 and in chunks: ties among bfloat16 logits would flatter rank and accuracy.
+    Ties count against the model in top-k; rank is 1 + the number of larger logits.
+    """
+    out = torch.zeros(targets.numel(), len(STATS), device=h.device)  # (B*L, K)
+    h, h_out, at = h.flatten(0, 1).float(), h_out.flatten(0, 1).float(), targets.reshape(-1, 1)
+    weight, chunk = weight.float(), max(1, LOGITS_AT_ONCE // weight.shape[0])
+    for rows in torch.arange(len(out), device=h.device).split(chunk):
+        target = at[rows].clamp_min(0)  # (M, 1)
+        logits = h_out[rows] @ weight.T  # (M, V)
+        log_p, target_logit = logits.log_softmax(-1), logits.gather(1, target)
+        p, at_least = log_p.exp(), (logits >= target_logit).sum(-1)  # counts the target itself
+        columns = [-log_p.gather(1, target)[:, 0], at_least <= 1, at_least <= 5,
+                   p.gather(1, target)[:, 0], 1 + (logits > target_logit).sum(-1),
+                   -(p * log_p).sum(-1)]
+        if trace is not None:
+            log_q = (h[rows] @ weight.T).log_softmax(-1)  # (M, V)
+            columns += [-log_q.gather(1, target)[:, 0], (p * (log_p - log_q)).sum(-1)]
+        out[rows, : len(columns)] = torch.stack([c.float() for c in columns], dim=1)
+    if trace is not None:
+        gate = trace.write_gate.flatten()  # (B*L,)
+        sparsity = 1 - weight_entropy(trace.write_weights).flatten()
+        out[:, 8:] = torch.stack((gate, gate * gate, (gate > 0.7).float(), sparsity), dim=1)
+    return (out * (at != -100)).view(*targets.shape, len(STATS))
+
+class GPT2WithMemory(nn.Module):
+    """GPT2Model, then (with config.memory "dnc") DNCMemory, then the LM head tied to the embedding.
+    Every arm is this class, built from the same seed: the controllers start equal."""
+
+    def __init__(self, config: Config, controller: nn.Module):
+        super().__init__()
+        self.config, self.controller, self.memory = config, controller, None
+        if config.memory == "dnc":
+            torch.manual_seed(config.seed + 1)
+            self.memory = build_memory(config)
+
+    def init_state(self, rows: int) -> DNCState | None:
+        return None if self.memory is None else self.memory.init_state(rows)
+
+    def hidden(self, tokens: torch.Tensor, state: DNCState | None):
+        """tokens (B, L) -> h without memory (B, L, C), h with memory (B, L, C), state, trace.
+
+        The controller sees L / seq_len independent windows in one call; the memory runs once over
+        the whole length (carried), or over each window from an empty state.
+        """
+        B, L = tokens.shape
+        windows = tokens.reshape(-1, min(self.config.seq_len, L))  # (B*S, T)
+        h = self.controller(input_ids=windows, use_cache=False).last_hidden_state  # (B*S, T, C)
+        if self.memory is None:
+            h = h.reshape(B, L, -1)
+            return h, h, None, None
+        if self.config.carry_memory:
+            h = h.reshape(B, L, -1)
+            return h, *self.memory(h, state)
+        h_out, _, trace = self.memory(h, self.memory.init_state(len(windows)))
+        trace = DNCTrace(*(x.reshape(B, L, *x.shape[2:]) for x in trace))
+        return h.reshape(B, L, -1), h_out.reshape(B, L, -1), state, trace
+
+    def forward(self, tokens, targets, state, positions=None, measure: bool = False) -> Output:
+        """tokens, targets (B, L) (L one window or a multiple of seq_len; target -100 = not scored),
+        state of B rows, positions (B, P) of the routing effect or None. `measure` takes STATS."""
+        B, L = tokens.shape
+        # Entered here because the threads of nn.DataParallel do not inherit autocast's dtype.
+        bf16 = self.config.precision == "bf16"
+        with torch.autocast(tokens.device.type, dtype=torch.bfloat16, enabled=bf16):
+            h, h_out, state, trace = self.hidden(tokens, state)
+            weight = self.controller.get_input_embeddings().weight  # (V, C)
+            effect = h.new_zeros(B, 0)
+            if measure:
+                with torch.autocast(tokens.device.type, enabled=False):
+                    stats = token_statistics(h, h_out, targets, weight, trace)
+                return Output(stats[..., 0], stats[..., 1], effect, stats, trace, state)
+            logits = F.linear(h_out, weight)  # (B, L, V)
+            nll = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none")
+            with torch.no_grad():
+                top1 = (logits.argmax(-1) == targets).float()  # (B, L)
+                if positions is not None:
+                    effect = self.routing_effect(h, logits, weight, targets, positions)
+        return Output(nll.view(B, L), top1, effect, h.new_zeros(B, 0, 0), trace, state)
+
+    def routing_effect(self, h, logits, weight, targets, positions) -> torch.Tensor:
+        """What memory does at positions (B, P): KL(with || without), or the benefit NLL without -
+        NLL with, both (B, P) in nats. Logits without memory exist here alone, a chunk at a time."""
+        B, P = positions.shape
+        rows = torch.arange(B, device=h.device).repeat_interleave(P)  # (B*P,)
+        effects, chunk = [], max(1, LOGITS_AT_ONCE // weight.shape[0])
+        for r, t in zip(rows.split(chunk), positions.flatten().split(chunk), strict=True):
+            log_p = logits[r, t].float().log_softmax(-1)  # (M, V)
+            log_q = F.linear(h[r, t], weight).float().log_softmax(-1)  # (M, V)
+            if self.config.routing == "kl":
+                effects.append((log_p.exp() * (log_p - log_q)).sum(-1))
+            else:
+                effects.append((log_p - log_q).gather(1, targets[r, t].unsqueeze(1))[:, 0])
+        return torch.cat(effects).view(B, P)
+
+def controller_config(config: Config, vocab_size: int):
+    """The controller's transformers.GPT2Config, from Config or from the pretrained GPT-2 it names.
+    Raises ValueError when that is no GPT-2, has no room for the window, or another vocabulary."""
+    from transformers import AutoConfig, GPT2Config
+
+    name, drop = config.init_from, dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"),
+                                                 config.dropout)
+    if name == "scratch":
+        return GPT2Config(
+            vocab_size=vocab_size, n_positions=config.seq_len, n_embd=config.hidden_size,
+            n_layer=config.num_layers, n_head=config.num_heads, n_inner=config.mlp_width or None,
+            bos_token_id=None, eos_token_id=None, **drop)
+    with had_or_refused("init_from", name, "a folder written by a GPT-2's save_pretrained"):
+        found = AutoConfig.from_pretrained(name, **drop)
+    require(found.model_type == "gpt2", "init_from", name, f"a GPT-2 (this is {found.model_type})")
+    require(config.seq_len <= found.n_positions, "seq_len", config.seq_len,
+            f"at most the {found.n_positions} positions of {name}")
+    require(vocab_size <= found.vocab_size, "tokenizer", f"{vocab_size} entries",
+            f"that of {name}, with {found.vocab_size} entries; set --tokenizer")
+    return found
+
+def build_model(config: Config, settings) -> GPT2WithMemory:
+    """Build an arm's model on the CPU from the run's seed, and settings, its GPT2Config."""
+    from transformers import GPT2Model
+
+    torch.manual_seed(config.seed)
+    if config.init_from == "scratch":
+        settings._attn_implementation = "sdpa"
+        controller = GPT2Model(settings)
+    else:
+        with had_or_refused("init_from", config.init_from, "a folder with the weights of a GPT-2"):
+            controller = GPT2Model.from_pretrained(config.init_from, config=settings,
+                                                   attn_implementation="sdpa", dtype=torch.float32)
+    model = GPT2WithMemory(config, controller)
+    torch.manual_seed(config.seed + 2)  # dropout: the same stream in every arm
+    return model
+
+def count_parameters(module: nn.Module | None) -> int:
+    return 0 if module is None else sum(p.numel() for p in module.parameters())
+
+# ══ Loss, metrics, evaluation ════════════════════════════════════════════════════════════════════
+
+def total_loss(output: Output, positions: torch.Tensor | None, config: Config) -> torch.Tensor:
+    """L = L_LM + lambda_r L_routing + lambda_e L_entropy, a scalar in nats.
+
+    L_routing = -mean(g * sg(effect)) over the sampled positions (B, P) rewards a gate that is open
+    where memory changes the prediction (routing "kl") or improves it ("benefit").
+    """
+    loss = output.nll.mean()
+    if positions is not None:
+        gates = output.trace.write_gate.gather(1, positions)  # (B, P)
+        loss = loss - config.lambda_routing * (gates * output.effect).mean()
+    if output.trace is not None and config.lambda_entropy > 0:
+        loss = loss + config.lambda_entropy * weight_entropy(output.trace.write_weights).mean()
+    return loss
+
+def routing_positions(config: Config, step: int) -> torch.Tensor | None:
+    """Positions (rows, P) at which L_routing is computed, drawn from seed and step alone; None
+    where there is no such loss: a step without it computes no logits without memory."""
+    if config.memory == "none" or config.lambda_routing == 0:
+        return None
+    count = max(1, round(config.routing_fraction * config.step_len))
+    generator = torch.Generator().manual_seed(config.seed * 1_000_003 + step)
+    return torch.rand(config.rows, config.step_len, generator=generator).argsort(1)[:, :count]
+
+def metrics_from(sums: torch.Tensor, count: float, memory: bool) -> dict[str, float]:
+    """The metrics, means over `count` scored tokens, from summed STATS (K,) in float64."""
+    mean = dict(zip(STATS, (sums.double() / count).tolist(), strict=True))
+    names = {"loss": "nll", "top1_acc": "top1", "top5_acc": "top5", "confidence": "confidence",
+             "mean_rank": "rank", "pred_entropy": "pred_entropy"}
+    if memory:
+        names |= {"avg_gate": "gate", "write_rate": "write_rate", "write_sparsity": "sparsity",
+                  "mem_kl": "kl", "loss_without": "nll_without"}
+    found = {ours: mean[theirs] for ours, theirs in names.items()}
+    found |= {"ppl": math.exp(min(700, mean["nll"])), "bpt": mean["nll"] / math.log(2)}
+    if memory:
+        found["gate_std"] = math.sqrt(max(0.0, mean["gate_squared"] - mean["gate"] ** 2))
+    return found
+
+class Stopped(Exception):
+    """SIGINT or SIGTERM arrived; raised where the run can be saved."""
+
+class StopSignal:
+    """Remembers SIGINT and SIGTERM until the run can be saved; a second one is not caught."""
+
+    signum = 0
+
+    def install(self) -> None:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self.receive)
+
+    def receive(self, number: int, frame: object) -> None:
+        self.signum = number
+        signal.signal(number, signal.SIG_DFL)
+
+    def check(self) -> None:
+        if self.signum:
+            raise Stopped
+
+@torch.no_grad()
+def evaluate(model: GPT2WithMemory, stream: torch.Tensor, config: Config, stop: StopSignal,
+             swap: bool = False) -> dict:
+    """Score every token of a stream but the first, memory carried along each row from an empty
+    state; with `swap`, at each window start every row gets the state of the row before it.
+
+    Returns `metrics` (means over tokens), and per window, so that arms can be compared window by
+    window, `sums` (windows, K) of STATS in float64 and `counts` (windows,) of scored tokens.
+    """
+    device = next(model.parameters()).device
+    inputs, targets = evaluation_rows(stream, config.eval_rows)
+    state, sums, counts = model.init_state(config.eval_rows), [], []
+    model.eval()
+    for start in range(0, inputs.shape[1], config.seq_len):
+        stop.check()
+        if swap:
+            state = map_state(lambda tensor: tensor.roll(1, 0), state)
+        x, y = (part[:, start : start + config.seq_len].to(device) for part in (inputs, targets))
+        output = model(x, y, state, measure=True)
+        state = output.state
+        sums.append(output.stats.double().sum(1).cpu())  # (rows, K)
+        counts.append((y != -100).sum(1).cpu())
+    model.train()
+    sums, counts = torch.cat(sums), torch.cat(counts)
+    found = metrics_from(sums.sum(0), counts.sum().item(), model.memory is not None)
+    return {"metrics": found, "sums": sums, "counts": counts}
+
+# ══ Checkpoints: one format, exact resume ════════════════════════════════════════════════════════
+
+# Fields that may differ between the run that saved and the run that resumes.
+FREE_FIELDS = set("dataset tokenizer preset log_every_steps save_every_steps save_dir plot_dir "
+                  "arms use_compile compile_mode num_gpus resume inspect text eval_tokens".split())
+
+@dataclasses.dataclass
+class Run:
+    """One arm in training: all that a checkpoint holds. The only mutable record in this file."""
+
+    arm: str  # its name in tables and file names
+    config: Config
+    model: GPT2WithMemory
+    optimizer: torch.optim.Optimizer
+    total_steps: int
+    steps_per_epoch: int
+    step: int = 0
+    state: DNCState | None = None
+    history: list[dict] = dataclasses.field(default_factory=list)  # rows of metrics.jsonl
+    meter: dict = dataclasses.field(default_factory=lambda: dict(  # speed; means since the last row
+        seconds=0.0, tokens=0, peak_mb=0.0, steps=0, loss=0.0, top1=0.0, gate=0.0))
+    results: dict = dataclasses.field(default_factory=dict)  # of the finished arm
+    last_saved: str = ""
+
+    @property
+    def tokens_per_s(self) -> float:
+        return self.meter["tokens"] / self.meter["seconds"] if self.meter["seconds"] else math.nan
+
+    @property
+    def val_ppl(self) -> float:
+        """Of the whole split once finished, else of the latest validation; NaN before any."""
+        if self.results:
+            return self.results["valid"]["metrics"]["ppl"]
+        return ([math.nan] + [r["ppl"] for r in self.history if r["split"] == "validation"])[-1]
+
+    def payload(self, corpus: Corpus) -> dict:
+        """Everything an exact resume needs, as tensors and plain values."""
+        return {
+            "arm": self.arm, "config": dataclasses.asdict(self.config), "corpus": corpus.name,
+            "controller": self.model.controller.config.to_json_string(use_diff=False),
+            "fingerprint": corpus.fingerprint, "tokenizer": corpus.tokenizer.to_str(),
+            "model_state_dict": self.model.state_dict(),
+            "optimizer_state_dict": self.optimizer.state_dict(),
+            "global_step": self.step, "epoch": self.step // self.steps_per_epoch,
+            "stream_position": self.step % self.steps_per_epoch * self.config.step_len,
+            "val_ppl": self.val_ppl, "memory_state": None if self.state is None else [*self.state],
+            "rng": {"torch": torch.get_rng_state(),
+                    "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []},
+            "history": self.history, "meter": self.meter, "results": self.results,
+        }
+
+def save_checkpoint(run: Run, corpus: Corpus, final: bool = False) -> None:
+    """Write `{arm}_step{N}.pt` or `{arm}_FINAL_step{N}.pt`: complete under a temporary name, then
+    renamed, so that a kill or a full disk never leaves half a checkpoint under a real one's name.
+    Raises ValueError, saying what was kept, when it cannot be written."""
+    name = f"{run.arm.replace(' ', '_')}_{'FINAL_' if final else ''}step{run.step}.pt"
+    path = Path(run.config.save_dir) / name
+    temporary = path.with_name(name + ".tmp")
+    try:
+        with open(temporary, "wb") as file:
+            torch.save(run.payload(corpus), file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:  # torch.save reports a full disk as RuntimeError
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise ValueError(f"save_dir = {run.config.save_dir!r}: cannot write {name} ({error}); the "
+                         f"last good checkpoint is {run.last_saved or 'none yet'}; free some "
+                         "space, then continue with --resume auto") from None
+    run.last_saved = str(path)
+
+def load_checkpoint(path: str | Path) -> dict:
+    """Read a checkpoint. Raises ValueError naming a file that is missing, truncated or foreign."""
+    require(Path(path).is_file(), "checkpoint", str(path), "a file; see what save_dir holds")
+    try:
+        payload = torch.load(path, map_location="cpu", weights_only=True)
+        foreign = {"arm", "config", "fingerprint", "model_state_dict", "rng"} - payload.keys()
+    except (OSError, RuntimeError, EOFError, ValueError, KeyError, AttributeError,
+            pickle.UnpicklingError):
+        raise ValueError(f"checkpoint {path}: truncated or not a checkpoint; delete it, or name "
+                         "another") from None
+    require(not foreign, "checkpoint", str(path), "one that dnc_gpt2.py wrote; name another")
+    return payload
+
+def restore(run: Run, payload: dict, path: str | Path, corpus: Corpus) -> None:
+    """Put a checkpoint's state into a run. Raises ValueError, naming the file and what differs,
+    when it is of another arm, corpus, configuration or shape; the run is then as it was."""
+    if payload["arm"] != run.arm or payload["fingerprint"] != corpus.fingerprint:
+        raise ValueError(f"checkpoint {path}: of {payload['arm']} on {payload['corpus']}, this is "
+                         f"{run.arm} on {corpus.name}; name another, or another save_dir")
+    for name, value in dataclasses.asdict(run.config).items():
+        saved = payload["config"].get(name)
+        if name not in FREE_FIELDS and saved != value:
+            raise ValueError(f"checkpoint {path}: was trained with {name} = {saved!r}, this run "
+                             f"has {value!r}; set --{name} {saved}, or another save_dir")
+    mine, theirs = ({key: tensor.shape for key, tensor in weights.items()}
+                    for weights in (run.model.state_dict(), payload["model_state_dict"]))
+    require(mine == theirs, "checkpoint", str(path), "of this model's shapes; name another")
+    run.model.load_state_dict(payload["model_state_dict"])
+    run.optimizer.load_state_dict(payload["optimizer_state_dict"])
+    run.step, run.history, run.meter, run.results = (
+        payload[key] for key in ("global_step", "history", "meter", "results"))
+    run.last_saved, device = str(path), next(run.model.parameters()).device
+    if payload["memory_state"] is not None:
+        run.state = DNCState(*(tensor.to(device) for tensor in payload["memory_state"]))
+    torch.set_rng_state(payload["rng"]["torch"])
+    if torch.cuda.is_available() and payload["rng"]["cuda"]:
+        torch.cuda.set_rng_state_all(payload["rng"]["cuda"][: torch.cuda.device_count()])
+
+def resume_run(run: Run, corpus: Corpus) -> None:
+    """Continue `run` from the checkpoint that resume names, if it is of this arm, else from the
+    arm's newest valid one in save_dir. What is passed over is named, and why."""
+    if run.config.resume != "auto":
+        payload = load_checkpoint(run.config.resume)
+        if payload["arm"] == run.arm:
+            restore(run, payload, run.config.resume, corpus)
+            print(f"{run.arm}: resumed from {run.config.resume}")
+            return
+    found, stem = [], re.escape(run.arm.replace(" ", "_"))
+    for path in Path(run.config.save_dir).iterdir():
+        if match := re.fullmatch(stem + r"_(FINAL_)?step(\d+)\.pt", path.name):
+            found.append((bool(match[1]), int(match[2]), path))
+    for _, _, path in sorted(found, reverse=True):
+        try:
+            restore(run, load_checkpoint(path), path, corpus)
+        except ValueError as error:
+            print(f"resume: passed over {error}")
+            continue
+        print(f"{run.arm}: {'finished in' if run.results else 'resumed from'} {path}")
+        return
+    print(f"{run.arm}: no valid checkpoint in {run.config.save_dir}, starting at step 0")
+
+# ══ Training: one loop for every arm ═════════════════════════════════════════════════════════════
+
+WARM_STEPS = 3  # after each start, left out of tokens/s
+
+class Diverged(RuntimeError):
+    """Loss or gradient is not finite; the weights are still those of the step before."""
+
+def learning_rate(step: int, total: int, config: Config) -> float:
+    """Rate at `step` of `total`: a linear warm-up, then constant, or cosine to a tenth."""
+    warmup = max(1, round(config.lr_warmup * total))
+    if step < warmup:
+        return config.lr * (step + 1) / warmup
+    if config.lr_schedule == "constant":
+        return config.lr
+    progress = (step - warmup) / max(1, total - warmup)
+    return config.lr * (0.55 + 0.45 * math.cos(math.pi * progress))
+
+def make_optimizer(model: nn.Module, config: Config) -> torch.optim.Optimizer:
+    """AdamW, fused; weight decay on matrices only."""
+    groups = [{"params": [p for p in model.parameters() if (p.dim() >= 2) == matrix],
+               "weight_decay": config.weight_decay * matrix} for matrix in (True, False)]
+    return torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, 0.95), fused=True)
+
+def peak_memory_mb(device: torch.device, reset: bool = False) -> float:
+    """Peak MiB since the last reset: of the device's allocations, or on the CPU of the whole
+    process. NaN where the platform does not tell."""
+    if device.type == "cuda":
+        if reset:
+            torch.cuda.reset_peak_memory_stats(device)
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    try:
+        if reset:
+            Path("/proc/self/clear_refs").write_text("5")
+        return int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1]) / 1024
+    except OSError:
+        return math.nan
+
+def log_row(run: Run, split: str, found: dict) -> None:
+    """Append one row to the history and to metrics.jsonl."""
+    run.history.append({"arm": run.arm, "step": run.step, "split": split, **found})
+    with open(Path(run.config.plot_dir) / "metrics.jsonl", "a", encoding="utf-8") as file:
+        file.write(json.dumps(run.history[-1]) + "\n")
+
+def train_step(run: Run, forward: nn.Module, rows: torch.Tensor) -> None:
+    """One optimizer step on the next step_len tokens of every row. Raises Diverged, with the
+    weights untouched, when loss or gradient is not finite."""
+    config, within = run.config, run.step % run.steps_per_epoch
+    if within == 0:  # a new pass over the stream starts with an empty memory
+        run.state = run.model.init_state(config.rows)
+    start, end = within * config.step_len, (within + 1) * config.step_len
+    tokens, targets = rows[:, start:end], rows[:, start + 1 : end + 1]  # (B, L) each
+    positions = routing_positions(config, run.step)
+    positions = None if positions is None else positions.to(rows.device)
+    for group in run.optimizer.param_groups:
+        group["lr"] = learning_rate(run.step, run.total_steps, config)
+
+    if config.use_compile:
+        torch.compiler.cudagraph_mark_step_begin()
+    output = forward(tokens, targets, run.state, positions)
+    loss = total_loss(output, positions, config)
+    run.optimizer.zero_grad(set_to_none=True)
+    loss.backward()
+    norm = nn.utils.clip_grad_norm_(run.model.parameters(), config.grad_clip)
+    gate = loss.new_zeros(()) if output.trace is None else output.trace.write_gate.mean()
+    # One transfer a step: the loss must be looked at before the weights change.
+    shown = torch.stack([loss, norm, output.nll.mean(), output.top1.mean(), gate]).detach()
+    loss_value, norm_value, nll, top1, gate_value = shown.tolist()
+    if not math.isfinite(loss_value + norm_value):
+        raise Diverged(f"{run.arm} at step {run.step}: loss {loss_value}, gradient norm "
+                       f"{norm_value}; the last good checkpoint is {run.last_saved or 'none yet'}; "
+                       "try a smaller --lr, a smaller --grad_clip, or --precision float32")
+    run.optimizer.step()
+    run.state = map_state(torch.Tensor.detach, output.state)
+    run.step += 1
+    for key, value in (("steps", 1), ("loss", nll), ("top1", top1), ("gate", gate_value)):
+        run.meter[key] += value
+
+def log_train(run: Run) -> str:
+    """Log the means since the last logged step; returns what the bar shows."""
+    loss, top1, gate = (run.meter[key] / run.meter["steps"] for key in ("loss", "top1", "gate"))
+    found = {"loss": loss, "ppl": math.exp(min(700, loss)), "top1_acc": top1,
+             "lr": run.optimizer.param_groups[0]["lr"]}
+    log_row(run, "train", found | ({} if run.model.memory is None else {"avg_gate": gate}))
+    run.meter.update(steps=0, loss=0.0, top1=0.0, gate=0.0)
+    return f"loss {loss:.3f} ppl {found['ppl']:.1f} gate {gate:.2f} tok/s {run.tokens_per_s:,.0f}"
+
+def validation_due(run: Run) -> bool:
+    """Whether this step's validation is still to be done (a resumed run may stand right at it)."""
+    at = run.step % run.config.save_every_steps == 0 or run.step == run.total_steps
+    done = any(row["step"] == run.step and row["split"] == "validation" for row in run.history)
+    return run.step > 0 and at and not done
+
+def train(run: Run, corpus: Corpus, forward: nn.Module, stop: StopSignal) -> None:
+    """Train one arm to its last step, evaluate it on all of validation and test, and save it.
+    Every arm goes through here. Raises Stopped, after saving, when a signal asked to stop."""
+    from tqdm import tqdm
+
+    config, device = run.config, next(run.model.parameters()).device
+    rows = training_rows(corpus.train, config.rows, config.step_len).to(device)
+    peak_memory_mb(device, reset=True)
+    started = run.step
+    try:
+        with tqdm(total=run.total_steps, initial=run.step, desc=run.arm, unit="step") as bar:
+            while True:
+                if validation_due(run):
+                    stream = corpus.valid[: config.eval_tokens + 1]
+                    log_row(run, "validation", evaluate(run.model, stream, config, stop)["metrics"])
+                    if run.step < run.total_steps:
+                        save_checkpoint(run, corpus)
+                if run.step >= run.total_steps:
+                    break
+                stop.check()
+                clock = time.perf_counter()
+                train_step(run, forward, rows)  # its transfer to the host has synchronised
+                if run.step > started + WARM_STEPS:
+                    run.meter["seconds"] += time.perf_counter() - clock
+                    run.meter["tokens"] += config.batch_size * config.seq_len
+                bar.update()
+                if run.step % config.log_every_steps == 0 or run.step == run.total_steps:
+                    bar.set_postfix_str(log_train(run))
+        run.meter["peak_mb"] = max(run.meter["peak_mb"], peak_memory_mb(device))
+        print(f"{run.arm}: evaluating on all of validation and test", flush=True)
+        found = {split: evaluate(run.model, getattr(corpus, split), config, stop)
+                 for split in ("valid", "test")}
+        run.results = found | {"steps": run.step, "peak_mb": run.meter["peak_mb"],
+                               "tokens_per_s": run.tokens_per_s}
+        save_checkpoint(run, corpus, final=True)
+    except Stopped:
+        save_checkpoint(run, corpus)
+        raise
+
+def matched_mlp_width(config: Config) -> int:
+    """Feed-forward width with which the baseline has as many parameters as the DNC arm."""
+    with torch.device("meta"):
+        extra = count_parameters(build_memory(config))
+    per_unit = (2 * config.hidden_size + 1) * config.num_layers  # two matrices and one bias
+    return (config.mlp_width or 4 * config.hidden_size) + round(extra / per_unit)
+
+def start_run(name: str, config: Config, corpus: Corpus, device: torch.device) -> Run:
+    """Build one arm (a dataclasses.replace of Config) ready to train, resumed if Config says so."""
+    config = dataclasses.replace(config, memory="dnc" if name == "dnc" else "none")
+    if name == "matched":
+        require(config.init_from == "scratch", "arms", config.arms, "without matched when "
+                "init_from names a pretrained model, whose feed-forward width is given")
+        config = dataclasses.replace(config, mlp_width=matched_mlp_width(config))
+    settings = controller_config(config, corpus.tokenizer.get_vocab_size())
+    model = build_model(config, settings).to(device)
+    if config.use_compile:
+        model.controller.compile(mode=config.compile_mode)
+    per_epoch = (len(corpus.train) - 1) // (config.rows * config.step_len)
+    total = config.max_steps or config.epochs * per_epoch
+    run = Run(ARMS[name], config, model, make_optimizer(model, config), total, per_epoch)
+    if config.resume:
+        resume_run(run, corpus)
+    return run
+
+# ══ Comparison: table, memory controls, write inspection, plots ══════════════════════════════════
+
+RULE, LINE = "═" * 78, "  " + "─" * 74
+# label, metric, format, better (+1 higher, -1 lower, 0 neither), STATS column of the paired test
+TABLE = (
+    ("Perplexity ↓", "ppl", ",.2f", -1, "nll"),
+    ("Top-1 accuracy ↑", "top1_acc", ".4f", 1, "top1"),
+    ("Avg write gate", "avg_gate", ".4f", 0, None),
+    ("Write sparsity ↑", "write_sparsity", ".4f", 1, None),
+    ("Memory KL ↑", "mem_kl", ".4f", 1, None),
+    ("Loss (nats) ↓", "loss", ".4f", -1, "nll"),
+    ("Bits per token ↓", "bpt", ".4f", -1, "nll"),
+    ("Top-5 accuracy ↑", "top5_acc", ".4f", 1, "top5"),
+    ("Confidence ↑", "confidence", ".4f", 1, "confidence"),
+    ("Mean rank ↓", "mean_rank", ",.1f", -1, "rank"),
+    ("Prediction entropy", "pred_entropy", ".4f", 0, None),
+    ("Gate std", "gate_std", ".4f", 0, None),
+    ("Write rate", "write_rate", ".4f", 0, None),
+)
+
+def paired_sign(reference: dict, other: dict, column: str) -> int:
+    """+1 / -1 where the mean of a STATS column is surely higher / lower in `other` than in
+    `reference`: the 95 % interval of the paired difference over windows excludes zero; else 0."""
+    difference = (other["sums"] - reference["sums"])[:, STATS.index(column)]  # (windows,)
+    counts = reference["counts"].double()
+    mean, n = difference.sum() / counts.sum(), len(counts)
+    residual = difference - mean * counts  # of a ratio estimator: windows differ in length
+    error = residual.square().sum().sqrt() * math.sqrt(n / max(1, n - 1)) / counts.sum()
+    return 0 if abs(mean) <= 1.96 * error else (1 if mean > 0 else -1)
+
+def change(old: float, new: float) -> str:
+    """A relative change as ▲x% or ▼x%."""
+    ratio = new / old - 1 if old else math.nan
+    return f"{'▲' if ratio > 0 else '▼' if ratio < 0 else '='}{abs(ratio):.1%}"
+
+def print_row(label: str, old: float | None, new: float | None, form: str, mark: str = "") -> None:
+    known = [x is not None and math.isfinite(x) for x in (old, new)]
+    cells = [format(x, form) if ok else "—" for x, ok in zip((old, new), known, strict=True)]
+    delta = f"{change(old, new)} {mark}" if all(known) else "—"
+    print(f"  {label:<21} {cells[0]:>15} {cells[1]:>15}     {delta}".rstrip())
+
+def print_comparison(reference: Run, other: Run, corpus: Corpus) -> None:
+    """Print the final table of two finished arms. ✓ and ✗ stand only where `other` is really better
+    or worse than `reference`."""
+    old, new, config = reference.results, other.results, other.config
+    marks = {1: "✓", -1: "✗", 0: "≈"}
+    tokens, scored = new["steps"] * config.batch_size * config.seq_len, new["valid"]["counts"].sum()
+    first = reference.arm.removeprefix("GPT2 ") + " GPT2"
+    print(f"\n{RULE}\n  FINAL COMPARISON — {first} vs {other.arm}\n{RULE}\n  {corpus.name}\n"
+          f"  {tokens:,} training tokens in {new['steps']:,} steps, seed {config.seed}; scored on "
+          f"all {scored:,} of validation\n\n"
+          f"  {'Metric':<21} {reference.arm:>15} {other.arm:>15}     Δ\n{LINE}")
+    for label, key, form, better, column in TABLE:
+        mark = marks[better * paired_sign(old["valid"], new["valid"], column)] if column else ""
+        print_row(label, *(r["valid"]["metrics"].get(key) for r in (old, new)), form, mark)
+    print_row("Test perplexity ↓", *(r["test"]["metrics"]["ppl"] for r in (old, new)), ",.2f",
+              marks[-paired_sign(old["test"], new["test"], "nll")])
+    print_row("Parameters", *(count_parameters(r.model) for r in (reference, other)), ",d")
+    print_row("Training tokens/s ↑", old["tokens_per_s"], new["tokens_per_s"], ",.0f")
+    print_row("Peak memory MiB ↓", old["peak_mb"], new["peak_mb"], ",.0f")
+    print(f"{LINE}\n  ✓ better, ✗ worse: the paired 95 % interval over "
+          f"{len(new['valid']['counts']):,} windows excludes zero; ≈ it does not.\n"
+          "  One seed: the interval covers the choice of text, not of initial weights.")
+
+def print_controls(run: Run, baseline: Run | None, corpus: Corpus, stop: StopSignal) -> None:
+    """Print the validation perplexity of the trained DNC arm as it is, with reads zeroed, and with
+    every row carrying the memory of another row."""
+    found = run.results["valid"]["metrics"]
+    # read_proj has no bias: zeroed reads give the logits without memory, which are measured too.
+    lines = {"as it is": found["ppl"], "reads zeroed": math.exp(found["loss_without"])}
+    if run.config.carry_memory:
+        swapped = evaluate(run.model, corpus.valid, run.config, stop, swap=True)["metrics"]
+        lines["memory swapped"] = swapped["ppl"]
+    if baseline is not None:
+        lines[baseline.arm] = baseline.results["valid"]["metrics"]["ppl"]
+    print(f"\n{RULE}\n  Does the gain come from memory?   {run.arm}, validation\n{RULE}")
+    print(f"  {'Memory':<21} {'Perplexity ↓':>15}     against as it is\n{LINE}")
+    for label, ppl in lines.items():
+        delta = "" if label == "as it is" else change(found["ppl"], ppl)
+        print(f"  {label:<21} {ppl:>15,.2f}     {delta}".rstrip())
+    print("  Zeroed: h + 0 into the head. Swapped: at each window start a row gets the state of\n"
+          "  the row before it; what that loses is what memory carried over from its own text.")
+
+@torch.no_grad()
+def trace_text(model: GPT2WithMemory, tokenizer, text: str) -> tuple[list[str], DNCTrace]:
+    """Run a text through the model from an empty memory -> its tokens and their trace (T, ...)."""
+    ids = tokenizer.encode(text, add_special_tokens=False).ids
+    require(len(ids) > 0, "text", text, "text that the tokenizer knows")
+    tokens = torch.tensor([ids], device=next(model.parameters()).device)  # (1, T)
+    state, traces = model.init_state(1), []
+    model.eval()
+    for window in tokens.split(model.config.seq_len, dim=1):
+        _, _, state, trace = model.hidden(window, state)
+        traces.append(trace)
+    words = [tokenizer.decode([i]).strip(" ").replace("\n", "\\n") or "␣" for i in ids]
+    joined = (torch.cat(parts, dim=1)[0].cpu() for parts in zip(*traces, strict=True))
+    return words, DNCTrace(*joined)
+
+def inspect_writes(model: GPT2WithMemory, tokenizer, text: str, folder: str, corpus: str) -> None:
+    """Print one line a token with its write gate, and draw memory_trace.png."""
+    words, trace = trace_text(model, tokenizer, text)
+    width = max(5, *(len(word) for word in words))
+    print(f"\n{RULE}\n  Write inspection — the gate at every token of the sample\n{RULE}")
+    print(f"  {'Token':<{width}}   {'Gate':<5}  bar")
+    for word, gate in zip(words, trace.write_gate.tolist(), strict=True):
+        print(f"  {word:<{width}}   {gate:.3f}  {'█' * round(gate * 30)}".rstrip())
+    print()
+    plot_trace(words, trace, Path(folder) / "memory_trace.png", corpus)
+
+@contextlib.contextmanager
+def dark_figure(path: Path, *size, **layout):
+    """A dark matplotlib figure, written whole or not at all when the block ends."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    with plt.style.context("dark_background"):
+        figure, axes = plt.subplots(*size, layout="constrained", **layout)
+        yield figure, axes
+        temporary = path.with_name(path.name + ".tmp")
+        figure.savefig(temporary, dpi=130, format="png")
+        os.replace(temporary, path)
+        plt.close(figure)
+    print(f"wrote {path}")
+
+def plot_trace(words: list[str], trace: DNCTrace, path: Path, corpus: str) -> None:
+    """Gate above, write weights and read weights (mean of the heads) below, slots by tokens."""
+    T, step = len(words), max(1, len(words) // 120)
+    layout = {"figsize": (max(8, min(40, 0.32 * T + 2)), 9), "height_ratios": [1, 2, 2]}
+    with dark_figure(path, 3, 1, sharex=True, **layout) as (figure, axes):
+        axes[0].bar(range(T), trace.write_gate, color="#ffb347", width=0.8)
+        axes[0].set(ylim=(0, 1), ylabel="write gate")
+        axes[0].set_title(f"GPT2 + DNC, memory by token\n{corpus}", fontsize=10)
+        panels = (("write", trace.write_weights), ("read", trace.read_weights.mean(1)))  # (T, N)
+        for axis, (label, weights) in zip(axes[1:], panels, strict=True):
+            image = axis.imshow(weights.T, aspect="auto", interpolation="nearest", cmap="magma")
+            axis.set_ylabel(f"slot ({label} weights)")
+            figure.colorbar(image, ax=axis, pad=0.01)
+        labels = [word.replace("$", r"\$") for word in words[::step]]
+        axes[2].set_xticks(range(0, T, step), labels, rotation=90, fontsize=8)
+
+def plot_curves(rows: list[dict], path: Path, corpus: str) -> None:
+    """Loss and top-1 accuracy over steps: train thin, validation dashed with markers."""
+    colors = dict(zip(ARMS.values(), ("#4fc3f7", "#aed581", "#ff8a65"), strict=True))
+    styles = {"train": {"lw": 0.9, "alpha": 0.8},
+              "validation": {"lw": 1.8, "ls": "--", "marker": "o", "ms": 5}}
+    arms = list(dict.fromkeys(row["arm"] for row in rows))
+    with dark_figure(path, 1, 2, figsize=(13, 5)) as (figure, axes):
+        panels = {"loss": "CE loss (nats/token)", "top1_acc": "top-1 accuracy"}
+        for axis, (key, label) in zip(axes, panels.items(), strict=True):
+            for arm, split in itertools.product(arms, styles):
+                chosen = [r for r in rows if r["arm"] == arm and r["split"] == split]
+                axis.plot([r["step"] for r in chosen], [r[key] for r in chosen], color=colors[arm],
+                          label=f"{arm}, {split}", **styles[split])
+            axis.set(xlabel="step", ylabel=label)
+            axis.grid(alpha=0.2)
+            axis.legend(fontsize=9)
+        figure.suptitle(f"{' vs '.join(arms)}\n{corpus}", fontsize=11)
+
+# ══ Main ═════════════════════════════════════════════════════════════════════════════════════════
+
+def check_folder(config: Config, field: str, needed_mb: float = 1.0) -> None:
+    """Make an output folder and prove that it can be written. Raises ValueError."""
+    folder = Path(getattr(config, field))
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / ".write_test").write_bytes(b"x" * 4096)
+        (folder / ".write_test").unlink()
+        free = shutil.disk_usage(folder).free / 2**20
+    except OSError as error:
+        raise ValueError(f"{field} = {str(folder)!r}: cannot be written ({error.strerror}); name "
+                         "another folder") from None
+    require(free >= needed_mb, field, str(folder), f"on a disk with {needed_mb:,.0f} MiB free for "
+            f"one checkpoint ({free:,.0f} are); free some, or name another folder")
+
+def choose_hardware(config: Config, visible: int) -> tuple[Config, int]:
+    """Fill in precision and choose how many of the visible GPUs to use: at most two, at most one a
+    row. Raises ValueError when those asked for are not there, or torch.compile would meet two."""
+    gpus = min(2, visible, config.rows) if config.num_gpus == "auto" else config.num_gpus
+    require(gpus <= visible, "num_gpus", gpus, f"at most {visible}, the CUDA devices that are "
+            "visible; set num_gpus=auto")
+    require(gpus < 2 or not config.use_compile, "use_compile", True, "False; set num_gpus=1")
+    bf16 = gpus > 0 and torch.cuda.is_bf16_supported()
+    precision = config.precision if config.precision != "auto" else "bf16" if bf16 else "float32"
+    return dataclasses.replace(config, precision=precision), gpus
+
+def print_banner(config: Config, corpus: Corpus, gpus: int, preset: str) -> None:
+    """Print all that a reader needs to judge the figures: config, versions, device, data."""
+    import transformers
+
+    device = torch.cuda.get_device_name() if gpus else f"CPU, {torch.get_num_threads()} threads"
+    device += " x 2, DataParallel" if gpus == 2 else ""
+    print(f"{RULE}\n  DNC-GPT2: {' vs '.join(ARMS[arm] for arm in config.arm_list)}\n{RULE}\n"
+          f"  preset    {preset}\n  device    {device}, {config.precision}\n"
+          f"  versions  Python {platform.python_version()}, torch {torch.__version__}, "
+          f"transformers {transformers.__version__}\n"
+          f"  corpus    {corpus.name}, sha256 {corpus.fingerprint[:12]}\n"
+          f"            train {len(corpus.train):,}, validation {len(corpus.valid):,}, test "
+          f"{len(corpus.test):,} tokens")
+    fields = [f"{key}={value}" for key, value in dataclasses.asdict(config).items() if value != ""]
+    print(textwrap.fill(" ".join(fields[:-1]), 96, initial_indent="  config    ",
+                        subsequent_indent=" " * 12, break_long_words=False))
+
+def run_inspection(config: Config) -> None:
+    """--inspect: print the gates of a trained GPT2 + DNC on a text. Raises ValueError."""
+    from tokenizers import Tokenizer
+    from transformers import GPT2Config
+
+    payload = load_checkpoint(config.inspect)
+    require(payload["config"]["memory"] == "dnc", "inspect", config.inspect, f"a checkpoint of "
+            f"{ARMS['dnc']} (this is {payload['arm']}, which has no memory)")
+    check_folder(config, "plot_dir")
+    trained = Config(**payload["config"] | {"init_from": "scratch"})
+    model = build_model(trained, GPT2Config.from_dict(json.loads(payload["controller"])))
+    model.load_state_dict(payload["model_state_dict"])
+    print(f"{config.inspect}: {payload['arm']}, step {payload['global_step']}, {payload['corpus']}")
+    tokenizer = Tokenizer.from_str(payload["tokenizer"])
+    inspect_writes(model, tokenizer, config.text, config.plot_dir, payload["corpus"])
+
+def run_comparison(config: Config, preset: str, stop: StopSignal) -> None:
+    """The main job: every arm trained and evaluated in turn, then table, controls, inspection."""
+    config, gpus = choose_hardware(config, torch.cuda.device_count())
+    for field in ("save_dir", "plot_dir"):
+        check_folder(config, field)
+    corpus = load_corpus(config)
+    if config.init_from != "scratch":
+        found = controller_config(config, corpus.tokenizer.get_vocab_size())
+        config = dataclasses.replace(config, hidden_size=found.n_embd, num_layers=found.n_layer,
+                                     num_heads=found.n_head, mlp_width=found.n_inner or 0)
+    print_banner(config, corpus, gpus, preset)
+    folder, runs, rows = Path(config.plot_dir), {}, []
+    for name in config.arm_list:
+        run = runs[name] = start_run(name, config, corpus, torch.device("cuda" if gpus else "cpu"))
+        lines = "".join(json.dumps(row) + "\n" for row in rows + run.history)
+        (folder / "metrics.jsonl").write_text(lines, encoding="utf-8")
+        total, memory = count_parameters(run.model), count_parameters(run.model.memory)
+        print(f"\n{run.arm}: {total:,} parameters" + (f", {memory:,} of memory" if memory else ""))
+        if not run.results:
+            check_folder(run.config, "save_dir", 12 * total / 2**20 + 16)  # weights, two moments
+            forward = nn.DataParallel(run.model, device_ids=[0, 1]) if gpus == 2 else run.model
+            train(run, corpus, forward, stop)
+        rows += run.history
+    plot_curves(rows, folder / "training_curves.png", corpus.name)
+    dnc = runs.pop("dnc", None)
+    if dnc is not None:
+        for run in runs.values():
+            print_comparison(run, dnc, corpus)
+        print_controls(dnc, runs.get("baseline"), corpus, stop)
+        inspect_writes(dnc.model, corpus.tokenizer, config.text, config.plot_dir, corpus.name)
+
+def main(argv: list[str]) -> int:
+    """Run a command line -> exit code: 0, 1 diverged, 2 a user's mistake, 128 + signal stopped."""
+    stop = StopSignal()
+    try:
+        if {"-h", "--help"} & set(argv):
+            print_help(Config, __doc__)
+            return 0
+        overrides = parse_overrides(Config, argv)
+        config, preset = make_config(Config, overrides, PRESETS, torch.cuda.is_available())
+        if config.inspect:
+            run_inspection(config)
+        else:
+            stop.install()
+            run_comparison(config, preset, stop)
+    except Stopped:
+        words = [f"--{key}={value}" for key, value in (overrides | {"resume": "auto"}).items()]
+        print("\nstopped and saved; continue with:\n  python dnc_gpt2.py " + shlex.join(words))
+        return 128 + stop.signum
+    except (ValueError, OSError, Diverged) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1 if isinstance(error, Diverged) else 2
+    return 0
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
