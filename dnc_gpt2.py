@@ -81,6 +81,7 @@ class Config:
     batch_size: int = 4  # windows a step; rows of the stream = batch_size / bptt_segments
     seq_len: int = 128  # tokens a window; attention never crosses windows
     lr: float = 3e-4  # peak learning rate
+    memory_lr: float = 0.1  # of the memory's parameters, as a share of lr; 1.0 is measured worse
     lr_schedule: str = "cosine"  # cosine (to a tenth of the peak) | constant
     lr_warmup: float = 0.05  # share of all steps with a linearly rising rate
     weight_decay: float = 0.01  # AdamW, on matrices only
@@ -123,7 +124,7 @@ class Config:
 
         check_types(self)
         for name in ("hidden_size num_layers num_heads mem_slots mem_width num_reads bptt_segments "
-                     "epochs batch_size seq_len lr grad_clip routing_fraction eval_tokens "
+                     "epochs batch_size seq_len lr memory_lr grad_clip routing_fraction eval_tokens "
                      "log_every_steps save_every_steps").split():
             check(getattr(self, name) > 0, name, "above 0")
         for name in "mlp_width max_steps weight_decay lambda_routing lambda_entropy seed".split():
@@ -216,14 +217,16 @@ def make_config(cls: type, overrides: dict, presets: dict[str, dict], cuda: bool
            "--preset full is the real size, about 1.7 s a step on two CPU cores"}[chosen]
     return cls(**{**values, **overrides}), f"{chosen} ({why if preset == 'auto' else 'as asked'})"
 
-def print_help(cls: type, doc: str) -> None:
+def print_help(cls: type, doc: str, small: dict) -> None:
     """Print the usage, then every field with its default and its comment, read from the source."""
-    print(doc.split("\n\nRead downward")[0] + "\n\nFields, with the defaults of --preset full:")
+    print(doc.split("\n\nRead downward")[0] + "\n\nFields with their defaults, full and (small):")
     for line in inspect.getsource(cls).split("# derived")[0].splitlines():
         if heading := re.fullmatch(r"    # (\w+)", line):
             print(f"\n  {heading[1]}")
-        elif field := re.fullmatch(r"    (\w+): [\w| ]+ = .+?  # (.+)", line):
-            print(f"    --{field[1]:<17} {str(getattr(cls, field[1]))[:18]!r:<20} {field[2]}")
+        elif field := re.fullmatch(r"    (\w+): [\w| ]+ = (.+?)  # (.+)", line):
+            other = str(small.get(field[1], field[2]))
+            default = field[2] if other == field[2] else f"{field[2]} ({other})"
+            print(f"    --{field[1]:<17} {textwrap.shorten(default, 24):<25} {field[3]}")
 
 # ══ Data: one token stream a split ═══════════════════════════════════════════════════════════════
 
@@ -253,8 +256,10 @@ def hub_reachable() -> bool:
             answered.set()
 
     if os.environ.get("HF_HUB_OFFLINE", "0") in ("0", ""):
-        threading.Thread(target=probe, daemon=True).start()
-        if not answered.wait(HUB_SECONDS):
+        thread = threading.Thread(target=probe, daemon=True)
+        thread.start()
+        thread.join(HUB_SECONDS)
+        if not answered.is_set():
             os.environ["HF_HUB_OFFLINE"] = "1"  # read when the hub's libraries are first imported
     return answered.is_set()
 
@@ -1035,9 +1040,14 @@ def learning_rate(step: int, total: int, config: Config) -> float:
     return config.lr * (0.55 + 0.45 * math.cos(math.pi * progress))
 
 def make_optimizer(model: nn.Module, config: Config) -> torch.optim.Optimizer:
-    """AdamW, fused; weight decay on matrices only."""
-    groups = [{"params": [p for p in model.parameters() if (p.dim() >= 2) == matrix],
-               "weight_decay": config.weight_decay * matrix} for matrix in (True, False)]
+    """AdamW, fused; weight decay on matrices only; the memory's rate is lr * memory_lr.
+
+    Reads share a large common part, so one Adam step of read_proj at the controller's rate moves
+    every logit at once: the noise of that bias, not the memory, then decides the comparison.
+    """
+    groups = [{"params": [p for p in part.parameters() if (p.dim() >= 2) == matrix], "scale": scale,
+               "weight_decay": config.weight_decay * matrix} for matrix in (True, False)
+              for part, scale in ((model.controller, 1.0), (model.memory, config.memory_lr)) if part]
     return torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, 0.95), fused=True)
 
 def peak_memory_mb(device: torch.device, reset: bool = False) -> float:
@@ -1071,7 +1081,7 @@ def train_step(run: Run, forward: nn.Module, rows: torch.Tensor) -> None:
     positions = routing_positions(config, run.step)
     positions = None if positions is None else positions.to(rows.device)
     for group in run.optimizer.param_groups:
-        group["lr"] = learning_rate(run.step, run.total_steps, config)
+        group["lr"] = learning_rate(run.step, run.total_steps, config) * group["scale"]
 
     if config.use_compile:
         torch.compiler.cudagraph_mark_step_begin()
@@ -1404,9 +1414,11 @@ def run_comparison(config: Config, preset: str, stop: StopSignal) -> None:
         config = dataclasses.replace(config, hidden_size=found.n_embd, num_layers=found.n_layer,
                                      num_heads=found.n_head, mlp_width=found.n_inner or 0)
     print_banner(config, corpus, gpus, preset)
-    folder, runs, rows = Path(config.plot_dir), {}, []
+    device, folder = torch.device("cuda" if gpus else "cpu"), Path(config.plot_dir)
+    runs: dict[str, Run] = {}
+    rows: list[dict] = []
     for name in config.arm_list:
-        run = runs[name] = start_run(name, config, corpus, torch.device("cuda" if gpus else "cpu"))
+        run = runs[name] = start_run(name, config, corpus, device)
         lines = "".join(json.dumps(row) + "\n" for row in rows + run.history)
         (folder / "metrics.jsonl").write_text(lines, encoding="utf-8")
         total, memory = count_parameters(run.model), count_parameters(run.model.memory)
@@ -1416,11 +1428,14 @@ def run_comparison(config: Config, preset: str, stop: StopSignal) -> None:
             forward = nn.DataParallel(run.model, device_ids=[0, 1]) if gpus == 2 else run.model
             train(run, corpus, forward, stop)
         rows += run.history
+        run.model.cpu()  # the next arm's peak memory is its own
+        run.optimizer.state.clear()
     plot_curves(rows, folder / "training_curves.png", corpus.name)
     dnc = runs.pop("dnc", None)
     if dnc is not None:
         for run in runs.values():
             print_comparison(run, dnc, corpus)
+        dnc.model.to(device)
         print_controls(dnc, runs.get("baseline"), corpus, stop)
         inspect_writes(dnc.model, corpus.tokenizer, config.text, config.plot_dir, corpus.name)
 
@@ -1429,7 +1444,7 @@ def main(argv: list[str]) -> int:
     stop = StopSignal()
     try:
         if {"-h", "--help"} & set(argv):
-            print_help(Config, __doc__)
+            print_help(Config, __doc__, PRESETS["small"])
             return 0
         overrides = parse_overrides(Config, argv)
         config, preset = make_config(Config, overrides, PRESETS, torch.cuda.is_available())

@@ -1,0 +1,561 @@
+"""Config, command line, bad input, and data: what is read, how it is cut, what is scored."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import math
+import os
+import re
+import sys
+import sysconfig
+import threading
+import time
+from pathlib import Path
+
+import datasets
+import pytest
+import tokenizers
+import torch
+import transformers
+from conftest import ROOT, SHARED_DATA, error_line, flags, pseudo_english, tiny_config, write_corpus
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import dnc_gpt2
+from dnc_gpt2 import Config
+
+# Issue 2, "Config: these names and defaults exactly".
+ISSUE_DEFAULTS = {
+    "hidden_size": 768, "num_layers": 6, "num_heads": 8,
+    "mem_slots": 64, "mem_width": 128, "num_reads": 4,
+    "epochs": 1, "max_steps": 0, "batch_size": 4, "seq_len": 128, "lr": 3e-4, "grad_clip": 1.0,
+    "lambda_routing": 0.1, "lambda_entropy": 0.05,
+    "log_every_steps": 50, "save_every_steps": 3000, "save_dir": "checkpoints/",
+    "plot_dir": "plots/",
+    "use_compile": False, "compile_mode": "reduce-overhead", "num_gpus": "auto",
+}  # fmt: skip
+ISSUE_FURTHER = (
+    "seed dataset tokenizer preset init_from carry_memory bptt_segments use_links mask_min "
+    "dealloc_wipe sharpen_links routing routing_fraction eval_tokens lr_schedule lr_warmup resume"
+).split()
+FIELDS = [field.name for field in dataclasses.fields(Config)]
+
+
+def import_copy(path: Path, replacements: dict[str, str]):
+    """Import a copy of dnc_gpt2.py in which each line fragment is replaced, as a user edits it."""
+    source = (ROOT / "dnc_gpt2.py").read_text(encoding="utf-8")
+    for old, new in replacements.items():
+        assert source.count(old) == 1, old
+        source = source.replace(old, new)
+    path.write_text(source, encoding="utf-8")
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = sys.modules[path.stem] = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    finally:
+        del sys.modules[path.stem]
+    return module
+
+
+# ── names, defaults, presets ────────────────────────────────────────────────────────────────────
+
+
+def test_config_has_the_names_and_defaults_of_the_issue():
+    shipped = {field.name: field.default for field in dataclasses.fields(Config)}
+    found = {name: shipped.get(name) for name in ISSUE_DEFAULTS}
+    assert found == ISSUE_DEFAULTS
+    assert all(type(found[name]) is type(value) for name, value in ISSUE_DEFAULTS.items())
+    assert set(ISSUE_FURTHER) <= set(shipped)
+    assert (shipped["preset"], shipped["dataset"], shipped["init_from"]) == (
+        "auto", "auto", "scratch")
+    assert not any(shipped[name] for name in ("use_links", "dealloc_wipe", "sharpen_links"))
+    assert shipped["carry_memory"] is True and shipped["mask_min"] == 1.0
+
+
+def test_config_is_frozen_and_derives_rows():
+    config = Config(batch_size=12, bptt_segments=4, seq_len=10, arms="dnc, baseline")
+    assert (config.rows, config.step_len, config.arm_list) == (3, 40, ["dnc", "baseline"])
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        config.lr = 1.0
+
+
+def test_preset_full_repeats_the_shipped_defaults():
+    shipped = {field.name: field.default for field in dataclasses.fields(Config)}
+    assert dnc_gpt2.PRESETS["full"] == {name: shipped[name] for name in dnc_gpt2.PRESETS["full"]}
+    # A field that only "small" sets could not be told from one that the user edited.
+    assert dnc_gpt2.PRESETS["small"].keys() == dnc_gpt2.PRESETS["full"].keys()
+    assert "save_every_steps" in dnc_gpt2.PRESETS["small"]
+
+
+@pytest.mark.parametrize("cuda, chosen", [(True, "full"), (False, "small")])
+def test_preset_auto_follows_the_device(cuda, chosen):
+    config, line = dnc_gpt2.make_config(Config, {}, dnc_gpt2.PRESETS, cuda)
+    wanted = dnc_gpt2.PRESETS[chosen]
+    assert {name: getattr(config, name) for name in wanted} == wanted
+    assert line.startswith(chosen) and "CUDA" in line and "\n" not in line
+    named, line = dnc_gpt2.make_config(Config, {"preset": chosen}, dnc_gpt2.PRESETS, not cuda)
+    assert {name: getattr(named, name) for name in wanted} == wanted
+    assert line.startswith(chosen)
+
+
+def test_preset_gives_way_to_the_command_line():
+    given = {"hidden_size": 768, "lr": 3e-4, "save_every_steps": 7}  # two shipped values, by name
+    config, _ = dnc_gpt2.make_config(Config, given, dnc_gpt2.PRESETS, cuda=False)
+    assert {name: getattr(config, name) for name in given} == given
+    assert config.num_layers == dnc_gpt2.PRESETS["small"]["num_layers"]
+
+
+def test_preset_leaves_epochs_of_the_command_line_in_force():
+    """max_steps overrides epochs: a preset's max_steps must not undo an --epochs that was given."""
+    config, _ = dnc_gpt2.make_config(Config, {"epochs": 3}, dnc_gpt2.PRESETS, cuda=False)
+    assert (config.epochs, config.max_steps) == (3, 0)
+
+
+def test_preset_gives_way_to_a_field_edited_in_the_file(tmp_path):
+    edited = import_copy(tmp_path / "edited_dnc_gpt2.py", {
+        "    lr: float = 3e-4 ": "    lr: float = 7e-4 ",
+        "    num_layers: int = 6 ": "    num_layers: int = 3 ",
+        '    preset: str = "auto" ': '    preset: str = "small" '})
+    config, line = edited.make_config(edited.Config, {}, edited.PRESETS, cuda=True)
+    assert (config.lr, config.num_layers) == (7e-4, 3)
+    assert config.hidden_size == edited.PRESETS["small"]["hidden_size"]
+    assert line.startswith("small")
+    config, _ = edited.make_config(edited.Config, {"num_layers": 2}, edited.PRESETS, cuda=True)
+    assert config.num_layers == 2
+
+
+# ── command line ────────────────────────────────────────────────────────────────────────────────
+
+
+def test_overrides_take_both_forms_and_the_declared_types():
+    argv = ["--lr", "1e-3", "--hidden_size=64", "--use_links", "true", "--carry_memory=False",
+            "--num_gpus", "1", "--text", "a = b --c", "--epochs", "2", "--dropout", "0"]
+    found = dnc_gpt2.parse_overrides(Config, argv)
+    assert found == {"lr": 1e-3, "hidden_size": 64, "use_links": True, "carry_memory": False,
+                     "num_gpus": 1, "text": "a = b --c", "epochs": 2, "dropout": 0.0}
+    assert found["num_gpus"].__class__ is int and found["use_links"] is True
+    assert dnc_gpt2.parse_overrides(Config, ["--num_gpus", "auto"]) == {"num_gpus": "auto"}
+    assert dnc_gpt2.parse_overrides(Config, ["--text=x=y"]) == {"text": "x=y"}
+
+
+def test_help_lists_every_field_with_default_and_comment(run_cli):
+    done = run_cli(["--help"])
+    assert done.returncode == 0 and done.stderr == ""
+    assert "python dnc_gpt2.py" in done.stdout
+    source = (ROOT / "dnc_gpt2.py").read_text(encoding="utf-8")
+    for field in dataclasses.fields(Config):
+        written, comment = re.search(rf"^    {field.name}: .*? = (.+?)  # (.+)$", source,
+                                     re.M).groups()
+        line = re.search(rf"^ *--{field.name} .*$", done.stdout, re.M)
+        assert line, field.name
+        assert line[0].endswith(comment)
+        assert written[:12] in line[0] or str(field.default)[:12] in line[0]
+
+
+# ── bad input: one line on stderr, exit code 2 ──────────────────────────────────────────────────
+
+POSITIVE = (
+    "hidden_size num_layers num_heads mem_slots mem_width num_reads epochs batch_size seq_len lr "
+    "bptt_segments grad_clip routing_fraction eval_tokens eval_rows log_every_steps "
+    "save_every_steps").split()
+BAD_LINES = [
+    (["--hiden_size", "64"], ["--hiden_size", *FIELDS]),
+    (["hidden_size=64"], ["hidden_size=64", "mem_slots"]),
+    (["--lr"], ["lr", "value"]),
+    (["--lr", "fast"], ["lr", "'fast'", "float"]),
+    (["--num_layers", "2.5"], ["num_layers", "2.5", "int"]),
+    (["--num_layers="], ["num_layers", "int"]),
+    (["--use_links", "yes"], ["use_links", "yes", "True or False"]),
+    (["--lr", "nan"], ["lr", "nan"]),
+    *(([f"--{name}={value}"], [name, value]) for name in POSITIVE for value in ("0", "-1")),
+    (["--max_steps=-1"], ["max_steps", "-1", "0 or more"]),
+    (["--seed=-1"], ["seed", "-1"]),
+    (["--dropout=1.5"], ["dropout", "1.5"]),
+    (["--routing_fraction=1.01"], ["routing_fraction"]),
+    (["--mask_min=-0.1"], ["mask_min"]),
+    (["--hidden_size=100", "--num_heads=3"], ["hidden_size", "100", "num_heads", "3"]),
+    (["--batch_size=4", "--bptt_segments=3"], ["bptt_segments", "3", "batch_size"]),
+    (["--arms=dnc,gpt3"], ["arms", "gpt3", "baseline", "matched"]),
+    (["--arms=dnc,dnc"], ["arms", "once"]),
+    (["--arms="], ["arms"]),
+    (["--preset=huge"], ["preset", "huge", "full", "small"]),
+    (["--routing=gain"], ["routing", "kl", "benefit"]),
+    (["--lr_schedule=step"], ["lr_schedule", "cosine"]),
+    (["--precision=fp16"], ["precision", "bf16"]),
+    (["--memory=ntm"], ["memory", "dnc"]),
+    (["--sharpen_links=True"], ["sharpen_links", "use_links"]),
+    (["--text", ""], ["text"]),
+    (["--text=  "], ["text"]),
+    (["--inspect", "x.pt", "--text", ""], ["text"]),
+    (["--num_gpus=3"], ["num_gpus", "3"]),
+    (["--num_gpus=two"], ["num_gpus", "two"]),
+    (["--num_gpus=2", "--use_compile=True"], ["use_compile", "num_gpus=1"]),
+    (["--num_gpus=2", "--batch_size=4", "--bptt_segments=4"], ["num_gpus", "num_gpus=1", "1"]),
+    (["--num_gpus=-1"], ["num_gpus", "-1"]),
+    (["--inspect", "no-such-file.pt"], ["no-such-file.pt"]),
+]
+
+
+@pytest.mark.parametrize("argv, said", BAD_LINES, ids=lambda x: " ".join(x)[:40])
+def test_bad_line_is_refused_in_one_line(argv, said, main, capfd, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main(argv) == 2
+    out, err = capfd.readouterr()
+    assert err.count("\n") == 1 and out == ""
+    line = error_line(err)
+    assert all(word in line for word in said), line
+    assert not any(tmp_path.iterdir())
+
+
+def test_bad_number_of_gpus_is_refused(main, capfd, tiny_argv, tmp_path):
+    visible = torch.cuda.device_count()
+    if visible >= 2:
+        pytest.skip("two CUDA devices are visible")
+    argv = [*tiny_argv, *flags({"num_gpus": visible + 1, "save_dir": tmp_path, "plot_dir": tmp_path,
+                                "bptt_segments": 1})]
+    assert main(argv) == 2
+    err = capfd.readouterr().err
+    assert err.count("\n") == 1 and "num_gpus" in error_line(err)
+
+
+@pytest.mark.parametrize("name, value", [
+    ("hidden_size", "64"), ("hidden_size", 64.0), ("hidden_size", True), ("lr", "1e-3"),
+    ("use_links", 1), ("text", 5), ("num_gpus", 1.0), ("num_gpus", None), ("lr", float("nan"))])
+def test_config_refuses_a_wrong_type(name, value):
+    with pytest.raises(ValueError, match=name):
+        Config(**{name: value})
+
+
+def bad_folders(folder: Path) -> dict[str, tuple[dict, list[str]]]:
+    """Overrides that are wrong in what they name, and what the refusal must say."""
+    blocked = folder / "a-file"
+    blocked.write_text("not a folder")
+    for name in ("missing", "none", "latin", "short-train", "short-valid", "short-test"):
+        write_corpus(folder / name)
+    (folder / "missing" / "test.txt").unlink()
+    (folder / "none" / "valid.txt").write_text("\n \n")
+    (folder / "latin" / "train.txt").write_bytes("caf\u00e9 ".encode("latin-1") * 99)
+    for split in ("train", "valid", "test"):
+        (folder / f"short-{split}" / f"{split}.txt").write_text("A few words.\n")
+    for name in ("empty", "empty-tokenizer", "broken-tokenizer"):
+        (folder / name).mkdir()
+    (folder / "broken-tokenizer" / "tokenizer.json").write_text("{")
+    way_out = "train.txt, valid.txt"
+    data = {
+        "no such folder": ("./no-such-folder", ["no-such-folder", way_out]),
+        "no such absolute folder": (folder / "nowhere", ["nowhere", way_out]),
+        "empty folder": (folder / "empty", ["empty", "train.txt", "missing"]),
+        "a split missing": (folder / "missing", ["test.txt is missing"]),
+        "a split empty": (folder / "none", ["valid.txt has none"]),
+        "not UTF-8": (folder / "latin", ["train.txt", "UTF-8", "byte 3"]),
+        "hub id that cannot be had": ("no-one/no-such-data", ["no-one/no-such-data", way_out]),
+        **{f"{split} short": (folder / f"short-{split}", [split, "tokens", "batch_size"])
+           for split in ("train", "valid", "test")}}
+    found = {case: ({"dataset": path}, ["dataset", *said]) for case, (path, said) in data.items()}
+    for case, path in {"no such tokenizer": "./no-such-tokenizer", "hub tokenizer": "no-one/no-tok",
+                       "empty tokenizer folder": folder / "empty-tokenizer",
+                       "broken tokenizer": folder / "broken-tokenizer"}.items():
+        found[case] = {"tokenizer": path}, ["tokenizer", str(path), "folder"]
+    for field in ("save_dir", "plot_dir"):
+        found[f"{field} under a file"] = {field: blocked / "out"}, [field, "a-file", "another"]
+    found["init_from that cannot be had"] = {"init_from": "no-one/no-gpt2"}, ["init_from", "folder"]
+    return found
+
+
+BAD_FOLDER_CASES = [
+    "no such folder", "no such absolute folder", "empty folder", "a split missing",
+    "a split empty", "not UTF-8", "hub id that cannot be had", "train short", "valid short",
+    "test short", "no such tokenizer", "hub tokenizer", "empty tokenizer folder",
+    "broken tokenizer", "save_dir under a file", "plot_dir under a file",
+    "init_from that cannot be had"]
+
+
+@pytest.mark.parametrize("case", BAD_FOLDER_CASES)
+def test_bad_folder_is_refused_in_one_line(case, main, capfd, tmp_path, tiny_argv,
+                                           monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    overrides, said = bad_folders(tmp_path)[case]
+    outputs = {"save_dir": tmp_path / "checkpoints", "plot_dir": tmp_path / "plots"}
+    assert main([*tiny_argv, *flags(outputs | overrides)]) == 2
+    out, err = capfd.readouterr()
+    assert err.count("\n") == 1, err
+    line = error_line(err)
+    assert all(word in line for word in said), line
+    assert "parameters" not in out  # no arm was built
+
+
+def test_bad_input_of_the_real_command_prints_one_line(run_cli, tiny_argv, tmp_path):
+    """What the process prints, the hub's libraries included: nothing but the one line."""
+    outputs = flags({"save_dir": tmp_path / "c", "plot_dir": tmp_path / "p"})
+    for argv, said in ((["--learning_rate", "1"], "lr_schedule"),
+                       ([*tiny_argv, *outputs, "--tokenizer=no-one/no-tok"], "no-one/no-tok"),
+                       ([*tiny_argv, *outputs, "--dataset=no-one/no-data"], "no-one/no-data")):
+        done = run_cli(argv)
+        assert done.returncode == 2
+        assert done.stderr.count("\n") == 1 and said in error_line(done.stderr), done.stderr
+
+
+# ── streams ─────────────────────────────────────────────────────────────────────────────────────
+
+
+@given(extra=st.integers(1, 400), rows=st.integers(1, 5), seq_len=st.integers(1, 9),
+       segments=st.integers(1, 3))
+@settings(max_examples=80, deadline=None)
+def test_training_rows_are_contiguous_disjoint_and_shifted(extra, rows, seq_len, segments):
+    step_len = seq_len * segments
+    stream = torch.arange(rows * step_len + extra)  # position = token: every overlap would show
+    cut = dnc_gpt2.training_rows(stream, rows, step_len)
+    steps = (len(stream) - 1) // (rows * step_len)
+    assert cut.shape == (rows, steps * step_len + 1)
+    assert (cut[:, 1:] == cut[:, :-1] + 1).all()  # contiguous: the target is the next token
+    inputs = cut[:, :-1].flatten()
+    assert len(inputs.unique()) == len(inputs)  # rows are disjoint
+    assert cut[0, 0] == 0 and (cut[1:, 0] == cut[:-1, -1]).all()  # and follow each other
+    assert len(stream) - 1 - len(inputs) < rows * step_len  # less than one step is left out
+
+
+@given(length=st.integers(2, 300), rows=st.integers(1, 9))
+@settings(max_examples=120, deadline=None)
+def test_evaluation_rows_score_every_token_but_the_first_once(length, rows):
+    stream = torch.arange(1000, 1000 + length)
+    inputs, targets = dnc_gpt2.evaluation_rows(stream, rows)
+    assert inputs.shape == targets.shape == (rows, math.ceil((length - 1) / rows))
+    scored = targets != -100
+    assert torch.equal(targets[scored], stream[1:])  # each once, in order, and nothing else
+    assert torch.equal(inputs[scored], stream[:-1])  # each predicted from the token before it
+    flat = scored.flatten()
+    assert not (flat[1:] & ~flat[:-1]).any()  # what fills up stands at the end alone
+
+
+def test_load_corpus_reads_the_folder_without_losing_or_padding_a_token(data_folder, corpus):
+    for split in ("train", "valid", "test"):
+        stream = getattr(corpus, split)
+        text = (Path(data_folder) / f"{split}.txt").read_text(encoding="utf-8")
+        assert stream.dtype == torch.int64 and stream.dim() == 1
+        assert corpus.tokenizer.decode(stream.tolist()) == text
+    assert "tiny-corpus" in corpus.name and "tiny-bpe" in corpus.name and "300" in corpus.name
+
+
+def test_load_corpus_ignores_padding_and_truncation_saved_with_a_tokenizer(
+        tokenizer_folder, data_folder, corpus, tmp_path):
+    """tokenizer.json keeps both if they were on when it was saved: pads would be scored."""
+    tokenizer = tokenizers.Tokenizer.from_file(str(Path(tokenizer_folder) / "tokenizer.json"))
+    tokenizer.enable_padding(length=64, pad_id=0)
+    tokenizer.enable_truncation(max_length=5)
+    transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(tmp_path)
+    again = dnc_gpt2.load_corpus(tiny_config(dataset=data_folder, tokenizer=str(tmp_path)))
+    assert torch.equal(again.train, corpus.train)
+
+
+def test_load_corpus_fingerprint_depends_on_the_text(tmp_path, corpus, tokenizer_folder):
+    def load(folder: Path) -> dnc_gpt2.Corpus:
+        config = tiny_config(dataset=str(folder), tokenizer=tokenizer_folder)
+        return dnc_gpt2.load_corpus(config)
+
+    folder = write_corpus(tmp_path / "other-name")
+    assert load(folder).fingerprint == corpus.fingerprint
+    with open(folder / "test.txt", "a", encoding="utf-8") as file:
+        file.write("x")
+    assert load(folder).fingerprint != corpus.fingerprint
+
+
+def test_load_corpus_reads_the_real_wikitext(wikitext):
+    config = tiny_config(dataset=wikitext[0], tokenizer=wikitext[1])
+    texts = dnc_gpt2.folder_texts(config.dataset)
+    tokenizer = dnc_gpt2.load_tokenizer(config.tokenizer)
+    assert tokenizer.get_vocab_size() == 50257
+    text = texts["valid"][0][:200_000]
+    stream = dnc_gpt2.tokenize(tokenizer, [text])
+    assert tokenizer.decode(stream.tolist()) == text
+    assert stream.tolist() == tokenizer.encode(text, add_special_tokens=False).ids
+    assert SHARED_DATA.name in config.dataset
+
+
+# ── own tokenizer, embedded corpus ──────────────────────────────────────────────────────────────
+
+
+def test_train_tokenizer_is_deterministic_and_loses_nothing():
+    texts = [pseudo_english(3000, 5)]
+    first, second = (dnc_gpt2.train_tokenizer(texts, vocab_size=400) for _ in range(2))
+    assert first.to_str() == second.to_str()
+    assert first.get_vocab_size() == 400
+    strange = "Łódź\t 1879 — 😀\r\n  two  spaces\n\n"  # bytes that training has not seen
+    for text in (strange, texts[0][:500]):
+        assert first.decode(dnc_gpt2.tokenize(first, [text]).tolist()) == text
+
+
+@pytest.fixture
+def small_library(tmp_path, monkeypatch) -> Path:
+    """A standard library of a few files, where the real one takes seconds to read."""
+    library = tmp_path / "lib"
+    for name in ("a/__init__", "a/one", "a/two", "test/test_a", "a/tests/x", "site-packages/dep"):
+        (library / f"{name}.py").parent.mkdir(parents=True, exist_ok=True)
+        (library / f"{name}.py").write_text(f'"""About {name}."""\n\ndef f():\n    "F in {name}."\n')
+    for i in range(30):
+        shared = '"""A docstring that many modules of this library repeat."""'
+        source = f'{shared}\n\nclass C:\n    """C number {i}."""\n    def m(self):\n        {shared}\n'
+        (library / f"module_{i}.py").write_text(source)
+    (library / "template.py").write_text("def {{name}}(:\n")
+    paths = sysconfig.get_paths() | {"stdlib": str(library)}
+    monkeypatch.setattr(sysconfig, "get_paths", lambda *args, **kwargs: paths)
+    return library
+
+
+def test_embedded_texts_leave_out_tests_and_repetitions(small_library):
+    texts = dnc_gpt2.embedded_texts()
+    everything = "".join(sum(texts.values(), []))
+    assert everything.count("A docstring that many modules") == 1
+    assert all(everything.count(f"C number {i}.") == 1 for i in range(30))
+    assert "About a/one." in everything and "F in a/two." in everything
+    assert not re.search("About (test|a/tests|site-packages)", everything)
+
+
+def test_embedded_texts_do_not_depend_on_the_order_of_files(small_library, monkeypatch):
+    first, rglob = dnc_gpt2.embedded_texts(), Path.rglob
+    monkeypatch.setattr(Path, "rglob", lambda self, *a: reversed(sorted(rglob(self, *a))))
+    assert dnc_gpt2.embedded_texts() == first
+
+
+def test_embedded_texts_share_no_document_and_no_paragraph():
+    """Of the real library: text seen in training must not come back in what is scored."""
+    texts = dnc_gpt2.embedded_texts()
+    sizes = {split: sum(map(len, documents)) for split, documents in texts.items()}
+    assert sizes["train"] > 1_000_000 and min(sizes.values()) > 50_000
+    for split, other in (("valid", "train"), ("test", "train"), ("test", "valid")):
+        assert not set(texts[split]) & set(texts[other])
+        mine, theirs = ({part.strip() for document in texts[s] for part in document.split("\n\n")
+                         if len(part.strip()) >= 80} for s in (split, other))
+        shared = mine & theirs
+        share = sum(map(len, shared)) / sizes[split]
+        assert share < 0.002, (split, other, share, sorted(shared, key=len)[-1][:200])
+
+
+# ── hub and fallback ────────────────────────────────────────────────────────────────────────────
+
+
+class Hub:
+    """A stand-in for the hub: what is asked of it, and whether it has it."""
+
+    def __init__(self, tokenizer_folder: str):
+        self.asked, self.has_data, self.has_tokenizer = [], True, True
+        self.tokenizer = transformers.AutoTokenizer.from_pretrained(tokenizer_folder)
+
+    def load_dataset(self, *names, **kwargs):
+        self.asked.append(names)
+        if not self.has_data:
+            raise ConnectionError("Couldn't reach the hub\nsecond line")
+        return {split: {"text": pseudo_english(words, seed).splitlines(keepends=True)}
+                for seed, (split, words) in enumerate(
+                    {"train": 260, "validation": 150, "test": 110}.items())}
+
+    def from_pretrained(self, name, *args, **kwargs):
+        self.asked.append(name)
+        if not self.has_tokenizer:
+            raise OSError(f"{name} is not there\nsecond line")
+        return self.tokenizer
+
+
+@pytest.fixture
+def hub(monkeypatch, tokenizer_folder) -> Hub:
+    stand_in = Hub(tokenizer_folder)
+    monkeypatch.setattr(dnc_gpt2, "hub_reachable", lambda: True)
+    monkeypatch.setattr(datasets, "load_dataset", stand_in.load_dataset)
+    monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", stand_in.from_pretrained)
+    return stand_in
+
+
+def small_embedded() -> dict[str, list[str]]:
+    return {split: [pseudo_english(words, 9)]
+            for split, words in (("train", 800), ("valid", 300), ("test", 200))}
+
+
+def test_hub_auto_takes_wikitext_and_the_gpt2_tokenizer(hub, capsys):
+    corpus = dnc_gpt2.load_corpus(tiny_config(dataset="auto", tokenizer="auto"))
+    assert hub.asked == [("Salesforce/wikitext", "wikitext-2-raw-v1"), "gpt2"]
+    assert "wikitext-2-raw-v1" in corpus.name and "gpt2" in corpus.name
+    assert corpus.tokenizer.decode(corpus.train.tolist()) == pseudo_english(260, 0)
+    assert corpus.tokenizer.decode(corpus.valid.tolist()) == pseudo_english(150, 1)
+    assert capsys.readouterr().out == ""  # no downgrade
+
+
+def test_hub_named_dataset_and_tokenizer_are_asked_for_by_name(hub):
+    corpus = dnc_gpt2.load_corpus(tiny_config(dataset="some-one/data", tokenizer="some-one/tok"))
+    assert hub.asked == [("some-one/data",), "some-one/tok"]
+    assert "some-one/data" in corpus.name and "tok" in corpus.name
+
+
+def test_hub_auto_falls_back_to_the_embedded_corpus_and_says_so(hub, capsys, monkeypatch):
+    hub.has_data = False
+    monkeypatch.setattr(dnc_gpt2, "embedded_texts", small_embedded)
+    corpus = dnc_gpt2.load_corpus(tiny_config(dataset="auto", tokenizer="auto"))
+    out = capsys.readouterr().out
+    assert out.count("\n") == 1 and "Salesforce/wikitext" in out and "embedded" in out
+    assert "train.txt" in out  # how to get the real thing without a hub
+    assert "embedded" in corpus.name and "Python" in corpus.name and "own BPE" in corpus.name
+    assert "gpt2" not in hub.asked  # its tokenizer is trained on the corpus
+    text = "".join(small_embedded()["valid"])
+    assert corpus.tokenizer.decode(corpus.valid.tolist()) == text
+
+
+def test_hub_auto_tokenizer_falls_back_to_its_own_and_says_so(hub, capsys, data_folder):
+    hub.has_tokenizer = False
+    corpus = dnc_gpt2.load_corpus(tiny_config(dataset=data_folder, tokenizer="auto"))
+    out = capsys.readouterr().out
+    assert out.count("\n") == 1 and "gpt2" in out and "training split" in out
+    assert "own BPE" in corpus.name and "tiny-corpus" in corpus.name
+
+
+def test_hub_names_that_cannot_be_had_are_errors_with_both_ways_out(hub):
+    hub.has_data = hub.has_tokenizer = False
+    for overrides, said in (({"dataset": "some-one/data"}, ("some-one/data", "hub", "train.txt")),
+                            ({"tokenizer": "some-one/tok"}, ("some-one/tok", "hub", "folder"))):
+        with pytest.raises(ValueError) as caught:
+            hub.has_data = "tokenizer" in overrides
+            dnc_gpt2.load_corpus(tiny_config(**{"dataset": "x/y", "tokenizer": "auto"} | overrides))
+        assert all(word in str(caught.value) for word in said) and "\n" not in str(caught.value)
+
+
+@pytest.fixture
+def fresh_hub_state(monkeypatch):
+    """hub_reachable asks anew, and what it sets in the environment is taken back."""
+    monkeypatch.setenv("HF_HUB_OFFLINE", "0")
+    dnc_gpt2.hub_reachable.cache_clear()
+    yield monkeypatch
+    dnc_gpt2.hub_reachable.cache_clear()
+
+
+def test_hub_that_never_answers_is_given_up_within_the_bound(fresh_hub_state):
+    """A name server or a proxy that swallows packets: no socket timeout covers it."""
+    monkeypatch, release = fresh_hub_state, threading.Event()
+
+    def urlopen(*args, **kwargs):
+        release.wait(60)
+        raise OSError("no answer")
+
+    monkeypatch.setattr(dnc_gpt2.urllib.request, "urlopen", urlopen)
+    bound = dnc_gpt2.HUB_SECONDS
+    monkeypatch.setattr(dnc_gpt2, "HUB_SECONDS", 0.4)
+    monkeypatch.setattr(dnc_gpt2, "embedded_texts", small_embedded)
+    started = time.monotonic()
+    try:
+        corpus = dnc_gpt2.load_corpus(tiny_config(dataset="auto", tokenizer="auto"))
+        took = time.monotonic() - started
+    finally:
+        release.set()
+    assert "embedded" in corpus.name
+    assert os.environ["HF_HUB_OFFLINE"] == "1"  # so that no library waits for it again
+    assert took - 0.4 + bound < 10  # "where it cannot be reached within 10 s in all"
+
+
+def test_hub_that_answers_leaves_the_libraries_online(fresh_hub_state):
+    class Answer:
+        def close(self):
+            pass
+
+    asked = []
+    fresh_hub_state.setattr(dnc_gpt2.urllib.request, "urlopen",
+                            lambda url, **k: asked.append((url, k)) or Answer())
+    assert dnc_gpt2.hub_reachable() and dnc_gpt2.hub_reachable()
+    assert len(asked) == 1 and asked[0][1]["timeout"] <= 10
+    assert os.environ["HF_HUB_OFFLINE"] == "0"
