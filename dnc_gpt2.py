@@ -52,7 +52,6 @@ EPS = 1e-6  # the epsilon of every equation; float32 resolves 1 - 1e-6, bfloat16
 ARMS = {"baseline": "GPT2 Baseline", "matched": "GPT2 Matched", "dnc": "GPT2 + DNC"}
 
 # ══ Config ═══════════════════════════════════════════════════════════════════════════════════════
-
 @dataclasses.dataclass(frozen=True)
 class Config:
     """Every constant of a run. Edit here, or override as `--name value`."""
@@ -119,37 +118,39 @@ class Config:
     arm_list = property(lambda self: self.arms.replace(" ", "").split(","))
 
     def __post_init__(self) -> None:
-        def check(ok, name: str, requirement: str) -> None:
-            require(ok, name, getattr(self, name), requirement)
-
         check_types(self)
-        for name in ("hidden_size num_layers num_heads mem_slots mem_width num_reads bptt_segments "
-                     "epochs batch_size seq_len lr memory_lr grad_clip routing_fraction eval_tokens "
-                     "log_every_steps save_every_steps").split():
-            check(getattr(self, name) > 0, name, "above 0")
-        for name in "mlp_width max_steps weight_decay lambda_routing lambda_entropy seed".split():
-            check(getattr(self, name) >= 0, name, "0 or more")
-        for name in "dropout mask_min lr_warmup routing_fraction".split():
-            check(0 <= getattr(self, name) <= 1, name, "from 0 to 1")
-        for name, allowed in (("memory", ("dnc", "none")), ("lr_schedule", ("cosine", "constant")),
-                              ("routing", ("kl", "benefit")), ("num_gpus", ("auto", 0, 1, 2)),
-                              ("precision", ("auto", "bf16", "float32"))):
-            check(getattr(self, name) in allowed, name, "one of " + ", ".join(map(str, allowed)))
-        arms = self.arm_list
-        check(set(arms) <= set(ARMS) and len(set(arms)) == len(arms), "arms",
-              "a comma-separated choice of " + ", ".join(ARMS) + ", each once")
-        check(self.eval_rows >= 2, "eval_rows", "2 or more")
-        check(self.hidden_size % self.num_heads == 0, "hidden_size",
-              f"divisible by num_heads ({self.num_heads})")
-        check(self.batch_size % self.bptt_segments == 0, "bptt_segments",
-              f"a divisor of batch_size ({self.batch_size})")
-        check(self.use_links or not self.sharpen_links, "sharpen_links",
-              "False without links; set use_links True as well")
-        check(self.text.strip() != "", "text", "text with at least one word")
-        if self.num_gpus == 2:
-            check(self.rows >= 2, "num_gpus", "at most the rows of the stream, batch_size / "
-                  f"bptt_segments = {self.rows}; set num_gpus=1 or a smaller bptt_segments")
-            check(not self.use_compile, "use_compile", "False on two GPUs; set num_gpus=1")
+        above = ("hidden_size num_layers num_heads mem_slots mem_width num_reads bptt_segments "
+                 "epochs batch_size seq_len lr memory_lr grad_clip routing_fraction eval_tokens "
+                 "log_every_steps save_every_steps")
+        at_least = "mlp_width max_steps weight_decay lambda_routing lambda_entropy seed"
+        choices = {"memory": ("dnc", "none"), "lr_schedule": ("cosine", "constant"),
+                   "routing": ("kl", "benefit"), "num_gpus": ("auto", 0, 1, 2),
+                   "precision": ("auto", "bf16", "float32")}
+        arms, two_gpus = self.arm_list, self.num_gpus == 2
+        for name, holds, requirement in (
+            *((n, getattr(self, n) > 0, "above 0") for n in above.split()),
+            *((n, getattr(self, n) >= 0, "0 or more") for n in at_least.split()),
+            *((n, 0 <= getattr(self, n) <= 1, "from 0 to 1")
+              for n in ("dropout", "mask_min", "lr_warmup", "routing_fraction")),
+            *((n, getattr(self, n) in options, "one of " + ", ".join(map(str, options)))
+              for n, options in choices.items()),
+            ("arms", set(arms) <= set(ARMS) and len(set(arms)) == len(arms),
+             "a comma-separated choice of " + ", ".join(ARMS) + ", each once"),
+            ("eval_rows", self.eval_rows >= 2, "2 or more"),
+            ("hidden_size", self.hidden_size % max(1, self.num_heads) == 0,
+             f"divisible by num_heads ({self.num_heads})"),
+            ("bptt_segments", self.batch_size % max(1, self.bptt_segments) == 0,
+             f"a divisor of batch_size ({self.batch_size})"),
+            ("sharpen_links", self.use_links or not self.sharpen_links,
+             "False without links; set use_links True as well"),
+            ("text", self.text.strip() != "", "text with at least one word"),
+            ("num_gpus", not two_gpus or self.batch_size >= 2 * self.bptt_segments,
+             f"at most the rows of the stream, batch_size / bptt_segments = {self.batch_size} / "
+             f"{self.bptt_segments}; set num_gpus=1 or a smaller bptt_segments"),
+            ("use_compile", not (two_gpus and self.use_compile),
+             "False on two GPUs; set num_gpus=1"),
+        ):
+            require(holds, name, getattr(self, name), requirement)
 
 # What a preset sets. "full" repeats the shipped values of Config: a field edited in the file away
 # from them, or given on the command line, wins over "small".
@@ -229,10 +230,8 @@ def print_help(cls: type, doc: str, small: dict) -> None:
             print(f"    --{field[1]:<17} {textwrap.shorten(default, 24):<25} {field[3]}")
 
 # ══ Data: one token stream a split ═══════════════════════════════════════════════════════════════
-
 class Corpus(NamedTuple):
     """Three splits as 1-D int64 token streams, and the tokenizers.Tokenizer that made them."""
-
     name: str
     tokenizer: object
     train: torch.Tensor
@@ -276,13 +275,9 @@ def had_or_refused(field: str, name: str, folder: str):
 
 def embedded_texts() -> dict[str, list[str]]:
     """English documentation that every CPython carries: language topics, then docstrings by module,
-    split 8 : 1 : 1 by document.
-
-    Read as source text, nothing is imported or run. A docstring seen before is left out, so that
-    modules that share text (posixpath, ntpath) do not leak it from one split into another.
-    """
+    split 8 : 1 : 1 by document. Read as source text, nothing is imported. A docstring seen before
+    is left out: modules that share text (posixpath, ntpath) leak none from split to split."""
     from pydoc_data.topics import topics
-
     documents, seen = [topics[name] for name in sorted(topics)], set()
     skip = {"test", "tests", "idlelib", "lib2to3", "site-packages", "turtledemo", "pydoc_data"}
     stdlib = Path(sysconfig.get_paths()["stdlib"])
@@ -319,7 +314,6 @@ def hub_texts(name: str) -> dict[str, list[str]]:
     """Load a text data set from the hub or its cache. Raises ValueError naming both ways out."""
     with had_or_refused("dataset", name, "a folder with train.txt, valid.txt and test.txt"):
         from datasets import load_dataset
-
         splits = load_dataset(*HUB_WIKITEXT) if name == HUB_WIKITEXT[0] else load_dataset(name)
         names = {"train": "train", "valid": "validation", "test": "test"}
         return {split: ["".join(splits[theirs]["text"])] for split, theirs in names.items()}
@@ -328,7 +322,6 @@ def load_tokenizer(name: str):
     """Load a tokenizers.Tokenizer by hub name or folder. Raises ValueError naming both ways out."""
     with had_or_refused("tokenizer", name, "a folder written by a tokenizer's save_pretrained"):
         from transformers import AutoTokenizer
-
         tokenizer = AutoTokenizer.from_pretrained(name).backend_tokenizer
     # An unreachable or incomplete name can come back as a tokenizer without a vocabulary.
     require(len(tokenizer.encode("word", add_special_tokens=False).ids) > 0, "tokenizer", name,
@@ -338,7 +331,6 @@ def load_tokenizer(name: str):
 def train_tokenizer(texts: list[str], vocab_size: int = 4096):
     """Train a byte-level BPE (GPT-2's kind) on the training split alone -> tokenizers.Tokenizer."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -381,18 +373,16 @@ def load_corpus(config: Config) -> Corpus:
         tokenizer, kind = train_tokenizer(texts["train"]), "own BPE"
     streams = {split: tokenize(tokenizer, documents) for split, documents in texts.items()}
     digest = hashlib.sha256(b"".join(stream.numpy().tobytes() for stream in streams.values()))
-    for split, rows, width in (("train", config.rows, config.step_len),
-                               *((s, config.eval_rows, config.seq_len) for s in ("valid", "test"))):
-        require(len(streams[split]) > rows * width, "dataset", config.dataset, f"longer: {split} "
-                f"has {len(streams[split]):,} tokens, one batch needs {rows * width + 1:,}; give "
-                "more text, or a smaller batch_size, eval_rows or seq_len")
+    for split, stream in streams.items():
+        least = (config.batch_size if split == "train" else config.eval_rows) * config.seq_len + 1
+        require(len(stream) >= least, "dataset", config.dataset, f"longer: {split} has "
+                f"{len(stream):,} tokens, a batch {least:,}; give more, or a smaller batch_size")
     label = f"{name}, {kind} tokenizer of {tokenizer.get_vocab_size():,}"
     return Corpus(label, tokenizer, **streams, fingerprint=digest.hexdigest())
 
 def training_rows(stream: torch.Tensor, rows: int, step_len: int) -> torch.Tensor:
-    """Cut a stream into contiguous rows, (rows, steps * step_len + 1); neighbours share a token.
-    Position j of a row is input, j + 1 its target: every scored position is a real token. What does
-    not fill a step at the end is left out."""
+    """Cut a stream into contiguous rows, (rows, steps * step_len + 1), the end that fills no step
+    left out. Position j of a row is input, j + 1 its target: every one scored is a real token."""
     length = (len(stream) - 1) // (rows * step_len) * step_len
     return torch.stack([stream[r * length : (r + 1) * length + 1] for r in range(rows)])
 
@@ -406,10 +396,8 @@ def evaluation_rows(stream: torch.Tensor, rows: int) -> tuple[torch.Tensor, torc
     return inputs, targets
 
 # ══ Memory: the DNC, addressing as pure functions in the paper's order ═══════════════════════════
-
 class DNCOptions(NamedTuple):
     """Switches of the recurrence; the defaults are Graves' DNC without temporal links."""
-
     use_links: bool = False
     mask_min: float = 1.0  # (M), 1 = no masks
     dealloc_wipe: bool = False  # (D)
@@ -417,7 +405,6 @@ class DNCOptions(NamedTuple):
 
 class DNCState(NamedTuple):
     """What one step hands to the next, one row a sequence. Without links the last two are empty."""
-
     memory: torch.Tensor  # (B, N, W)
     usage: torch.Tensor  # (B, N) in [0, 1]
     write_weights: torch.Tensor  # (B, N) >= 0, sum <= 1
@@ -427,14 +414,12 @@ class DNCState(NamedTuple):
 
 class DNCTrace(NamedTuple):
     """What the memory did at each token, for losses, metrics and plots."""
-
     write_gate: torch.Tensor  # (B, T) in (0, 1)
     write_weights: torch.Tensor  # (B, T, N)
     read_weights: torch.Tensor  # (B, T, R, N)
 
 class Interface(NamedTuple):
     """The controller's instructions to the memory, activations applied; optional parts None."""
-
     write_key: torch.Tensor  # (B, T, W)
     write_strength: torch.Tensor  # (B, T) >= 1
     erase: torch.Tensor  # (B, T, W) in (0, 1)
@@ -450,17 +435,13 @@ class Interface(NamedTuple):
     sharpening: torch.Tensor | None  # (B, T, R, 2) >= 1, backward and forward
 
 def interface_sizes(width: int, reads: int, options: DNCOptions) -> dict[str, int]:
-    """Sizes of the parts of one interface vector, in order."""
-    sizes = {"write_key": width, "write_strength": 1, "erase": width, "write_vector": width,
+    """Sizes of the parts of one interface vector, in order; 0 for what is switched off."""
+    return {"write_key": width, "write_strength": 1, "erase": width, "write_vector": width,
              "write_gate": 1, "allocation_gate": 1, "read_keys": reads * width,
-             "read_strengths": reads, "free_gates": reads}
-    if options.use_links:
-        sizes["read_modes"] = reads * 3
-    if options.mask_min < 1:
-        sizes["masks"] = (reads + 1) * width
-    if options.sharpen_links:
-        sizes["sharpening"] = reads * 2
-    return sizes
+             "read_strengths": reads, "free_gates": reads,
+             "read_modes": 3 * reads * options.use_links,
+             "masks": (reads + 1) * width * (options.mask_min < 1),
+             "sharpening": 2 * reads * options.sharpen_links}
 
 def split_interface(z: torch.Tensor, width: int, reads: int, options: DNCOptions) -> Interface:
     """Split interface vectors z (B, T, I) and apply the activations (Graves, "interface")."""
@@ -492,22 +473,18 @@ def zero_state(batch: int, slots: int, width: int, reads: int, options: DNCOptio
                     zeros(batch, reads, slots), zeros(batch, linked, linked), zeros(batch, linked))
 
 def usage_update(usage, write_weights, read_weights, free_gates):
-    """u = (u + w - u*w) * psi, retention psi = prod_r (1 - f_r * wr_r), from the previous step's
-    weightings. usage, write_weights (B, N); read_weights (B, R, N); free_gates (B, R).
-    Returns usage and retention, both (B, N) in [0, 1]."""
+    """u = (u + w - u*w) * psi, psi = prod_r (1 - f_r * wr_r), w and wr of the step before. usage,
+    write_weights (B, N), read_weights (B, R, N), free_gates (B, R) -> usage, psi (B, N)."""
     kept = 1 - free_gates.unsqueeze(-1) * read_weights  # (B, R, N)
     # A chain of products: the backward of torch.prod synchronises a GPU with the host.
     retention = functools.reduce(torch.mul, kept.unbind(1))  # (B, N)
     return (usage + write_weights - usage * write_weights) * retention, retention
 
 def allocation_weighting(usage: torch.Tensor) -> torch.Tensor:
-    """Weight of each slot for new content, free slots first: usage (B, N) -> (B, N), sum <= 1.
-
-    a_i = (1 - u~_i) * prod of u~_j over the slots j freer than i, u~ = eps + (1 - eps) u; ties
-    break to the lowest slot. The order is constant for the gradient. Not renormalised: a full
-    memory allocates nothing. A comparison matrix stands in for Graves' sort: same order, and the
-    product over a free list becomes one matrix product of logarithms (u~ >= eps, no log of 0).
-    """
+    """a_i = (1 - u~_i) * prod of u~_j over the slots j freer than i, with u~ = eps + (1 - eps) u:
+    usage (B, N) -> (B, N), sum <= 1. Ties break to the lowest slot; the order is constant for the
+    gradient. Not renormalised: a full memory allocates nothing. A comparison matrix stands in for
+    Graves' sort: same order, and the product becomes a sum of logarithms (u~ >= eps)."""
     used = EPS + (1 - EPS) * usage
     mine, other = used.unsqueeze(2), used.unsqueeze(1)  # (B, N, 1), (B, 1, N)
     slot = torch.arange(usage.shape[1], device=usage.device)
@@ -518,11 +495,8 @@ def allocation_weighting(usage: torch.Tensor) -> torch.Tensor:
 
 def content_weighting(keys, strengths, memory, masks=None):
     """softmax over slots of strength * cos(key, slot); the eps stands INSIDE the root of each norm,
-    or the gradient into an empty slot is thousands of times larger.
-
-    keys (B, K, W), strengths (B, K), memory (B, N, W), masks (B, K, W) or None -> (B, K, N).
-    A mask (M) multiplies key and memory: k.m, M.m.
-    """
+    or the gradient into an empty slot is thousands of times larger. A mask (M) multiplies both.
+    keys (B, K, W), strengths (B, K), memory (B, N, W), masks (B, K, W) or None -> (B, K, N)."""
     if masks is None:
         dots = keys @ memory.transpose(1, 2)  # (B, K, N)
         slot_norms = (memory * memory).sum(-1).unsqueeze(1)  # (B, 1, N)
@@ -584,11 +558,8 @@ def dnc_step(x: Interface, state: DNCState, options: DNCOptions) -> tuple[torch.
     return read_weights @ memory, new  # (B, R, W)
 
 def dnc_loop(interface: Interface, state: DNCState, options: DNCOptions):
-    """The readable recurrence over T tokens; a faster one must return the same.
-
-    Returns reads (B, T, R, W), write_weights (B, T, N), read_weights (B, T, R, N) and the state
-    after the last token. The state passed in is not modified.
-    """
+    """The readable recurrence over T tokens; a faster one must return the same: reads (B, T, R, W),
+    write_weights (B, T, N), read_weights (B, T, R, N) and the state after the last token."""
     length = interface.write_gate.shape[1]
     parts = [[None] * length if p is None else p.unbind(1) for p in interface]
     reads, write_weights, read_weights = [], [], []
@@ -601,12 +572,9 @@ def dnc_loop(interface: Interface, state: DNCState, options: DNCOptions):
 
 class DNCMemory(nn.Module):
     """DNC over hidden states, a pure function of (h, state): h + read_proj(reads).
-
-    The controller never sees its reads, so the interface of all T tokens is one matrix product.
-    departs from Graves: there the reads of step t-1 enter the controller at step t, and no
-    LayerNorm stands before the interface. `read_proj` has no bias and starts at zero: at step 0
-    the model is the baseline, and zeroed reads give the model without memory exactly.
-    """
+    departs from Graves: the controller never sees its reads (there those of step t-1 enter at step
+    t), so the interface of all T tokens, from LN(h), is one matrix product. `read_proj` has no bias
+    and starts at zero: step 0 is the baseline, zeroed reads are the model without memory."""
 
     def __init__(self, hidden_size: int, slots: int, width: int, reads: int,
                  options: DNCOptions = DNCOptions()):
@@ -644,7 +612,6 @@ def map_state(fn, state):
     return None if state is None else type(state)(*map(fn, state))
 
 # ══ Model: GPT2Model, memory, tied LM head ═══════════════════════════════════════════════════════
-
 # Columns of the statistics that evaluation takes of every token; the last six need a memory.
 STATS = ("nll", "top1", "top5", "confidence", "rank", "pred_entropy",
          "nll_without", "kl", "gate", "gate_squared", "write_rate", "sparsity")
@@ -652,7 +619,6 @@ LOGITS_AT_ONCE = 2**25  # elements of one chunk of logits outside the training h
 
 class Output(NamedTuple):
     """One forward pass, every tensor batch first, so that nn.DataParallel can gather it."""
-
     nll: torch.Tensor  # (B, L) next-token cross-entropy in nats; 0 where the target is -100
     top1: torch.Tensor  # (B, L) 1 where the most likely token is the target
     effect: torch.Tensor  # (B, P) KL or benefit at the sampled positions, no gradient
@@ -668,10 +634,8 @@ def weight_entropy(weights: torch.Tensor) -> torch.Tensor:
 
 def token_statistics(h, h_out, targets, weight, trace: DNCTrace | None) -> torch.Tensor:
     """The STATS of every token: h, h_out (B, L, C), targets (B, L), weight (V, C) -> (B, L, K).
-
     Logits in float32 and in chunks: ties among bfloat16 logits would flatter rank and accuracy.
-    Ties count against the model in top-k; rank is 1 + the number of larger logits.
-    """
+    Ties count against the model in top-k; rank is 1 + the number of larger logits."""
     out = torch.zeros(targets.numel(), len(STATS), device=h.device)  # (B*L, K)
     h, h_out, at = h.flatten(0, 1).float(), h_out.flatten(0, 1).float(), targets.reshape(-1, 1)
     weight, chunk = weight.float(), max(1, LOGITS_AT_ONCE // weight.shape[0])
@@ -708,11 +672,8 @@ class GPT2WithMemory(nn.Module):
         return None if self.memory is None else self.memory.init_state(rows)
 
     def hidden(self, tokens: torch.Tensor, state: DNCState | None):
-        """tokens (B, L) -> h without memory (B, L, C), h with memory (B, L, C), state, trace.
-
-        The controller sees L / seq_len independent windows in one call; the memory runs once over
-        the whole length (carried), or over each window from an empty state.
-        """
+        """tokens (B, L) -> h without and with memory (B, L, C), state, trace. The controller sees
+        L / seq_len independent windows in one call, the memory the whole length if carried."""
         B, L = tokens.shape
         windows = tokens.reshape(-1, min(self.config.seq_len, L))  # (B*S, T)
         h = self.controller(input_ids=windows, use_cache=False).last_hidden_state  # (B*S, T, C)
@@ -767,7 +728,6 @@ def controller_config(config: Config, vocab_size: int):
     """The controller's transformers.GPT2Config, from Config or from the pretrained GPT-2 it names.
     Raises ValueError when that is no GPT-2, has no room for the window, or another vocabulary."""
     from transformers import AutoConfig, GPT2Config
-
     name, drop = config.init_from, dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"),
                                                  config.dropout)
     if name == "scratch":
@@ -787,7 +747,6 @@ def controller_config(config: Config, vocab_size: int):
 def build_model(config: Config, settings) -> GPT2WithMemory:
     """Build an arm's model on the CPU from the run's seed, and settings, its GPT2Config."""
     from transformers import GPT2Model
-
     torch.manual_seed(config.seed)
     if config.init_from == "scratch":
         settings._attn_implementation = "sdpa"
@@ -801,16 +760,12 @@ def build_model(config: Config, settings) -> GPT2WithMemory:
     return model
 
 def count_parameters(module: nn.Module | None) -> int:
-    return 0 if module is None else sum(p.numel() for p in module.parameters())
+    return sum(p.numel() for p in module.parameters()) if module is not None else 0
 
 # ══ Loss, metrics, evaluation ════════════════════════════════════════════════════════════════════
-
 def total_loss(output: Output, positions: torch.Tensor | None, config: Config) -> torch.Tensor:
-    """L = L_LM + lambda_r L_routing + lambda_e L_entropy, a scalar in nats.
-
-    L_routing = -mean(g * sg(effect)) over the sampled positions (B, P) rewards a gate that is open
-    where memory changes the prediction (routing "kl") or improves it ("benefit").
-    """
+    """L = L_LM + lambda_r L_routing + lambda_e L_entropy, a scalar. L_routing, -mean(g sg(effect))
+    over positions (B, P), rewards a gate that is open where memory changes the prediction."""
     loss = output.nll.mean()
     if positions is not None:
         gates = output.trace.write_gate.gather(1, positions)  # (B, P)
@@ -866,11 +821,9 @@ class StopSignal:
 def evaluate(model: GPT2WithMemory, stream: torch.Tensor, config: Config, stop: StopSignal,
              swap: bool = False) -> dict:
     """Score every token of a stream but the first, memory carried along each row from an empty
-    state; with `swap`, at each window start every row gets the state of the row before it.
-
-    Returns `metrics` (means over tokens), and per window, so that arms can be compared window by
-    window, `sums` (windows, K) of STATS in float64 and `counts` (windows,) of scored tokens.
-    """
+    state; with `swap`, at each window start every row gets the state of the row before it. Returns
+    `metrics` (means over tokens), and by window, so that arms can be compared window by window,
+    `sums` (windows, K) of STATS in float64 and `counts` (windows,) of scored tokens."""
     device = next(model.parameters()).device
     inputs, targets = evaluation_rows(stream, config.eval_rows)
     state, sums, counts = model.init_state(config.eval_rows), [], []
@@ -890,7 +843,6 @@ def evaluate(model: GPT2WithMemory, stream: torch.Tensor, config: Config, stop: 
     return {"metrics": found, "sums": sums, "counts": counts}
 
 # ══ Checkpoints: one format, exact resume ════════════════════════════════════════════════════════
-
 # Fields that may differ between the run that saved and the run that resumes.
 FREE_FIELDS = set("dataset tokenizer preset log_every_steps save_every_steps save_dir plot_dir "
                   "arms use_compile compile_mode num_gpus resume inspect text eval_tokens".split())
@@ -898,7 +850,6 @@ FREE_FIELDS = set("dataset tokenizer preset log_every_steps save_every_steps sav
 @dataclasses.dataclass
 class Run:
     """One arm in training: all that a checkpoint holds. The only mutable record in this file."""
-
     arm: str  # its name in tables and file names
     config: Config
     model: GPT2WithMemory
@@ -941,9 +892,8 @@ class Run:
         }
 
 def save_checkpoint(run: Run, corpus: Corpus, final: bool = False) -> None:
-    """Write `{arm}_step{N}.pt` or `{arm}_FINAL_step{N}.pt`: complete under a temporary name, then
-    renamed, so that a kill or a full disk never leaves half a checkpoint under a real one's name.
-    Raises ValueError, saying what was kept, when it cannot be written."""
+    """Write `{arm}_[FINAL_]step{N}.pt` under a temporary name, then rename it: a kill or a full
+    disk never leaves half a checkpoint. Raises ValueError, saying what was kept."""
     name = f"{run.arm.replace(' ', '_')}_{'FINAL_' if final else ''}step{run.step}.pt"
     path = Path(run.config.save_dir) / name
     temporary = path.with_name(name + ".tmp")
@@ -1023,7 +973,6 @@ def resume_run(run: Run, corpus: Corpus) -> None:
     print(f"{run.arm}: no valid checkpoint in {run.config.save_dir}, starting at step 0")
 
 # ══ Training: one loop for every arm ═════════════════════════════════════════════════════════════
-
 WARM_STEPS = 3  # after each start, left out of tokens/s
 
 class Diverged(RuntimeError):
@@ -1032,22 +981,19 @@ class Diverged(RuntimeError):
 def learning_rate(step: int, total: int, config: Config) -> float:
     """Rate at `step` of `total`: a linear warm-up, then constant, or cosine to a tenth."""
     warmup = max(1, round(config.lr_warmup * total))
-    if step < warmup:
-        return config.lr * (step + 1) / warmup
-    if config.lr_schedule == "constant":
-        return config.lr
+    if step < warmup or config.lr_schedule == "constant":
+        return config.lr * min(1.0, (step + 1) / warmup)
     progress = (step - warmup) / max(1, total - warmup)
     return config.lr * (0.55 + 0.45 * math.cos(math.pi * progress))
 
 def make_optimizer(model: nn.Module, config: Config) -> torch.optim.Optimizer:
-    """AdamW, fused; weight decay on matrices only; the memory's rate is lr * memory_lr.
-
-    Reads share a large common part, so one Adam step of read_proj at the controller's rate moves
-    every logit at once: the noise of that bias, not the memory, then decides the comparison.
-    """
+    """AdamW, fused; weight decay on matrices only; the memory's rate is lr * memory_lr. Reads share
+    a large common part, so that at the controller's rate one Adam step of read_proj moves every
+    logit at once: the noise of that bias, not the memory, would decide the comparison."""
+    parts = ((model.controller, 1.0), (model.memory, config.memory_lr))
     groups = [{"params": [p for p in part.parameters() if (p.dim() >= 2) == matrix], "scale": scale,
-               "weight_decay": config.weight_decay * matrix} for matrix in (True, False)
-              for part, scale in ((model.controller, 1.0), (model.memory, config.memory_lr)) if part]
+               "weight_decay": config.weight_decay * matrix}
+              for matrix in (True, False) for part, scale in parts if part is not None]
     return torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, 0.95), fused=True)
 
 def peak_memory_mb(device: torch.device, reset: bool = False) -> float:
@@ -1123,7 +1069,6 @@ def train(run: Run, corpus: Corpus, forward: nn.Module, stop: StopSignal) -> Non
     """Train one arm to its last step, evaluate it on all of validation and test, and save it.
     Every arm goes through here. Raises Stopped, after saving, when a signal asked to stop."""
     from tqdm import tqdm
-
     config, device = run.config, next(run.model.parameters()).device
     rows = training_rows(corpus.train, config.rows, config.step_len).to(device)
     peak_memory_mb(device, reset=True)
@@ -1184,8 +1129,7 @@ def start_run(name: str, config: Config, corpus: Corpus, device: torch.device) -
     return run
 
 # ══ Comparison: table, memory controls, write inspection, plots ══════════════════════════════════
-
-RULE, LINE = "═" * 78, "  " + "─" * 74
+RULE, LINE, MARKS = "═" * 78, "  " + "─" * 74, {1: "✓", -1: "✗", 0: "≈"}
 # label, metric, format, better (+1 higher, -1 lower, 0 neither), STATS column of the paired test
 TABLE = (
     ("Perplexity ↓", "ppl", ",.2f", -1, "nll"),
@@ -1219,27 +1163,24 @@ def change(old: float, new: float) -> str:
     return f"{'▲' if ratio > 0 else '▼' if ratio < 0 else '='}{abs(ratio):.1%}"
 
 def print_row(label: str, old: float | None, new: float | None, form: str, mark: str = "") -> None:
-    known = [x is not None and math.isfinite(x) for x in (old, new)]
-    cells = [format(x, form) if ok else "—" for x, ok in zip((old, new), known, strict=True)]
-    delta = f"{change(old, new)} {mark}" if all(known) else "—"
+    cells = [format(x, form) if x is not None and math.isfinite(x) else "—" for x in (old, new)]
+    delta = "—" if "—" in cells else f"{change(old, new)} {mark}"
     print(f"  {label:<21} {cells[0]:>15} {cells[1]:>15}     {delta}".rstrip())
 
 def print_comparison(reference: Run, other: Run, corpus: Corpus) -> None:
-    """Print the final table of two finished arms. ✓ and ✗ stand only where `other` is really better
-    or worse than `reference`."""
+    """Print the final table; ✓ and ✗ stand only where `other` is really better or worse."""
     old, new, config = reference.results, other.results, other.config
-    marks = {1: "✓", -1: "✗", 0: "≈"}
     tokens, scored = new["steps"] * config.batch_size * config.seq_len, new["valid"]["counts"].sum()
-    first = reference.arm.removeprefix("GPT2 ") + " GPT2"
-    print(f"\n{RULE}\n  FINAL COMPARISON — {first} vs {other.arm}\n{RULE}\n  {corpus.name}\n"
+    print(f"\n{RULE}\n  FINAL COMPARISON — {reference.arm[5:]} GPT2 vs {other.arm}\n{RULE}\n"
+          f"  {corpus.name}\n"
           f"  {tokens:,} training tokens in {new['steps']:,} steps, seed {config.seed}; scored on "
           f"all {scored:,} of validation\n\n"
           f"  {'Metric':<21} {reference.arm:>15} {other.arm:>15}     Δ\n{LINE}")
     for label, key, form, better, column in TABLE:
-        mark = marks[better * paired_sign(old["valid"], new["valid"], column)] if column else ""
+        mark = MARKS[better * paired_sign(old["valid"], new["valid"], column)] if column else ""
         print_row(label, *(r["valid"]["metrics"].get(key) for r in (old, new)), form, mark)
     print_row("Test perplexity ↓", *(r["test"]["metrics"]["ppl"] for r in (old, new)), ",.2f",
-              marks[-paired_sign(old["test"], new["test"], "nll")])
+              MARKS[-paired_sign(old["test"], new["test"], "nll")])
     print_row("Parameters", *(count_parameters(r.model) for r in (reference, other)), ",d")
     print_row("Training tokens/s ↑", old["tokens_per_s"], new["tokens_per_s"], ",.0f")
     print_row("Peak memory MiB ↓", old["peak_mb"], new["peak_mb"], ",.0f")
@@ -1248,8 +1189,7 @@ def print_comparison(reference: Run, other: Run, corpus: Corpus) -> None:
           "  One seed: the interval covers the choice of text, not of initial weights.")
 
 def print_controls(run: Run, baseline: Run | None, corpus: Corpus, stop: StopSignal) -> None:
-    """Print the validation perplexity of the trained DNC arm as it is, with reads zeroed, and with
-    every row carrying the memory of another row."""
+    """Print validation perplexity as it is, with reads zeroed, with every row's memory swapped."""
     found = run.results["valid"]["metrics"]
     # read_proj has no bias: zeroed reads give the logits without memory, which are measured too.
     lines = {"as it is": found["ppl"], "reads zeroed": math.exp(found["loss_without"])}
@@ -1286,34 +1226,27 @@ def inspect_writes(model: GPT2WithMemory, tokenizer, text: str, folder: str, cor
     words, trace = trace_text(model, tokenizer, text)
     width = max(5, *(len(word) for word in words))
     print(f"\n{RULE}\n  Write inspection — the gate at every token of the sample\n{RULE}")
-    print(f"  {'Token':<{width}}   {'Gate':<5}  bar")
+    print("  Token  Gate  bar")
     for word, gate in zip(words, trace.write_gate.tolist(), strict=True):
         print(f"  {word:<{width}}   {gate:.3f}  {'█' * round(gate * 30)}".rstrip())
-    print()
     plot_trace(words, trace, Path(folder) / "memory_trace.png", corpus)
 
 @contextlib.contextmanager
-def dark_figure(path: Path, *size, **layout):
-    """A dark matplotlib figure, written whole or not at all when the block ends."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    with plt.style.context("dark_background"):
-        figure, axes = plt.subplots(*size, layout="constrained", **layout)
-        yield figure, axes
-        temporary = path.with_name(path.name + ".tmp")
-        figure.savefig(temporary, dpi=130, format="png")
-        os.replace(temporary, path)
-        plt.close(figure)
+def dark_figure(path: Path, rows: int, columns: int, figsize: tuple[float, float], **grid):
+    """A dark matplotlib figure and its axes, written whole or not at all when the block ends."""
+    from matplotlib import figure, style
+    with style.context("dark_background"):
+        drawn = figure.Figure(figsize=figsize, layout="constrained")
+        yield drawn, drawn.subplots(rows, columns, **grid)
+        drawn.savefig(path.with_name(path.name + ".tmp"), dpi=130, format="png")
+        os.replace(path.with_name(path.name + ".tmp"), path)
     print(f"wrote {path}")
 
 def plot_trace(words: list[str], trace: DNCTrace, path: Path, corpus: str) -> None:
     """Gate above, write weights and read weights (mean of the heads) below, slots by tokens."""
     T, step = len(words), max(1, len(words) // 120)
-    layout = {"figsize": (max(8, min(40, 0.32 * T + 2)), 9), "height_ratios": [1, 2, 2]}
-    with dark_figure(path, 3, 1, sharex=True, **layout) as (figure, axes):
+    size = (max(8, min(40, 0.32 * T + 2)), 9)
+    with dark_figure(path, 3, 1, size, sharex=True, height_ratios=[1, 2, 2]) as (figure, axes):
         axes[0].bar(range(T), trace.write_gate, color="#ffb347", width=0.8)
         axes[0].set(ylim=(0, 1), ylabel="write gate")
         axes[0].set_title(f"GPT2 + DNC, memory by token\n{corpus}", fontsize=10)
@@ -1331,7 +1264,7 @@ def plot_curves(rows: list[dict], path: Path, corpus: str) -> None:
     styles = {"train": {"lw": 0.9, "alpha": 0.8},
               "validation": {"lw": 1.8, "ls": "--", "marker": "o", "ms": 5}}
     arms = list(dict.fromkeys(row["arm"] for row in rows))
-    with dark_figure(path, 1, 2, figsize=(13, 5)) as (figure, axes):
+    with dark_figure(path, 1, 2, (13, 5)) as (figure, axes):
         panels = {"loss": "CE loss (nats/token)", "top1_acc": "top-1 accuracy"}
         for axis, (key, label) in zip(axes, panels.items(), strict=True):
             for arm, split in itertools.product(arms, styles):
@@ -1344,7 +1277,6 @@ def plot_curves(rows: list[dict], path: Path, corpus: str) -> None:
         figure.suptitle(f"{' vs '.join(arms)}\n{corpus}", fontsize=11)
 
 # ══ Main ═════════════════════════════════════════════════════════════════════════════════════════
-
 def check_folder(config: Config, field: str, needed_mb: float = 1.0) -> None:
     """Make an output folder and prove that it can be written. Raises ValueError."""
     folder = Path(getattr(config, field))
@@ -1360,12 +1292,13 @@ def check_folder(config: Config, field: str, needed_mb: float = 1.0) -> None:
             f"one checkpoint ({free:,.0f} are); free some, or name another folder")
 
 def choose_hardware(config: Config, visible: int) -> tuple[Config, int]:
-    """Fill in precision and choose how many of the visible GPUs to use: at most two, at most one a
-    row. Raises ValueError when those asked for are not there, or torch.compile would meet two."""
+    """Fill in precision and choose how many of the visible GPUs to use: at most 2, at most 1 a row.
+    Raises ValueError when those asked for are not there, or torch.compile would meet two."""
     gpus = min(2, visible, config.rows) if config.num_gpus == "auto" else config.num_gpus
     require(gpus <= visible, "num_gpus", gpus, f"at most {visible}, the CUDA devices that are "
             "visible; set num_gpus=auto")
-    require(gpus < 2 or not config.use_compile, "use_compile", True, "False; set num_gpus=1")
+    require(gpus < 2 or not config.use_compile, "use_compile", True,
+            "False on two GPUs; set num_gpus=1")
     bf16 = gpus > 0 and torch.cuda.is_bf16_supported()
     precision = config.precision if config.precision != "auto" else "bf16" if bf16 else "float32"
     return dataclasses.replace(config, precision=precision), gpus
@@ -1373,7 +1306,6 @@ def choose_hardware(config: Config, visible: int) -> tuple[Config, int]:
 def print_banner(config: Config, corpus: Corpus, gpus: int, preset: str) -> None:
     """Print all that a reader needs to judge the figures: config, versions, device, data."""
     import transformers
-
     device = torch.cuda.get_device_name() if gpus else f"CPU, {torch.get_num_threads()} threads"
     device += " x 2, DataParallel" if gpus == 2 else ""
     print(f"{RULE}\n  DNC-GPT2: {' vs '.join(ARMS[arm] for arm in config.arm_list)}\n{RULE}\n"
@@ -1391,7 +1323,6 @@ def run_inspection(config: Config) -> None:
     """--inspect: print the gates of a trained GPT2 + DNC on a text. Raises ValueError."""
     from tokenizers import Tokenizer
     from transformers import GPT2Config
-
     payload = load_checkpoint(config.inspect)
     require(payload["config"]["memory"] == "dnc", "inspect", config.inspect, f"a checkpoint of "
             f"{ARMS['dnc']} (this is {payload['arm']}, which has no memory)")
@@ -1406,8 +1337,8 @@ def run_inspection(config: Config) -> None:
 def run_comparison(config: Config, preset: str, stop: StopSignal) -> None:
     """The main job: every arm trained and evaluated in turn, then table, controls, inspection."""
     config, gpus = choose_hardware(config, torch.cuda.device_count())
-    for field in ("save_dir", "plot_dir"):
-        check_folder(config, field)
+    check_folder(config, "save_dir")
+    check_folder(config, "plot_dir")
     corpus = load_corpus(config)
     if config.init_from != "scratch":
         found = controller_config(config, corpus.tokenizer.get_vocab_size())
@@ -1415,8 +1346,7 @@ def run_comparison(config: Config, preset: str, stop: StopSignal) -> None:
                                      num_heads=found.n_head, mlp_width=found.n_inner or 0)
     print_banner(config, corpus, gpus, preset)
     device, folder = torch.device("cuda" if gpus else "cpu"), Path(config.plot_dir)
-    runs: dict[str, Run] = {}
-    rows: list[dict] = []
+    runs, rows = {}, []  # by arm; of metrics.jsonl
     for name in config.arm_list:
         run = runs[name] = start_run(name, config, corpus, device)
         lines = "".join(json.dumps(row) + "\n" for row in rows + run.history)
@@ -1441,11 +1371,11 @@ def run_comparison(config: Config, preset: str, stop: StopSignal) -> None:
 
 def main(argv: list[str]) -> int:
     """Run a command line -> exit code: 0, 1 diverged, 2 a user's mistake, 128 + signal stopped."""
+    if {"-h", "--help"} & set(argv):
+        print_help(Config, __doc__, PRESETS["small"])
+        return 0
     stop = StopSignal()
     try:
-        if {"-h", "--help"} & set(argv):
-            print_help(Config, __doc__, PRESETS["small"])
-            return 0
         overrides = parse_overrides(Config, argv)
         config, preset = make_config(Config, overrides, PRESETS, torch.cuda.is_available())
         if config.inspect:

@@ -1,4 +1,4 @@
-"""What the tests of dnc_gpt2.py share: a tiny corpus, a tiny tokenizer, a tiny run, and the command.
+"""What the tests of dnc_gpt2.py share: a tiny corpus and tokenizer, a tiny run, and the command.
 
 Everything is offline and on one thread, in this process and in those that it starts, so that two
 runs of one command can be compared bit for bit.
@@ -113,12 +113,13 @@ def corpus(data_folder, tokenizer_folder) -> dnc_gpt2.Corpus:
     return dnc_gpt2.load_corpus(tiny_config(dataset=data_folder, tokenizer=tokenizer_folder))
 
 
-def start_cli(argv: list[str], **options) -> subprocess.Popen:
-    """Start the real command, offline and on one thread."""
+def start_cli(argv: list[str], code: str = "", **options) -> subprocess.Popen:
+    """Start the real command, or a driver's `code` in its place, offline and on one thread."""
+    script = ["-c", code] if code else [str(ROOT / "dnc_gpt2.py")]
     env = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1",
            "PYTHONIOENCODING": "utf-8"}
     return subprocess.Popen(
-        [sys.executable, str(ROOT / "dnc_gpt2.py"), *argv], env=env, stdin=subprocess.DEVNULL,
+        [sys.executable, *script, *argv], env=env, stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, encoding="utf-8", **options)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import http.client
 import importlib.util
 import math
 import os
@@ -18,7 +19,7 @@ import pytest
 import tokenizers
 import torch
 import transformers
-from conftest import ROOT, SHARED_DATA, error_line, flags, pseudo_english, tiny_config, write_corpus
+from conftest import ROOT, error_line, flags, pseudo_english, tiny_config, write_corpus
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -194,6 +195,7 @@ BAD_LINES = [
     (["--num_gpus=2", "--batch_size=4", "--bptt_segments=4"], ["num_gpus", "num_gpus=1", "1"]),
     (["--num_gpus=-1"], ["num_gpus", "-1"]),
     (["--inspect", "no-such-file.pt"], ["no-such-file.pt"]),
+    (["--seed", str(2**64)], ["seed"]),  # more than a generator takes
 ]
 
 
@@ -369,7 +371,6 @@ def test_load_corpus_reads_the_real_wikitext(wikitext):
     stream = dnc_gpt2.tokenize(tokenizer, [text])
     assert tokenizer.decode(stream.tolist()) == text
     assert stream.tolist() == tokenizer.encode(text, add_special_tokens=False).ids
-    assert SHARED_DATA.name in config.dataset
 
 
 # ── own tokenizer, embedded corpus ──────────────────────────────────────────────────────────────
@@ -390,11 +391,13 @@ def small_library(tmp_path, monkeypatch) -> Path:
     """A standard library of a few files, where the real one takes seconds to read."""
     library = tmp_path / "lib"
     for name in ("a/__init__", "a/one", "a/two", "test/test_a", "a/tests/x", "site-packages/dep"):
-        (library / f"{name}.py").parent.mkdir(parents=True, exist_ok=True)
-        (library / f"{name}.py").write_text(f'"""About {name}."""\n\ndef f():\n    "F in {name}."\n')
+        path = library / f"{name}.py"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(f'"""About {name}."""\n\ndef f():\n    "F in {name}."\n')
+    shared = '"""A docstring that many modules of this library repeat."""'
     for i in range(30):
-        shared = '"""A docstring that many modules of this library repeat."""'
-        source = f'{shared}\n\nclass C:\n    """C number {i}."""\n    def m(self):\n        {shared}\n'
+        method = f"    def m(self):\n        {shared}\n"
+        source = f'{shared}\n\nclass C:\n    """C number {i}."""\n{method}'
         (library / f"module_{i}.py").write_text(source)
     (library / "template.py").write_text("def {{name}}(:\n")
     paths = sysconfig.get_paths() | {"stdlib": str(library)}
@@ -546,6 +549,18 @@ def test_hub_that_never_answers_is_given_up_within_the_bound(fresh_hub_state):
     assert "embedded" in corpus.name
     assert os.environ["HF_HUB_OFFLINE"] == "1"  # so that no library waits for it again
     assert took - 0.4 + bound < 10  # "where it cannot be reached within 10 s in all"
+
+
+def test_hub_that_answers_nonsense_is_given_up_without_a_word(fresh_hub_state, capfd):
+    """A proxy's log-in page, a port of another service: neither OSError nor ValueError."""
+    def urlopen(*args, **kwargs):
+        raise http.client.BadStatusLine("SSH-2.0-OpenSSH")
+
+    shown = []
+    fresh_hub_state.setattr(threading, "excepthook", shown.append)
+    fresh_hub_state.setattr(dnc_gpt2.urllib.request, "urlopen", urlopen)
+    assert not dnc_gpt2.hub_reachable()
+    assert not shown and capfd.readouterr().err == ""
 
 
 def test_hub_that_answers_leaves_the_libraries_online(fresh_hub_state):

@@ -183,7 +183,8 @@ def test_gradient_of_the_fourth_window_reaches_what_the_first_one_wrote(start, c
     output.nll[:, 3 * T :].mean().backward()
     grad = seen[0].grad.view(4, T, -1)  # rows = 1: windows by tokens
     width = run.config.mem_width
-    into_write_vector = grad[0, :, 2 * width + 1 : 3 * width + 1].abs().max()  # key, strength, erase
+    start_of_vector = 2 * width + 1  # after key, strength and erase
+    into_write_vector = grad[0, :, start_of_vector : start_of_vector + width].abs().max()
     assert grad[3].abs().max() > 0
     assert (into_write_vector > 1e-8) if carry else (grad[:3] == 0).all()
 
@@ -249,8 +250,8 @@ class VocabularyProducts(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("arm, fields, without", [
-    ("baseline", {}, 0), ("dnc", {"lambda_routing": 0.0}, 0), ("dnc", {"routing_fraction": 0.25}, 8),
-    ("dnc", {"routing_fraction": 1.0}, 32)])
+    ("baseline", {}, 0), ("dnc", {"lambda_routing": 0.0}, 0),
+    ("dnc", {"routing_fraction": 0.25}, 8), ("dnc", {"routing_fraction": 1.0}, 32)])
 def test_step_computes_logits_without_memory_only_where_routing_needs_them(
         start, arm, fields, without):
     run = start(arm, **fields)
@@ -425,10 +426,11 @@ def evaluate(run: dnc_gpt2.Run, stream: torch.Tensor, **options) -> dict:
     ("dnc", {"eval_rows": 2}, {}), ("dnc", {}, {"swap": True})])
 @pytest.mark.parametrize("length", [151, 198])
 def test_evaluate_equals_a_slow_second_computation(start, corpus, arm, fields, options, length):
-    run = start(arm, speaking=True, eval_rows=fields.pop("eval_rows", 3), **fields)
+    run = start(arm, speaking=True, **{"eval_rows": 3} | fields)
     stream = corpus.valid[:length]
     found = evaluate(run, stream, **options)
-    slow = slow_evaluation(copy.deepcopy(run.model).double(), stream.tolist(), run.config, **options)
+    exact = copy.deepcopy(run.model).double()
+    slow = slow_evaluation(exact, stream.tolist(), run.config, **options)
     assert found["metrics"].keys() == slow.keys()
     assert found["counts"].sum() == length - 1
     for name, value in slow.items():
@@ -524,7 +526,7 @@ def evaluation_of(nll: np.ndarray, counts: np.ndarray) -> dict:
 def test_paired_sign_needs_the_interval_to_exclude_zero():
     draw = np.random.default_rng(0)
     counts = draw.integers(3, 17, 200)
-    level = draw.normal(5, 2, 200)  # windows differ far more than arms do: pairs see it all the same
+    level = draw.normal(5, 2, 200)  # windows differ far more than arms do; pairs see it
     reference = evaluation_of(level, counts)
     for shift, sign in ((-0.05, -1), (0.05, 1)):
         other = evaluation_of(level + shift + draw.normal(0, 0.1, 200), counts)
@@ -608,14 +610,29 @@ def test_training_lowers_the_loss_of_every_arm(start, corpus):
             assert run.model.memory.read_proj.weight.abs().max() > 1e-3
 
 
-def test_optimizer_decays_matrices_alone_and_holds_every_parameter_once(start):
-    run = start("dnc", weight_decay=0.2)
-    decayed, plain = run.optimizer.param_groups
-    assert (decayed["weight_decay"], plain["weight_decay"]) == (0.2, 0)
-    assert all(p.dim() >= 2 for p in decayed["params"]) and all(p.dim() < 2 for p in plain["params"])
-    held = [id(p) for group in run.optimizer.param_groups for p in group["params"]]
+def test_optimizer_decays_matrices_alone_and_holds_every_parameter_once(start, corpus):
+    run = start("dnc", weight_decay=0.2, lr=0.01, memory_lr=0.3, lr_warmup=0.0, max_steps=1)
+    rows = dnc_gpt2.training_rows(corpus.train, run.config.rows, run.config.step_len)
+    dnc_gpt2.train_step(run, run.model, rows)
+    of_memory = {id(p) for p in run.model.memory.parameters()}
+    held = []
+    for group in run.optimizer.param_groups:
+        held += map(id, group["params"])
+        assert group["fused"] and group["betas"] == (0.9, 0.95)
+        for p in group["params"]:
+            assert group["weight_decay"] == (0.2 if p.dim() >= 2 else 0)
+            assert group["lr"] == pytest.approx(0.003 if id(p) in of_memory else 0.01)
     assert sorted(held) == sorted(id(p) for p in run.model.parameters())
-    assert decayed["fused"]
+
+
+def test_gradients_are_clipped_to_their_global_norm(start, corpus):
+    run, norms = start("dnc", grad_clip=0.05), []
+    rows = dnc_gpt2.training_rows(corpus.train, run.config.rows, run.config.step_len)
+    for _ in range(2):
+        dnc_gpt2.train_step(run, run.model, rows)
+        grads = [p.grad.norm() for p in run.model.parameters()]
+        norms.append(torch.stack(grads).norm().item())
+    assert norms == pytest.approx([0.05, 0.05], rel=1e-3)
 
 
 @pytest.mark.parametrize("broken", ["loss", "gradient"])
