@@ -29,7 +29,6 @@ import itertools
 import json
 import math
 import os
-import pickle
 import platform
 import re
 import shlex
@@ -87,7 +86,7 @@ class Config:
     grad_clip: float = 1.0  # global gradient norm
     lambda_routing: float = 0.1  # weight of L_routing
     lambda_entropy: float = 0.05  # weight of L_entropy
-    routing: str = "kl"  # reward the gate where memory changes (kl) or helps (benefit) prediction
+    routing: str = "benefit"  # reward the gate where memory helps (benefit) or changes (kl) it
     routing_fraction: float = 0.125  # share of positions at which routing is computed, 1 = all
     seed: int = 0  # weights, dropout and routing positions
     arms: str = "baseline,dnc"  # of baseline, matched (as many parameters as dnc), dnc; in order
@@ -96,6 +95,7 @@ class Config:
     tokenizer: str = "auto"  # auto (gpt2 from the hub) | hub name | folder
     preset: str = "auto"  # full (the numbers above) | small | auto = full with CUDA, else small
     eval_tokens: int = 20_000  # of the validation split, at every save_every_steps
+    final_eval_tokens: int = 0  # of validation and test for the final figures, 0 = all
     eval_rows: int = 8  # parallel rows in evaluation, at least 2 for the swapped-memory control
     # logging
     log_every_steps: int = 50  # a metrics.jsonl row
@@ -122,7 +122,8 @@ class Config:
         above = ("hidden_size num_layers num_heads mem_slots mem_width num_reads bptt_segments "
                  "epochs batch_size seq_len lr memory_lr grad_clip routing_fraction eval_tokens "
                  "log_every_steps save_every_steps")
-        at_least = "mlp_width max_steps weight_decay lambda_routing lambda_entropy seed"
+        at_least = ("mlp_width max_steps weight_decay lambda_routing lambda_entropy seed "
+                    "final_eval_tokens")
         choices = {"memory": ("dnc", "none"), "lr_schedule": ("cosine", "constant"),
                    "routing": ("kl", "benefit"), "num_gpus": ("auto", 0, 1, 2),
                    "precision": ("auto", "bf16", "float32")}
@@ -152,15 +153,14 @@ class Config:
         ):
             require(holds, name, getattr(self, name), requirement)
 
-# What a preset sets. "full" repeats the shipped values of Config: a field edited in the file away
-# from them, or given on the command line, wins over "small".
+# "full" repeats the shipped values of Config: a field edited away from them wins over "small".
 PRESETS: dict[str, dict] = {
     "full": {"hidden_size": 768, "num_layers": 6, "num_heads": 8, "mem_slots": 64, "mem_width": 128,
              "num_reads": 4, "max_steps": 0, "batch_size": 4, "seq_len": 128, "bptt_segments": 1,
              "lr": 3e-4, "log_every_steps": 50, "save_every_steps": 3000},
     "small": {"hidden_size": 256, "num_layers": 4, "num_heads": 4, "mem_slots": 32, "mem_width": 64,
-              "num_reads": 4, "max_steps": 400, "batch_size": 16, "seq_len": 64, "bptt_segments": 2,
-              "lr": 1e-3, "log_every_steps": 10, "save_every_steps": 200},
+              "num_reads": 4, "max_steps": 600, "batch_size": 8, "seq_len": 64, "bptt_segments": 1,
+              "lr": 1e-3, "log_every_steps": 10, "save_every_steps": 300},
 }
 
 def require(condition: bool, field: str, value: object, requirement: str) -> None:
@@ -632,26 +632,30 @@ def weight_entropy(weights: torch.Tensor) -> torch.Tensor:
     p = weights / weights.sum(-1, keepdim=True).clamp_min(1e-12)
     return -(p * p.clamp_min(1e-12).log()).sum(-1) / math.log(max(2, weights.shape[-1]))
 
-def token_statistics(h, h_out, targets, weight, trace: DNCTrace | None) -> torch.Tensor:
-    """The STATS of every token: h, h_out (B, L, C), targets (B, L), weight (V, C) -> (B, L, K).
-    Logits in float32 and in chunks: ties among bfloat16 logits would flatter rank and accuracy.
-    Ties count against the model in top-k; rank is 1 + the number of larger logits."""
+def token_statistics(h, h_out, targets, weight, trace: DNCTrace | None, brief: bool):
+    """The STATS of every token (brief: the nll, the rest 0): h, h_out (B, L, C), targets (B, L),
+    weight (V, C) -> (B, L, K). Logits in float32 and in chunks: ties among bfloat16 logits would
+    flatter rank and accuracy. Ties count against the model in top-k, and for it in rank."""
     out = torch.zeros(targets.numel(), len(STATS), device=h.device)  # (B*L, K)
     h, h_out, at = h.flatten(0, 1).float(), h_out.flatten(0, 1).float(), targets.reshape(-1, 1)
     weight, chunk = weight.float(), max(1, LOGITS_AT_ONCE // weight.shape[0])
     for rows in torch.arange(len(out), device=h.device).split(chunk):
         target = at[rows].clamp_min(0)  # (M, 1)
-        logits = h_out[rows] @ weight.T  # (M, V)
-        log_p, target_logit = logits.log_softmax(-1), logits.gather(1, target)
-        p, at_least = log_p.exp(), (logits >= target_logit).sum(-1)  # counts the target itself
-        columns = [-log_p.gather(1, target)[:, 0], at_least <= 1, at_least <= 5,
-                   p.gather(1, target)[:, 0], 1 + (logits > target_logit).sum(-1),
-                   -(p * log_p).sum(-1)]
-        if trace is not None:
+        log_p = (h_out[rows] @ weight.T).log_softmax(-1)  # (M, V)
+        found = log_p.gather(1, target)  # (M, 1)
+        columns = [-found]
+        if not brief:
+            p, best = log_p.exp(), log_p.topk(6).values  # in the top k: above the k + 1st best
+            minus_entropy = (p.unsqueeze(1) @ log_p.unsqueeze(2))[:, 0]  # (M, 1)
+            larger = (log_p > found).sum(-1, keepdim=True, dtype=torch.int32)
+            columns += [found > best[:, 1:2], found > best[:, 5:], found.exp(), 1 + larger,
+                        -minus_entropy]
+        if not brief and trace is not None:
             log_q = (h[rows] @ weight.T).log_softmax(-1)  # (M, V)
-            columns += [-log_q.gather(1, target)[:, 0], (p * (log_p - log_q)).sum(-1)]
-        out[rows, : len(columns)] = torch.stack([c.float() for c in columns], dim=1)
-    if trace is not None:
+            cross = (p.unsqueeze(1) @ log_q.unsqueeze(2))[:, 0]  # (M, 1)
+            columns += [-log_q.gather(1, target), minus_entropy - cross]
+        out[rows, : len(columns)] = torch.cat([column.float() for column in columns], dim=1)
+    if not brief and trace is not None:
         gate = trace.write_gate.flatten()  # (B*L,)
         sparsity = 1 - weight_entropy(trace.write_weights).flatten()
         out[:, 8:] = torch.stack((gate, gate * gate, (gate > 0.7).float(), sparsity), dim=1)
@@ -687,9 +691,9 @@ class GPT2WithMemory(nn.Module):
         trace = DNCTrace(*(x.reshape(B, L, *x.shape[2:]) for x in trace))
         return h.reshape(B, L, -1), h_out.reshape(B, L, -1), state, trace
 
-    def forward(self, tokens, targets, state, positions=None, measure: bool = False) -> Output:
-        """tokens, targets (B, L) (L one window or a multiple of seq_len; target -100 = not scored),
-        state of B rows, positions (B, P) of the routing effect or None. `measure` takes STATS."""
+    def forward(self, tokens, targets, state, positions=None, measure: str = "") -> Output:
+        """tokens, targets (B, L) (one window or a multiple of seq_len; target -100 = not scored),
+        state of B rows, positions (B, P) of the routing effect or None, measure "", brief, full."""
         B, L = tokens.shape
         # Entered here because the threads of nn.DataParallel do not inherit autocast's dtype.
         bf16 = self.config.precision == "bf16"
@@ -699,7 +703,8 @@ class GPT2WithMemory(nn.Module):
             effect = h.new_zeros(B, 0)
             if measure:
                 with torch.autocast(tokens.device.type, enabled=False):
-                    stats = token_statistics(h, h_out, targets, weight, trace)
+                    args = h, h_out, targets, weight, trace
+                    stats = token_statistics(*args, brief=measure == "brief")
                 return Output(stats[..., 0], stats[..., 1], effect, stats, trace, state)
             logits = F.linear(h_out, weight)  # (B, L, V)
             nll = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none")
@@ -783,19 +788,18 @@ def routing_positions(config: Config, step: int) -> torch.Tensor | None:
     generator = torch.Generator().manual_seed(config.seed * 1_000_003 + step)
     return torch.rand(config.rows, config.step_len, generator=generator).argsort(1)[:, :count]
 
-def metrics_from(sums: torch.Tensor, count: float, memory: bool) -> dict[str, float]:
+def metrics_from(sums: torch.Tensor, count: float, memory: bool, brief: bool) -> dict[str, float]:
     """The metrics, means over `count` scored tokens, from summed STATS (K,) in float64."""
     mean = dict(zip(STATS, (sums.double() / count).tolist(), strict=True))
-    names = {"loss": "nll", "top1_acc": "top1", "top5_acc": "top5", "confidence": "confidence",
-             "mean_rank": "rank", "pred_entropy": "pred_entropy"}
-    if memory:
+    names = {} if brief else {"top1_acc": "top1", "top5_acc": "top5", "confidence": "confidence",
+                              "mean_rank": "rank", "pred_entropy": "pred_entropy"}
+    found = {"loss": mean["nll"], "ppl": math.exp(min(700, mean["nll"])),
+             "bpt": mean["nll"] / math.log(2)}
+    if memory and not brief:
         names |= {"avg_gate": "gate", "write_rate": "write_rate", "write_sparsity": "sparsity",
                   "mem_kl": "kl", "loss_without": "nll_without"}
-    found = {ours: mean[theirs] for ours, theirs in names.items()}
-    found |= {"ppl": math.exp(min(700, mean["nll"])), "bpt": mean["nll"] / math.log(2)}
-    if memory:
         found["gate_std"] = math.sqrt(max(0.0, mean["gate_squared"] - mean["gate"] ** 2))
-    return found
+    return found | {ours: mean[theirs] for ours, theirs in names.items()}
 
 class Stopped(Exception):
     """SIGINT or SIGTERM arrived; raised where the run can be saved."""
@@ -819,7 +823,7 @@ class StopSignal:
 
 @torch.no_grad()
 def evaluate(model: GPT2WithMemory, stream: torch.Tensor, config: Config, stop: StopSignal,
-             swap: bool = False) -> dict:
+             brief: bool = False, swap: bool = False) -> dict:
     """Score every token of a stream but the first, memory carried along each row from an empty
     state; with `swap`, at each window start every row gets the state of the row before it. Returns
     `metrics` (means over tokens), and by window, so that arms can be compared window by window,
@@ -833,13 +837,13 @@ def evaluate(model: GPT2WithMemory, stream: torch.Tensor, config: Config, stop: 
         if swap:
             state = map_state(lambda tensor: tensor.roll(1, 0), state)
         x, y = (part[:, start : start + config.seq_len].to(device) for part in (inputs, targets))
-        output = model(x, y, state, measure=True)
+        output = model(x, y, state, measure="brief" if brief else "full")
         state = output.state
         sums.append(output.stats.double().sum(1).cpu())  # (rows, K)
         counts.append((y != -100).sum(1).cpu())
     model.train()
     sums, counts = torch.cat(sums), torch.cat(counts)
-    found = metrics_from(sums.sum(0), counts.sum().item(), model.memory is not None)
+    found = metrics_from(sums.sum(0), counts.sum().item(), model.memory is not None, brief)
     return {"metrics": found, "sums": sums, "counts": counts}
 
 # ══ Checkpoints: one format, exact resume ════════════════════════════════════════════════════════
@@ -917,8 +921,7 @@ def load_checkpoint(path: str | Path) -> dict:
     try:
         payload = torch.load(path, map_location="cpu", weights_only=True)
         foreign = {"arm", "config", "fingerprint", "model_state_dict", "rng"} - payload.keys()
-    except (OSError, RuntimeError, EOFError, ValueError, KeyError, AttributeError,
-            pickle.UnpicklingError):
+    except Exception:  # torch.load raises a dozen kinds on what it did not write
         raise ValueError(f"checkpoint {path}: truncated or not a checkpoint; delete it, or name "
                          "another") from None
     require(not foreign, "checkpoint", str(path), "one that dnc_gpt2.py wrote; name another")
@@ -973,8 +976,6 @@ def resume_run(run: Run, corpus: Corpus) -> None:
     print(f"{run.arm}: no valid checkpoint in {run.config.save_dir}, starting at step 0")
 
 # ══ Training: one loop for every arm ═════════════════════════════════════════════════════════════
-WARM_STEPS = 3  # after each start, left out of tokens/s
-
 class Diverged(RuntimeError):
     """Loss or gradient is not finite; the weights are still those of the step before."""
 
@@ -1072,7 +1073,7 @@ def train(run: Run, corpus: Corpus, forward: nn.Module, stop: StopSignal) -> Non
     config, device = run.config, next(run.model.parameters()).device
     rows = training_rows(corpus.train, config.rows, config.step_len).to(device)
     peak_memory_mb(device, reset=True)
-    started = run.step
+    started, end = run.step, config.final_eval_tokens + 1 if config.final_eval_tokens else None
     try:
         with tqdm(total=run.total_steps, initial=run.step, desc=run.arm, unit="step") as bar:
             while True:
@@ -1086,18 +1087,18 @@ def train(run: Run, corpus: Corpus, forward: nn.Module, stop: StopSignal) -> Non
                 stop.check()
                 clock = time.perf_counter()
                 train_step(run, forward, rows)  # its transfer to the host has synchronised
-                if run.step > started + WARM_STEPS:
+                if run.step > started + 3:  # the first steps warm up
                     run.meter["seconds"] += time.perf_counter() - clock
                     run.meter["tokens"] += config.batch_size * config.seq_len
                 bar.update()
                 if run.step % config.log_every_steps == 0 or run.step == run.total_steps:
                     bar.set_postfix_str(log_train(run))
         run.meter["peak_mb"] = max(run.meter["peak_mb"], peak_memory_mb(device))
-        print(f"{run.arm}: evaluating on all of validation and test", flush=True)
-        found = {split: evaluate(run.model, getattr(corpus, split), config, stop)
-                 for split in ("valid", "test")}
-        run.results = found | {"steps": run.step, "peak_mb": run.meter["peak_mb"],
-                               "tokens_per_s": run.tokens_per_s}
+        print(f"{run.arm}: evaluating on validation and test", flush=True)
+        run.results = {"valid": evaluate(run.model, corpus.valid[:end], config, stop),
+                       "test": evaluate(run.model, corpus.test[:end], config, stop, brief=True)}
+        run.results |= {"steps": run.step, "peak_mb": run.meter["peak_mb"],
+                        "tokens_per_s": run.tokens_per_s}
         save_checkpoint(run, corpus, final=True)
     except Stopped:
         save_checkpoint(run, corpus)
@@ -1174,7 +1175,7 @@ def print_comparison(reference: Run, other: Run, corpus: Corpus) -> None:
     print(f"\n{RULE}\n  FINAL COMPARISON — {reference.arm[5:]} GPT2 vs {other.arm}\n{RULE}\n"
           f"  {corpus.name}\n"
           f"  {tokens:,} training tokens in {new['steps']:,} steps, seed {config.seed}; scored on "
-          f"all {scored:,} of validation\n\n"
+          f"{scored:,} of the {len(corpus.valid) - 1:,} of validation\n\n"
           f"  {'Metric':<21} {reference.arm:>15} {other.arm:>15}     Δ\n{LINE}")
     for label, key, form, better, column in TABLE:
         mark = MARKS[better * paired_sign(old["valid"], new["valid"], column)] if column else ""
@@ -1194,8 +1195,9 @@ def print_controls(run: Run, baseline: Run | None, corpus: Corpus, stop: StopSig
     # read_proj has no bias: zeroed reads give the logits without memory, which are measured too.
     lines = {"as it is": found["ppl"], "reads zeroed": math.exp(found["loss_without"])}
     if run.config.carry_memory:
-        swapped = evaluate(run.model, corpus.valid, run.config, stop, swap=True)["metrics"]
-        lines["memory swapped"] = swapped["ppl"]
+        stream = corpus.valid[: int(run.results["valid"]["counts"].sum()) + 1]
+        swapped = evaluate(run.model, stream, run.config, stop, brief=True, swap=True)
+        lines["memory swapped"] = swapped["metrics"]["ppl"]
     if baseline is not None:
         lines[baseline.arm] = baseline.results["valid"]["metrics"]["ppl"]
     print(f"\n{RULE}\n  Does the gain come from memory?   {run.arm}, validation\n{RULE}")

@@ -232,6 +232,19 @@ def test_autocast_bf16_runs_and_keeps_the_memory_in_float32(start):
     assert all(part.dtype == torch.float32 for part in rough.state)
 
 
+def test_autocast_bf16_leaves_the_addressing_in_float32(start):
+    """From the interface vectors on, the memory computes what it computes without autocast."""
+    run, seen = start("dnc", speaking=True, precision="bf16"), []
+    memory, tokens = run.model.memory, tokens_of(run.config)
+    memory.interface.register_forward_hook(lambda module, inputs, z: seen.append(z))
+    output = run.model(tokens[:, :-1], tokens[:, 1:], run.model.init_state(2))
+    assert seen[0].dtype == torch.bfloat16
+    parts = dnc_gpt2.split_interface(seen[0].float(), memory.width, memory.reads, memory.options)
+    _, writes, reads, state = dnc_gpt2.dnc_loop(parts, run.model.init_state(2), memory.options)
+    assert_same(output.trace, DNCTrace(parts.write_gate, writes, reads))
+    assert_same(output.state, state)
+
+
 # ── loss ────────────────────────────────────────────────────────────────────────────────────────
 
 
