@@ -9,10 +9,8 @@
 
 Read downward; each section uses only what stands above it: Config, Data, Memory, Model, Loss,
 Checkpoints, Training, Comparison, Main.
-
 Letters, everywhere: B batch rows, T time, S segments (windows) a step, C hidden width,
 V vocabulary, N memory slots, W word width, R read heads, P sampled positions.
-
 The DNC is Graves et al. 2016, "Hybrid computing using a neural network with dynamic external
 memory", Methods. Options marked (M), (D), (S) are Csordas & Schmidhuber 2019, arXiv 1904.10278.
 """
@@ -25,7 +23,6 @@ import dataclasses
 import functools
 import hashlib
 import inspect
-import itertools
 import json
 import math
 import os
@@ -126,7 +123,8 @@ class Config:
                     "final_eval_tokens")
         choices = {"memory": ("dnc", "none"), "lr_schedule": ("cosine", "constant"),
                    "routing": ("kl", "benefit"), "num_gpus": ("auto", 0, 1, 2),
-                   "precision": ("auto", "bf16", "float32")}
+                   "precision": ("auto", "bf16", "float32"), "compile_mode": (
+                       "default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")}
         arms, two_gpus = self.arm_list, self.num_gpus == 2
         for name, holds, requirement in (
             *((n, getattr(self, n) > 0, "above 0") for n in above.split()),
@@ -137,14 +135,18 @@ class Config:
               for n, options in choices.items()),
             ("arms", set(arms) <= set(ARMS) and len(set(arms)) == len(arms),
              "a comma-separated choice of " + ", ".join(ARMS) + ", each once"),
+            ("arms", "matched" not in arms or self.init_from == "scratch",
+             "without matched where init_from names a model, whose sizes are given"),
             ("eval_rows", self.eval_rows >= 2, "2 or more"),
+            ("seed", self.seed < 2**32, "below 2**32"),
             ("hidden_size", self.hidden_size % max(1, self.num_heads) == 0,
              f"divisible by num_heads ({self.num_heads})"),
             ("bptt_segments", self.batch_size % max(1, self.bptt_segments) == 0,
              f"a divisor of batch_size ({self.batch_size})"),
             ("sharpen_links", self.use_links or not self.sharpen_links,
              "False without links; set use_links True as well"),
-            ("text", self.text.strip() != "", "text with at least one word"),
+            ("text", self.text.strip() and not re.search("[\ud800-\udfff]", self.text),
+             "UTF-8, with at least one word"),
             ("num_gpus", not two_gpus or self.batch_size >= 2 * self.bptt_segments,
              f"at most the rows of the stream, batch_size / bptt_segments = {self.batch_size} / "
              f"{self.bptt_segments}; set num_gpus=1 or a smaller bptt_segments"),
@@ -175,12 +177,11 @@ def field_types(cls: type) -> dict[str, tuple[type, ...]]:
             for f in dataclasses.fields(cls)}
 
 def check_types(config: object) -> None:
-    """Raise ValueError for a field that is not of its declared type (bool is no int here)."""
+    """Raise ValueError for a field that is not of its declared type (bool is no int) or finite."""
     for name, types in field_types(type(config)).items():
         value = getattr(config, name)
-        fits = isinstance(value, types) and (bool in types or not isinstance(value, bool))
-        expected = " or ".join(kind.__name__ for kind in types)
-        require(fits and value == value, name, value, f"of type {expected}")
+        fits = type(value) in types and (type(value) is not float or math.isfinite(value))
+        require(fits, name, value, "a finite " + " or ".join(kind.__name__ for kind in types))
 
 def parse_value(name: str, text: str, types: tuple[type, ...]) -> int | float | bool | str:
     """Read one command-line value as the first of `types` that it fits. Raises ValueError."""
@@ -207,8 +208,7 @@ def parse_overrides(cls: type, argv: list[str]) -> dict[str, int | float | bool 
     return overrides
 
 def make_config(cls: type, overrides: dict, presets: dict[str, dict], cuda: bool):
-    """Build a Config: command line over edits in the file over the preset -> (config, a line that
-    says which preset and why)."""
+    """Command line over edits in the file over the preset -> (config, which preset and why)."""
     defaults = {f.name: f.default for f in dataclasses.fields(cls)}
     preset = overrides.get("preset", defaults["preset"])
     require(preset in ("auto", *presets), "preset", preset, "one of auto, " + ", ".join(presets))
@@ -216,6 +216,8 @@ def make_config(cls: type, overrides: dict, presets: dict[str, dict], cuda: bool
     values = {k: v for k, v in presets[chosen].items() if defaults[k] == presets["full"][k]}
     why = {"full": "auto: a CUDA device is visible", "small": "auto: no CUDA device is visible; "
            "--preset full is the real size, about 1.7 s a step on two CPU cores"}[chosen]
+    if "epochs" in overrides or defaults["epochs"] != 1:  # or max_steps would override them
+        values.pop("max_steps", None)
     return cls(**{**values, **overrides}), f"{chosen} ({why if preset == 'auto' else 'as asked'})"
 
 def print_help(cls: type, doc: str, small: dict) -> None:
@@ -238,6 +240,7 @@ class Corpus(NamedTuple):
     valid: torch.Tensor
     test: torch.Tensor
     fingerprint: str  # sha256 of the three streams
+    vocab_size = property(lambda self: max(self.tokenizer.get_vocab().values()) + 1)
 
 HUB_WIKITEXT = ("Salesforce/wikitext", "wikitext-2-raw-v1")
 HUB_SECONDS = 8.0  # to decide whether the hub answers; 10 s in all with what follows
@@ -249,7 +252,7 @@ def hub_reachable() -> bool:
     answered = threading.Event()
 
     def probe() -> None:
-        with contextlib.suppress(OSError, ValueError):
+        with contextlib.suppress(Exception):  # a proxy may answer nonsense
             url = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
             urllib.request.urlopen(url, timeout=HUB_SECONDS).close()
             answered.set()
@@ -287,12 +290,13 @@ def embedded_texts() -> dict[str, list[str]]:
             continue
         with contextlib.suppress(SyntaxError, ValueError, OSError):  # templates, not Python
             nodes = [n for n in ast.walk(ast.parse(path.read_bytes())) if isinstance(n, kinds)]
-            docs = [doc for doc in dict.fromkeys(map(ast.get_docstring, nodes)) if doc not in seen]
-            seen.update(docs)
-            documents.append("\n\n".join(filter(None, docs)))
+            documents.append("\n\n".join(filter(None, map(ast.get_docstring, nodes))))
     texts: dict[str, list[str]] = {"train": [], "valid": [], "test": []}
     for i, document in enumerate(filter(None, documents)):
-        texts[{8: "valid", 9: "test"}.get(i % 10, "train")].append(document + "\n\n")
+        new = [part for part in dict.fromkeys(document.split("\n\n")) if part.strip() not in seen]
+        seen.update(map(str.strip, new))
+        if new:
+            texts[{8: "valid", 9: "test"}.get(i % 10, "train")].append("\n\n".join(new) + "\n\n")
     return texts
 
 def folder_texts(folder: str) -> dict[str, list[str]]:
@@ -323,6 +327,8 @@ def load_tokenizer(name: str):
     with had_or_refused("tokenizer", name, "a folder written by a tokenizer's save_pretrained"):
         from transformers import AutoTokenizer
         tokenizer = AutoTokenizer.from_pretrained(name).backend_tokenizer
+        tokenizer.no_padding()  # tokenizer.json keeps what was on when it was saved
+        tokenizer.no_truncation()
     # An unreachable or incomplete name can come back as a tokenizer without a vocabulary.
     require(len(tokenizer.encode("word", add_special_tokens=False).ids) > 0, "tokenizer", name,
             "one that encodes text (this one is empty); give a folder with tokenizer.json")
@@ -334,14 +340,13 @@ def train_tokenizer(texts: list[str], vocab_size: int = 4096):
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokenizer.train_from_iterator(texts, trainers.BpeTrainer(
-        vocab_size=vocab_size, initial_alphabet=alphabet, show_progress=False))
+        vocab_size=vocab_size, show_progress=False,
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet())))
     return tokenizer
 
 def tokenize(tokenizer, documents: list[str]) -> torch.Tensor:
-    """Encode documents into one stream (tokens,), line by line: 7 times faster than in one piece,
-    and on WikiText-2 the same 2,448,382 tokens."""
+    """Encode documents into one stream (tokens,), by line: 7 times faster than in one piece."""
     lines = [line for document in documents for line in document.splitlines(keepends=True)]
     encodings = tokenizer.encode_batch(lines, add_special_tokens=False)
     return torch.tensor([i for encoding in encodings for i in encoding.ids], dtype=torch.int64)
@@ -361,9 +366,10 @@ def load_corpus(config: Config) -> Corpus:
     else:
         texts = hub_texts(name)
 
-    kind = Path(config.tokenizer).name
-    if config.tokenizer != "auto":
-        tokenizer = load_tokenizer(config.tokenizer)
+    wanted = config.init_from if config.tokenizer == "auto" else config.tokenizer
+    kind = Path(wanted).name
+    if wanted != "scratch":
+        tokenizer = load_tokenizer(wanted)
     elif name != embedded:
         try:
             tokenizer, kind = load_tokenizer("gpt2"), "gpt2"
@@ -627,8 +633,7 @@ class Output(NamedTuple):
     state: DNCState | None
 
 def weight_entropy(weights: torch.Tensor) -> torch.Tensor:
-    """H(w / sum w) / log N of weightings (..., N), in [0, 1]. Normalised first, or a closed gate
-    would count as focus."""
+    """H(w / sum w) / log N of weightings (..., N), in [0, 1]; a closed gate is no focus."""
     p = weights / weights.sum(-1, keepdim=True).clamp_min(1e-12)
     return -(p * p.clamp_min(1e-12).log()).sum(-1) / math.log(max(2, weights.shape[-1]))
 
@@ -678,6 +683,8 @@ class GPT2WithMemory(nn.Module):
     def hidden(self, tokens: torch.Tensor, state: DNCState | None):
         """tokens (B, L) -> h without and with memory (B, L, C), state, trace. The controller sees
         L / seq_len independent windows in one call, the memory the whole length if carried."""
+        if self.config.use_compile:
+            torch.compiler.cudagraph_mark_step_begin()
         B, L = tokens.shape
         windows = tokens.reshape(-1, min(self.config.seq_len, L))  # (B*S, T)
         h = self.controller(input_ids=windows, use_cache=False).last_hidden_state  # (B*S, T, C)
@@ -759,13 +766,13 @@ def build_model(config: Config, settings) -> GPT2WithMemory:
     else:
         with had_or_refused("init_from", config.init_from, "a folder with the weights of a GPT-2"):
             controller = GPT2Model.from_pretrained(config.init_from, config=settings,
-                                                   attn_implementation="sdpa", dtype=torch.float32)
+                                                   attn_implementation="sdpa").float()
     model = GPT2WithMemory(config, controller)
     torch.manual_seed(config.seed + 2)  # dropout: the same stream in every arm
     return model
 
 def count_parameters(module: nn.Module | None) -> int:
-    return sum(p.numel() for p in module.parameters()) if module is not None else 0
+    return 0 if module is None else sum(p.numel() for p in module.parameters())
 
 # ══ Loss, metrics, evaluation ════════════════════════════════════════════════════════════════════
 def total_loss(output: Output, positions: torch.Tensor | None, config: Config) -> torch.Tensor:
@@ -779,14 +786,15 @@ def total_loss(output: Output, positions: torch.Tensor | None, config: Config) -
         loss = loss + config.lambda_entropy * weight_entropy(output.trace.write_weights).mean()
     return loss
 
-def routing_positions(config: Config, step: int) -> torch.Tensor | None:
+def routing_positions(config: Config, step: int, device="cpu") -> torch.Tensor | None:
     """Positions (rows, P) at which L_routing is computed, drawn from seed and step alone; None
     where there is no such loss: a step without it computes no logits without memory."""
     if config.memory == "none" or config.lambda_routing == 0:
         return None
     count = max(1, round(config.routing_fraction * config.step_len))
     generator = torch.Generator().manual_seed(config.seed * 1_000_003 + step)
-    return torch.rand(config.rows, config.step_len, generator=generator).argsort(1)[:, :count]
+    order = torch.rand(config.rows, config.step_len, generator=generator).argsort(1)
+    return order[:, :count].to(device)  # (rows, P)
 
 def metrics_from(sums: torch.Tensor, count: float, memory: bool, brief: bool) -> dict[str, float]:
     """The metrics, means over `count` scored tokens, from summed STATS (K,) in float64."""
@@ -806,12 +814,7 @@ class Stopped(Exception):
 
 class StopSignal:
     """Remembers SIGINT and SIGTERM until the run can be saved; a second one is not caught."""
-
     signum = 0
-
-    def install(self) -> None:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self.receive)
 
     def receive(self, number: int, frame: object) -> None:
         self.signum = number
@@ -826,8 +829,8 @@ def evaluate(model: GPT2WithMemory, stream: torch.Tensor, config: Config, stop: 
              brief: bool = False, swap: bool = False) -> dict:
     """Score every token of a stream but the first, memory carried along each row from an empty
     state; with `swap`, at each window start every row gets the state of the row before it. Returns
-    `metrics` (means over tokens), and by window, so that arms can be compared window by window,
-    `sums` (windows, K) of STATS in float64 and `counts` (windows,) of scored tokens."""
+    `metrics` (means over tokens; brief: of the loss alone), and by window, so that arms can be
+    compared, `sums` (windows, rows, K) of STATS and `counts` (windows, rows) of scored tokens."""
     device = next(model.parameters()).device
     inputs, targets = evaluation_rows(stream, config.eval_rows)
     state, sums, counts = model.init_state(config.eval_rows), [], []
@@ -842,11 +845,13 @@ def evaluate(model: GPT2WithMemory, stream: torch.Tensor, config: Config, stop: 
         sums.append(output.stats.double().sum(1).cpu())  # (rows, K)
         counts.append((y != -100).sum(1).cpu())
     model.train()
-    sums, counts = torch.cat(sums), torch.cat(counts)
-    found = metrics_from(sums.sum(0), counts.sum().item(), model.memory is not None, brief)
+    sums, counts = torch.stack(sums), torch.stack(counts)
+    found = metrics_from(sums.sum((0, 1)), counts.sum().item(), model.memory is not None, brief)
     return {"metrics": found, "sums": sums, "counts": counts}
 
 # ══ Checkpoints: one format, exact resume ════════════════════════════════════════════════════════
+PAYLOAD = ("arm config corpus controller fingerprint tokenizer model_state_dict global_step epoch "
+           "optimizer_state_dict stream_position val_ppl memory_state rng history meter results")
 # Fields that may differ between the run that saved and the run that resumes.
 FREE_FIELDS = set("dataset tokenizer preset log_every_steps save_every_steps save_dir plot_dir "
                   "arms use_compile compile_mode num_gpus resume inspect text eval_tokens".split())
@@ -868,9 +873,7 @@ class Run:
     results: dict = dataclasses.field(default_factory=dict)  # of the finished arm
     last_saved: str = ""
 
-    @property
-    def tokens_per_s(self) -> float:
-        return self.meter["tokens"] / self.meter["seconds"] if self.meter["seconds"] else math.nan
+    tokens_per_s = property(lambda self: self.meter["tokens"] / (self.meter["seconds"] or math.nan))
 
     @property
     def val_ppl(self) -> float:
@@ -920,11 +923,12 @@ def load_checkpoint(path: str | Path) -> dict:
     require(Path(path).is_file(), "checkpoint", str(path), "a file; see what save_dir holds")
     try:
         payload = torch.load(path, map_location="cpu", weights_only=True)
-        foreign = {"arm", "config", "fingerprint", "model_state_dict", "rng"} - payload.keys()
+        fits = not set(PAYLOAD.split()) - payload.keys()
+        fits = fits and payload["config"].keys() == field_types(Config).keys()
     except Exception:  # torch.load raises a dozen kinds on what it did not write
         raise ValueError(f"checkpoint {path}: truncated or not a checkpoint; delete it, or name "
                          "another") from None
-    require(not foreign, "checkpoint", str(path), "one that dnc_gpt2.py wrote; name another")
+    require(fits, "checkpoint", str(path), "of this version of dnc_gpt2.py; name another")
     return payload
 
 def restore(run: Run, payload: dict, path: str | Path, corpus: Corpus) -> None:
@@ -941,8 +945,8 @@ def restore(run: Run, payload: dict, path: str | Path, corpus: Corpus) -> None:
     mine, theirs = ({key: tensor.shape for key, tensor in weights.items()}
                     for weights in (run.model.state_dict(), payload["model_state_dict"]))
     require(mine == theirs, "checkpoint", str(path), "of this model's shapes; name another")
+    run.optimizer.load_state_dict(payload["optimizer_state_dict"])  # raises before it changes any
     run.model.load_state_dict(payload["model_state_dict"])
-    run.optimizer.load_state_dict(payload["optimizer_state_dict"])
     run.step, run.history, run.meter, run.results = (
         payload[key] for key in ("global_step", "history", "meter", "results"))
     run.last_saved, device = str(path), next(run.model.parameters()).device
@@ -953,10 +957,12 @@ def restore(run: Run, payload: dict, path: str | Path, corpus: Corpus) -> None:
         torch.cuda.set_rng_state_all(payload["rng"]["cuda"][: torch.cuda.device_count()])
 
 def resume_run(run: Run, corpus: Corpus) -> None:
-    """Continue `run` from the checkpoint that resume names, if it is of this arm, else from the
-    arm's newest valid one in save_dir. What is passed over is named, and why."""
+    """Continue `run` from the checkpoint that resume names, if of this arm, else from its newest
+    valid one in save_dir. What is passed over is named, and why."""
     if run.config.resume != "auto":
         payload = load_checkpoint(run.config.resume)
+        require(payload["arm"] in [ARMS[name] for name in run.config.arm_list], "resume",
+                run.config.resume, f"of an arm of this run ({payload['arm']} is not); set --arms")
         if payload["arm"] == run.arm:
             restore(run, payload, run.config.resume, corpus)
             print(f"{run.arm}: resumed from {run.config.resume}")
@@ -964,8 +970,8 @@ def resume_run(run: Run, corpus: Corpus) -> None:
     found, stem = [], re.escape(run.arm.replace(" ", "_"))
     for path in Path(run.config.save_dir).iterdir():
         if match := re.fullmatch(stem + r"_(FINAL_)?step(\d+)\.pt", path.name):
-            found.append((bool(match[1]), int(match[2]), path))
-    for _, _, path in sorted(found, reverse=True):
+            found.append((path.stat().st_mtime_ns, int(match[2]), path))
+    for _, _, path in sorted(found, reverse=True):  # the newest first
         try:
             restore(run, load_checkpoint(path), path, corpus)
         except ValueError as error:
@@ -998,8 +1004,7 @@ def make_optimizer(model: nn.Module, config: Config) -> torch.optim.Optimizer:
     return torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, 0.95), fused=True)
 
 def peak_memory_mb(device: torch.device, reset: bool = False) -> float:
-    """Peak MiB since the last reset: of the device's allocations, or on the CPU of the whole
-    process. NaN where the platform does not tell."""
+    """Peak MiB since the reset, of the device or (CPU) of the process; NaN where none can tell."""
     if device.type == "cuda":
         if reset:
             torch.cuda.reset_peak_memory_stats(device)
@@ -1008,7 +1013,7 @@ def peak_memory_mb(device: torch.device, reset: bool = False) -> float:
         if reset:
             Path("/proc/self/clear_refs").write_text("5")
         return int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1]) / 1024
-    except OSError:
+    except (OSError, TypeError):
         return math.nan
 
 def log_row(run: Run, split: str, found: dict) -> None:
@@ -1025,13 +1030,10 @@ def train_step(run: Run, forward: nn.Module, rows: torch.Tensor) -> None:
         run.state = run.model.init_state(config.rows)
     start, end = within * config.step_len, (within + 1) * config.step_len
     tokens, targets = rows[:, start:end], rows[:, start + 1 : end + 1]  # (B, L) each
-    positions = routing_positions(config, run.step)
-    positions = None if positions is None else positions.to(rows.device)
+    positions = routing_positions(config, run.step, rows.device)
     for group in run.optimizer.param_groups:
         group["lr"] = learning_rate(run.step, run.total_steps, config) * group["scale"]
 
-    if config.use_compile:
-        torch.compiler.cudagraph_mark_step_begin()
     output = forward(tokens, targets, run.state, positions)
     loss = total_loss(output, positions, config)
     run.optimizer.zero_grad(set_to_none=True)
@@ -1093,12 +1095,12 @@ def train(run: Run, corpus: Corpus, forward: nn.Module, stop: StopSignal) -> Non
                 bar.update()
                 if run.step % config.log_every_steps == 0 or run.step == run.total_steps:
                     bar.set_postfix_str(log_train(run))
-        run.meter["peak_mb"] = max(run.meter["peak_mb"], peak_memory_mb(device))
+        run.meter["peak_mb"] = max(peak_memory_mb(device), run.meter["peak_mb"])
         print(f"{run.arm}: evaluating on validation and test", flush=True)
         run.results = {"valid": evaluate(run.model, corpus.valid[:end], config, stop),
                        "test": evaluate(run.model, corpus.test[:end], config, stop, brief=True)}
-        run.results |= {"steps": run.step, "peak_mb": run.meter["peak_mb"],
-                        "tokens_per_s": run.tokens_per_s}
+        run.results |= {"steps": run.step, "parameters": count_parameters(run.model),
+                        "peak_mb": run.meter["peak_mb"], "tokens_per_s": run.tokens_per_s}
         save_checkpoint(run, corpus, final=True)
     except Stopped:
         save_checkpoint(run, corpus)
@@ -1107,18 +1109,16 @@ def train(run: Run, corpus: Corpus, forward: nn.Module, stop: StopSignal) -> Non
 def matched_mlp_width(config: Config) -> int:
     """Feed-forward width with which the baseline has as many parameters as the DNC arm."""
     with torch.device("meta"):
-        extra = count_parameters(build_memory(config))
-    per_unit = (2 * config.hidden_size + 1) * config.num_layers  # two matrices and one bias
-    return (config.mlp_width or 4 * config.hidden_size) + round(extra / per_unit)
+        extra = count_parameters(build_memory(config)) / config.num_layers
+    unit = 2 * config.hidden_size + 1  # two matrices and one bias
+    return (config.mlp_width or 4 * config.hidden_size) + round(extra / unit)
 
 def start_run(name: str, config: Config, corpus: Corpus, device: torch.device) -> Run:
     """Build one arm (a dataclasses.replace of Config) ready to train, resumed if Config says so."""
     config = dataclasses.replace(config, memory="dnc" if name == "dnc" else "none")
     if name == "matched":
-        require(config.init_from == "scratch", "arms", config.arms, "without matched when "
-                "init_from names a pretrained model, whose feed-forward width is given")
         config = dataclasses.replace(config, mlp_width=matched_mlp_width(config))
-    settings = controller_config(config, corpus.tokenizer.get_vocab_size())
+    settings = controller_config(config, corpus.vocab_size)
     model = build_model(config, settings).to(device)
     if config.use_compile:
         model.controller.compile(mode=config.compile_mode)
@@ -1150,22 +1150,22 @@ TABLE = (
 
 def paired_sign(reference: dict, other: dict, column: str) -> int:
     """+1 / -1 where the mean of a STATS column is surely higher / lower in `other` than in
-    `reference`: the 95 % interval of the paired difference over windows excludes zero; else 0."""
-    difference = (other["sums"] - reference["sums"])[:, STATS.index(column)]  # (windows,)
+    `reference`: the 95 % interval of the paired difference excludes zero; else 0. Neighbouring
+    windows are alike, so the independent units are long stretches, an eighth of a row each."""
+    difference = (other["sums"] - reference["sums"])[..., STATS.index(column)]  # (windows, rows)
     counts = reference["counts"].double()
-    mean, n = difference.sum() / counts.sum(), len(counts)
-    residual = difference - mean * counts  # of a ratio estimator: windows differ in length
-    error = residual.square().sum().sqrt() * math.sqrt(n / max(1, n - 1)) / counts.sum()
-    return 0 if abs(mean) <= 1.96 * error else (1 if mean > 0 else -1)
-
-def change(old: float, new: float) -> str:
-    """A relative change as ▲x% or ▼x%."""
-    ratio = new / old - 1 if old else math.nan
-    return f"{'▲' if ratio > 0 else '▼' if ratio < 0 else '='}{abs(ratio):.1%}"
+    mean = difference.sum() / counts.sum()
+    stretches = (difference - mean * counts).tensor_split(min(8, len(counts)))  # ratio estimator
+    residual = torch.cat([stretch.sum(0) for stretch in stretches])  # (stretches * rows,)
+    error = residual.square().sum().sqrt() / counts.sum() * math.sqrt(1 + 1 / (len(residual) - 1))
+    return 0 if abs(mean) <= 2 * error else 1 if mean > 0 else -1
 
 def print_row(label: str, old: float | None, new: float | None, form: str, mark: str = "") -> None:
+    """One line of a table: two values and the relative change; an em dash for what is not known."""
     cells = [format(x, form) if x is not None and math.isfinite(x) else "—" for x in (old, new)]
-    delta = "—" if "—" in cells else f"{change(old, new)} {mark}"
+    ratio = math.nan if "—" in cells or not old else new / old - 1
+    delta = f"{'▲' if ratio > 0 else '▼' if ratio < 0 else '='}{abs(ratio):.1%} {mark}"
+    delta = "—" if math.isnan(ratio) else delta
     print(f"  {label:<21} {cells[0]:>15} {cells[1]:>15}     {delta}".rstrip())
 
 def print_comparison(reference: Run, other: Run, corpus: Corpus) -> None:
@@ -1182,29 +1182,27 @@ def print_comparison(reference: Run, other: Run, corpus: Corpus) -> None:
         print_row(label, *(r["valid"]["metrics"].get(key) for r in (old, new)), form, mark)
     print_row("Test perplexity ↓", *(r["test"]["metrics"]["ppl"] for r in (old, new)), ",.2f",
               MARKS[-paired_sign(old["test"], new["test"], "nll")])
-    print_row("Parameters", *(count_parameters(r.model) for r in (reference, other)), ",d")
+    print_row("Parameters", old["parameters"], new["parameters"], ",d")
     print_row("Training tokens/s ↑", old["tokens_per_s"], new["tokens_per_s"], ",.0f")
     print_row("Peak memory MiB ↓", old["peak_mb"], new["peak_mb"], ",.0f")
-    print(f"{LINE}\n  ✓ better, ✗ worse: the paired 95 % interval over "
-          f"{len(new['valid']['counts']):,} windows excludes zero; ≈ it does not.\n"
-          "  One seed: the interval covers the choice of text, not of initial weights.")
+    print(f"{LINE}\n  ✓ better, ✗ worse: the paired 95 % interval over stretches of text excludes\n"
+          "  zero; ≈ it does not. One seed: it covers the choice of text, not of initial weights.")
 
 def print_controls(run: Run, baseline: Run | None, corpus: Corpus, stop: StopSignal) -> None:
     """Print validation perplexity as it is, with reads zeroed, with every row's memory swapped."""
-    found = run.results["valid"]["metrics"]
+    as_is = run.results["valid"]
+    zeroed = {**as_is, "sums": as_is["sums"].clone()}
     # read_proj has no bias: zeroed reads give the logits without memory, which are measured too.
-    lines = {"as it is": found["ppl"], "reads zeroed": math.exp(found["loss_without"])}
-    if run.config.carry_memory:
-        stream = corpus.valid[: int(run.results["valid"]["counts"].sum()) + 1]
-        swapped = evaluate(run.model, stream, run.config, stop, brief=True, swap=True)
-        lines["memory swapped"] = swapped["metrics"]["ppl"]
-    if baseline is not None:
-        lines[baseline.arm] = baseline.results["valid"]["metrics"]["ppl"]
+    zeroed["sums"][..., STATS.index("nll")] = as_is["sums"][..., STATS.index("nll_without")]
+    stream = corpus.valid[: int(as_is["counts"].sum()) + 1]
+    swapped = evaluate(run.model, stream, run.config, stop, brief=True, swap=True)
+    found = {"reads zeroed": zeroed, "memory swapped": swapped}
+    found |= {} if baseline is None else {baseline.arm: baseline.results["valid"]}
     print(f"\n{RULE}\n  Does the gain come from memory?   {run.arm}, validation\n{RULE}")
-    print(f"  {'Memory':<21} {'Perplexity ↓':>15}     against as it is\n{LINE}")
-    for label, ppl in lines.items():
-        delta = "" if label == "as it is" else change(found["ppl"], ppl)
-        print(f"  {label:<21} {ppl:>15,.2f}     {delta}".rstrip())
+    print(f"  {'Perplexity ↓':<21} {'as it is':>15} {'changed':>15}     Δ\n{LINE}")
+    for label, changed in found.items():
+        pair = (math.exp(x["sums"][..., 0].sum() / x["counts"].sum()) for x in (as_is, changed))
+        print_row(label, *pair, ",.2f", MARKS[-paired_sign(as_is, changed, "nll")])
     print("  Zeroed: h + 0 into the head. Swapped: at each window start a row gets the state of\n"
           "  the row before it; what that loses is what memory carried over from its own text.")
 
@@ -1269,7 +1267,7 @@ def plot_curves(rows: list[dict], path: Path, corpus: str) -> None:
     with dark_figure(path, 1, 2, (13, 5)) as (figure, axes):
         panels = {"loss": "CE loss (nats/token)", "top1_acc": "top-1 accuracy"}
         for axis, (key, label) in zip(axes, panels.items(), strict=True):
-            for arm, split in itertools.product(arms, styles):
+            for arm, split in [(arm, split) for arm in arms for split in styles]:
                 chosen = [r for r in rows if r["arm"] == arm and r["split"] == split]
                 axis.plot([r["step"] for r in chosen], [r[key] for r in chosen], color=colors[arm],
                           label=f"{arm}, {split}", **styles[split])
@@ -1297,11 +1295,13 @@ def choose_hardware(config: Config, visible: int) -> tuple[Config, int]:
     """Fill in precision and choose how many of the visible GPUs to use: at most 2, at most 1 a row.
     Raises ValueError when those asked for are not there, or torch.compile would meet two."""
     gpus = min(2, visible, config.rows) if config.num_gpus == "auto" else config.num_gpus
+    if gpus == 1 < visible and config.num_gpus == "auto":
+        print(f"num_gpus auto: 1 of {visible}; batch_size / bptt_segments = 1 row does not split")
     require(gpus <= visible, "num_gpus", gpus, f"at most {visible}, the CUDA devices that are "
             "visible; set num_gpus=auto")
     require(gpus < 2 or not config.use_compile, "use_compile", True,
             "False on two GPUs; set num_gpus=1")
-    bf16 = gpus > 0 and torch.cuda.is_bf16_supported()
+    bf16 = gpus > 0 and torch.cuda.get_device_capability()[0] >= 8  # older ones emulate it
     precision = config.precision if config.precision != "auto" else "bf16" if bf16 else "float32"
     return dataclasses.replace(config, precision=precision), gpus
 
@@ -1326,8 +1326,8 @@ def run_inspection(config: Config) -> None:
     from tokenizers import Tokenizer
     from transformers import GPT2Config
     payload = load_checkpoint(config.inspect)
-    require(payload["config"]["memory"] == "dnc", "inspect", config.inspect, f"a checkpoint of "
-            f"{ARMS['dnc']} (this is {payload['arm']}, which has no memory)")
+    require(payload["arm"] == ARMS["dnc"], "inspect", config.inspect, f"a checkpoint of "
+            f"{ARMS['dnc']} (this is of {payload['arm']}, which has no memory)")
     check_folder(config, "plot_dir")
     trained = Config(**payload["config"] | {"init_from": "scratch"})
     model = build_model(trained, GPT2Config.from_dict(json.loads(payload["controller"])))
@@ -1343,7 +1343,7 @@ def run_comparison(config: Config, preset: str, stop: StopSignal) -> None:
     check_folder(config, "plot_dir")
     corpus = load_corpus(config)
     if config.init_from != "scratch":
-        found = controller_config(config, corpus.tokenizer.get_vocab_size())
+        found = controller_config(config, corpus.vocab_size)
         config = dataclasses.replace(config, hidden_size=found.n_embd, num_layers=found.n_layer,
                                      num_heads=found.n_head, mlp_width=found.n_inner or 0)
     print_banner(config, corpus, gpus, preset)
@@ -1360,8 +1360,7 @@ def run_comparison(config: Config, preset: str, stop: StopSignal) -> None:
             forward = nn.DataParallel(run.model, device_ids=[0, 1]) if gpus == 2 else run.model
             train(run, corpus, forward, stop)
         rows += run.history
-        run.model.cpu()  # the next arm's peak memory is its own
-        run.optimizer.state.clear()
+        run.optimizer, run.model = None, run.model.cpu() if name == "dnc" else None  # frees memory
     plot_curves(rows, folder / "training_curves.png", corpus.name)
     dnc = runs.pop("dnc", None)
     if dnc is not None:
@@ -1383,7 +1382,8 @@ def main(argv: list[str]) -> int:
         if config.inspect:
             run_inspection(config)
         else:
-            stop.install()
+            for number in (signal.SIGINT, signal.SIGTERM):
+                signal.signal(number, stop.receive)
             run_comparison(config, preset, stop)
     except Stopped:
         words = [f"--{key}={value}" for key, value in (overrides | {"resume": "auto"}).items()]
@@ -1395,4 +1395,5 @@ def main(argv: list[str]) -> int:
     return 0
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="replace")  # a terminal that lacks ▲ and █ still gets the table
     sys.exit(main(sys.argv[1:]))

@@ -497,8 +497,10 @@ def test_hub_auto_falls_back_to_the_embedded_corpus_and_says_so(hub, capsys, mon
     assert "train.txt" in out  # how to get the real thing without a hub
     assert "embedded" in corpus.name and "Python" in corpus.name and "own BPE" in corpus.name
     assert "gpt2" not in hub.asked  # its tokenizer is trained on the corpus
-    text = "".join(small_embedded()["valid"])
-    assert corpus.tokenizer.decode(corpus.valid.tolist()) == text
+    texts = small_embedded()
+    assert corpus.tokenizer.decode(corpus.valid.tolist()) == "".join(texts["valid"])
+    of_train = dnc_gpt2.train_tokenizer(texts["train"])  # valid and test are not looked at
+    assert corpus.tokenizer.to_str() == of_train.to_str()
 
 
 def test_hub_auto_tokenizer_falls_back_to_its_own_and_says_so(hub, capsys, data_folder):

@@ -137,6 +137,7 @@ def test_table_has_title_order_and_controls(finished):
     title = text.split("FINAL COMPARISON")[1].split("Metric")[0]
     tokens = STEPS * TINY["batch_size"] * TINY["seq_len"]
     assert all(word in title for word in ("tiny-corpus", f"{tokens:,}", f"{STEPS} steps", "seed 0"))
+    assert "266 of the 266 of validation" in title  # all of it
     labels = ["Perplexity ↓", "Top-1 accuracy ↑", "Avg write gate", "Write sparsity ↑",
               "Memory KL ↑", "Loss", "Bits per token", "Top-5", "Confidence", "Mean rank",
               "Prediction entropy", "Gate std", "Write rate", "Test perplexity", "Parameters",
@@ -153,19 +154,52 @@ def test_table_has_title_order_and_controls(finished):
         count = sum(value.numel() for value in payload["model_state_dict"].values())
         assert f" {count:,} " in rows[14]
     controls = text.split("Does the gain come from memory?")[1]
-    assert re.search(r"as it is .*\n +reads zeroed .*\n +memory swapped ", controls)
+    assert re.search(r"as it is .*\n.*─\n +reads zeroed .*\n +memory swapped ", controls)
     assert re.search(r"\n  Token +Gate +bar\n", controls)
     assert re.search(r"\n  \S+ +0\.\d{3}  █", controls)
+
+
+def test_table_marks_what_is_really_better_and_turns_round_with_the_arms(finished, corpus, capfd):
+    runs = {}
+    for arm, name in FINALS.items():
+        config = tiny_config(memory="none" if arm == "baseline" else "dnc")
+        runs[arm] = dnc_gpt2.start_run(arm, config, corpus, torch.device("cpu"))
+        runs[arm].results = load(finished.save_dir / name)["results"]
+
+    def marks(reference: str, other: str) -> dict[str, str]:
+        dnc_gpt2.print_comparison(runs[reference], runs[other], corpus)
+        rows = capfd.readouterr().out.splitlines()
+        return {row[2:22].strip(): row[-1] for row in rows if row[-1:] in tuple("✓✗≈")}
+
+    old, new = (runs[arm].results for arm in ("baseline", "dnc"))
+    shifts = {"nll": -0.2, "top5": 0.1, "confidence": -0.1, "rank": 2.0}  # at every token
+    for split in ("valid", "test"):
+        sums = old[split]["sums"].clone()
+        for name, shift in shifts.items():
+            sums[..., dnc_gpt2.STATS.index(name)] += shift * old[split]["counts"]
+        new[split]["sums"] = sums
+    there, back = marks("baseline", "dnc"), marks("dnc", "baseline")
+    assert there == {
+        "Perplexity ↓": "✓", "Top-1 accuracy ↑": "≈", "Loss (nats) ↓": "✓",
+        "Bits per token ↓": "✓", "Top-5 accuracy ↑": "✓", "Confidence ↑": "✗",
+        "Mean rank ↓": "✗", "Test perplexity ↓": "✓"}
+    turned = {"✓": "✗", "✗": "✓", "≈": "≈"}
+    assert back == {label: turned[mark] for label, mark in there.items()}
+    ppl = [runs[arm].results["valid"]["metrics"]["ppl"] for arm in ("baseline", "dnc")]
+    row = next(line for line in finished.stdout.splitlines() if "Perplexity ↓" in line)
+    assert f"{'▲' if ppl[1] > ppl[0] else '▼'}{abs(ppl[1] / ppl[0] - 1):.1%} " in row
 
 
 def test_arms_may_be_chosen(finished, tmp_path, main, capfd):
     for arms, said in (("matched, dnc", ["Matched GPT2 vs GPT2 + DNC", "memory swapped"]),
                        ("dnc", ["reads zeroed", "Token"]), ("baseline", ["training_curves.png"])):
-        short = flags({"max_steps": 1, "arms": arms, "eval_tokens": 64})
+        short = flags({"max_steps": 1, "arms": arms, "final_eval_tokens": 99})
         assert main([*finished.argv, *outputs(tmp_path), *short]) == 0
         out = capfd.readouterr().out
         assert all(word in out for word in said)
         assert ("FINAL COMPARISON" in out) == ("," in arms)
+        if "," in arms:
+            assert "scored on 99 of the 266 of validation" in out
 
 
 def test_pictures_are_drawn(finished):
