@@ -5,7 +5,7 @@
     python dnc_gpt2.py --help                  every Config field, its default and its comment
     python dnc_gpt2.py --lr 1e-3 --seed 2      override fields (or edit Config below)
     python dnc_gpt2.py --resume auto           continue an interrupted run, bit for bit
-    python dnc_gpt2.py --inspect checkpoints/GPT2_+_DNC_FINAL_step800.pt --text "Some text"
+    python dnc_gpt2.py --inspect checkpoints/GPT2_+_DNC_FINAL_step600.pt --text "Some text"
 
 Read downward; each section uses only what stands above it: Config, Data, Memory, Model, Loss,
 Checkpoints, Training, Comparison, Main.
