@@ -1247,12 +1247,12 @@ def plot_trace(words: list[str], trace: DNCTrace, path: Path, corpus: str) -> No
     T, step = len(words), max(1, len(words) // 120)
     size = (max(8, min(40, 0.32 * T + 2)), 9)
     with dark_figure(path, 3, 1, size, sharex=True, height_ratios=[1, 2, 2]) as (figure, axes):
-        axes[0].bar(range(T), trace.write_gate, color="#ffb347", width=0.8)
+        axes[0].bar(range(T), trace.write_gate.numpy(), color="#ffb347", width=0.8)
         axes[0].set(ylim=(0, 1), ylabel="write gate")
         axes[0].set_title(f"GPT2 + DNC, memory by token\n{corpus}", fontsize=10)
         panels = (("write", trace.write_weights), ("read", trace.read_weights.mean(1)))  # (T, N)
         for axis, (label, weights) in zip(axes[1:], panels, strict=True):
-            image = axis.imshow(weights.T, aspect="auto", interpolation="nearest", cmap="magma")
+            image = axis.imshow(weights.T.numpy(), aspect="auto", cmap="magma")
             axis.set_ylabel(f"slot ({label} weights)")
             figure.colorbar(image, ax=axis, pad=0.01)
         labels = [word.replace("$", r"\$") for word in words[::step]]
