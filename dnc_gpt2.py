@@ -102,6 +102,7 @@ class Config:
     # hardware
     use_compile: bool = False  # torch.compile of the controller; needs num_gpus=1 or 0
     compile_mode: str = "reduce-overhead"  # mode of torch.compile
+    scan: str = "auto"  # the recurrence: auto | eager (the loop) | fused (dnc_scan.py)
     num_gpus: int | str = "auto"  # auto (up to 2, nn.DataParallel) | 0 (CPU) | 1 | 2
     precision: str = "auto"  # auto = bf16 autocast on GPUs that have it | bf16 | float32
     # commands
@@ -123,7 +124,8 @@ class Config:
                     "final_eval_tokens")
         choices = {"memory": ("dnc", "none"), "lr_schedule": ("cosine", "constant"),
                    "routing": ("kl", "benefit"), "num_gpus": ("auto", 0, 1, 2),
-                   "precision": ("auto", "bf16", "float32"), "compile_mode": (
+                   "precision": ("auto", "bf16", "float32"), "scan": ("auto", "eager", "fused"),
+                   "compile_mode": (
                        "default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")}
         arms, two_gpus = self.arm_list, self.num_gpus == 2
         for name, holds, requirement in (
@@ -576,6 +578,25 @@ def dnc_loop(interface: Interface, state: DNCState, options: DNCOptions):
         read_weights.append(state.read_weights)
     return (*(torch.stack(x, dim=1) for x in (reads, write_weights, read_weights)), state)
 
+@functools.cache
+def say_once(line: str) -> None:
+    print(line, flush=True)
+
+def pick_scan(scan: str, state: DNCState, options: DNCOptions):
+    """The recurrence for such a state: dnc_loop, or dnc_scan, the same function fused, where it can
+    run. Says once why it cannot; raises ValueError then if `scan` is "fused"."""
+    if scan == "eager":
+        return dnc_loop
+    try:
+        from dnc_scan import dnc_scan, refusal
+        reason = refusal(state, options)
+    except ImportError as error:
+        reason = f"{error}; put dnc_scan.py beside dnc_gpt2.py"
+    require(scan == "auto" or not reason, "scan", scan, f"auto or eager here: {reason}")
+    if reason:
+        say_once(f"scan auto: the recurrence runs in the eager loop, slower: {reason}")
+    return dnc_loop if reason else dnc_scan
+
 class DNCMemory(nn.Module):
     """DNC over hidden states, a pure function of (h, state): h + read_proj(reads).
     departs from Graves: the controller never sees its reads (there those of step t-1 enter at step
@@ -583,9 +604,10 @@ class DNCMemory(nn.Module):
     and starts at zero: step 0 is the baseline, zeroed reads are the model without memory."""
 
     def __init__(self, hidden_size: int, slots: int, width: int, reads: int,
-                 options: DNCOptions = DNCOptions()):
+                 options: DNCOptions = DNCOptions(), scan: str = "auto"):
         super().__init__()
         self.slots, self.width, self.reads, self.options = slots, width, reads, options
+        self.scan = scan
         self.norm = nn.LayerNorm(hidden_size)
         sizes = interface_sizes(width, reads, options)
         self.interface = nn.Linear(hidden_size, sum(sizes.values()))
@@ -604,14 +626,15 @@ class DNCMemory(nn.Module):
         with torch.autocast(h.device.type, enabled=False):  # 1 - 1e-6 is 1 in bfloat16
             z = z if z.dtype == torch.float64 else z.float()
             x = split_interface(z, self.width, self.reads, self.options)
-            reads, write_weights, read_weights, state = dnc_loop(x, state, self.options)
+            recurrence = pick_scan(self.scan, state, self.options)
+            reads, write_weights, read_weights, state = recurrence(x, state, self.options)
         h_out = h + self.read_proj(reads.flatten(2))  # (B, T, R*W) -> (B, T, C)
         return h_out, state, DNCTrace(x.write_gate, write_weights, read_weights)
 
 def build_memory(config: Config) -> DNCMemory:
     switches = config.use_links, config.mask_min, config.dealloc_wipe, config.sharpen_links
     return DNCMemory(config.hidden_size, config.mem_slots, config.mem_width, config.num_reads,
-                     DNCOptions(*switches))
+                     DNCOptions(*switches), config.scan)
 
 def map_state(fn, state):
     """Apply fn to every tensor of a state: detach, move, roll or select rows. None stays None."""
@@ -621,10 +644,11 @@ def map_state(fn, state):
 # Columns of the statistics that evaluation takes of every token; the last six need a memory.
 STATS = ("nll", "top1", "top5", "confidence", "rank", "pred_entropy",
          "nll_without", "kl", "gate", "gate_squared", "write_rate", "sparsity")
-LOGITS_AT_ONCE = 2**25  # elements of one chunk of logits outside the training head (128 MiB)
+LOGITS_AT_ONCE = 2**25  # elements of one chunk of logits (128 MiB in float32)
 
 class Output(NamedTuple):
     """One forward pass, every tensor batch first, so that nn.DataParallel can gather it."""
+    loss: torch.Tensor  # (B,) mean of nll, the same in every row; it alone has a gradient
     nll: torch.Tensor  # (B, L) next-token cross-entropy in nats; 0 where the target is -100
     top1: torch.Tensor  # (B, L) 1 where the most likely token is the target
     effect: torch.Tensor  # (B, P) KL or benefit at the sampled positions, no gradient
@@ -637,14 +661,19 @@ def weight_entropy(weights: torch.Tensor) -> torch.Tensor:
     p = weights / weights.sum(-1, keepdim=True).clamp_min(1e-12)
     return -(p * p.clamp_min(1e-12).log()).sum(-1) / math.log(max(2, weights.shape[-1]))
 
+def chunks(rows: int, weight: torch.Tensor) -> list[slice]:
+    """Slices of rows whose logits over the vocabulary of weight (V, C) fit LOGITS_AT_ONCE."""
+    size = max(1, LOGITS_AT_ONCE // weight.shape[0])
+    return [slice(start, min(start + size, rows)) for start in range(0, rows, size)]
+
 def token_statistics(h, h_out, targets, weight, trace: DNCTrace | None, brief: bool):
     """The STATS of every token (brief: the nll, the rest 0): h, h_out (B, L, C), targets (B, L),
     weight (V, C) -> (B, L, K). Logits in float32 and in chunks: ties among bfloat16 logits would
     flatter rank and accuracy. Ties count against the model in top-k, and for it in rank."""
     out = torch.zeros(targets.numel(), len(STATS), device=h.device)  # (B*L, K)
     h, h_out, at = h.flatten(0, 1).float(), h_out.flatten(0, 1).float(), targets.reshape(-1, 1)
-    weight, chunk = weight.float(), max(1, LOGITS_AT_ONCE // weight.shape[0])
-    for rows in torch.arange(len(out), device=h.device).split(chunk):
+    weight = weight.float()
+    for rows in chunks(len(out), weight):
         target = at[rows].clamp_min(0)  # (M, 1)
         log_p = (h_out[rows] @ weight.T).log_softmax(-1)  # (M, V)
         found = log_p.gather(1, target)  # (M, 1)
@@ -665,6 +694,45 @@ def token_statistics(h, h_out, targets, weight, trace: DNCTrace | None, brief: b
         sparsity = 1 - weight_entropy(trace.write_weights).flatten()
         out[:, 8:] = torch.stack((gate, gate * gate, (gate > 0.7).float(), sparsity), dim=1)
     return (out * (at != -100)).view(*targets.shape, len(STATS))
+
+class HeadLoss(torch.autograd.Function):
+    """Mean next-token cross-entropy of the tied LM head, a chunk of logits at a time, which turns
+    into its own gradient in place: two (M, V) tensors never exist, and the backward only scales.
+    F.linear_cross_entropy (torch 2.13) does as much, but more slowly here, and gives no top-1."""
+
+    @staticmethod
+    def forward(ctx, h, weight, targets, dtype: torch.dtype):
+        """h (M, C), weight (V, C), targets (M,), dtype of the products -> loss (), its mean over
+        all M; nll and top1 (M,), without gradient."""
+        low, scored = weight.to(dtype), (targets != -100).to(h.dtype)
+        nll, top1 = torch.zeros_like(scored), torch.zeros_like(scored)
+        d_h, d_weight = torch.zeros_like(h), torch.zeros_like(weight)
+        for rows in chunks(len(h), weight):
+            x, target = h[rows].to(dtype), targets[rows].clamp_min(0).unsqueeze(1)  # (m, 1)
+            logits = (x @ low.T).to(h.dtype)  # (m, V)
+            top, best = logits.max(-1, keepdim=True)  # (m, 1)
+            found = logits.sub_(top).gather(1, target)  # (m, 1)
+            total = logits.exp_().sum(-1, keepdim=True)  # (m, 1), of what softmax divides by
+            nll[rows] = (total.log() - found)[:, 0] * scored[rows]
+            top1[rows] = (best[:, 0] == targets[rows]).to(h.dtype)
+            if any(ctx.needs_input_grad):
+                grad = logits.scatter_add_(1, target, -total).to(dtype)  # (m, V), over share
+                share = scored[rows].unsqueeze(1) / (total * len(h))  # (m, 1)
+                d_h[rows] = (grad @ low).to(h.dtype) * share
+                if dtype == weight.dtype:
+                    d_weight.addmm_(grad.T, x * share)
+                else:
+                    d_weight += grad.T @ (x * share).to(dtype)
+        ctx.grads = d_h, d_weight
+        ctx.mark_non_differentiable(nll, top1)
+        return nll.mean(), nll, top1
+
+    @staticmethod
+    def backward(ctx, grad_loss, *_):
+        if ctx.grads is None:
+            raise RuntimeError("HeadLoss serves one backward: run the forward again")
+        (d_h, d_weight), ctx.grads = ctx.grads, None  # scaled in place
+        return d_h.mul_(grad_loss), d_weight.mul_(grad_loss), None, None
 
 class GPT2WithMemory(nn.Module):
     """GPT2Model, then (with config.memory "dnc") DNCMemory, then the LM head tied to the embedding.
@@ -712,29 +780,31 @@ class GPT2WithMemory(nn.Module):
                 with torch.autocast(tokens.device.type, enabled=False):
                     args = h, h_out, targets, weight, trace
                     stats = token_statistics(*args, brief=measure == "brief")
-                return Output(stats[..., 0], stats[..., 1], effect, stats, trace, state)
-            logits = F.linear(h_out, weight)  # (B, L, V)
-            nll = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none")
-            with torch.no_grad():
-                top1 = (logits.argmax(-1) == targets).float()  # (B, L)
-                if positions is not None:
-                    effect = self.routing_effect(h, logits, weight, targets, positions)
-        return Output(nll.view(B, L), top1, effect, h.new_zeros(B, 0, 0), trace, state)
+                loss = stats[..., 0].mean(1)
+                return Output(loss, stats[..., 0], stats[..., 1], effect, stats, trace, state)
+            loss, nll, top1 = HeadLoss.apply(h_out.flatten(0, 1), weight, targets.flatten(),
+                                             torch.bfloat16 if bf16 else h_out.dtype)
+            nll, top1 = nll.view(B, L), top1.view(B, L)
+            if positions is not None:
+                effect = self.routing_effect(h, h_out, nll, weight, targets, positions)
+        stats = h.new_zeros(B, 0, 0)
+        return Output(loss.expand(B), nll, top1, effect, stats, trace, state)
 
-    def routing_effect(self, h, logits, weight, targets, positions) -> torch.Tensor:
-        """What memory does at positions (B, P): KL(with || without), or the benefit NLL without -
-        NLL with, both (B, P) in nats. Logits without memory exist here alone, a chunk at a time."""
-        B, P = positions.shape
-        rows = torch.arange(B, device=h.device).repeat_interleave(P)  # (B*P,)
-        effects, chunk = [], max(1, LOGITS_AT_ONCE // weight.shape[0])
-        for r, t in zip(rows.split(chunk), positions.flatten().split(chunk), strict=True):
-            log_p = logits[r, t].float().log_softmax(-1)  # (M, V)
-            log_q = F.linear(h[r, t], weight).float().log_softmax(-1)  # (M, V)
+    @torch.no_grad()
+    def routing_effect(self, h, h_out, nll, weight, targets, positions) -> torch.Tensor:
+        """What memory does at positions (B, P): the benefit NLL without - NLL with, or KL(with ||
+        without), both (B, P) in nats. Logits without memory exist here alone, a chunk at a time."""
+        at = (torch.arange(len(h), device=h.device).unsqueeze(1), positions)  # (B, 1), (B, P)
+        h, h_out, nll, targets = (x[at].flatten(0, 1) for x in (h, h_out, nll, targets))  # (B*P, …)
+        effect = torch.zeros_like(nll)
+        for rows in chunks(len(h), weight):
+            without = F.linear(h[rows], weight).float()  # (m, V)
             if self.config.routing == "kl":
-                effects.append((log_p.exp() * (log_p - log_q)).sum(-1))
+                log_p = F.linear(h_out[rows], weight).float().log_softmax(-1)  # (m, V)
+                effect[rows] = (log_p.exp() * (log_p - without.log_softmax(-1))).sum(-1)
             else:
-                effects.append((log_p - log_q).gather(1, targets[r, t].unsqueeze(1))[:, 0])
-        return torch.cat(effects).view(B, P)
+                effect[rows] = F.cross_entropy(without, targets[rows], reduction="none") - nll[rows]
+        return effect.view(positions.shape)
 
 def controller_config(config: Config, vocab_size: int):
     """The controller's transformers.GPT2Config, from Config or from the pretrained GPT-2 it names.
@@ -778,7 +848,7 @@ def count_parameters(module: nn.Module | None) -> int:
 def total_loss(output: Output, positions: torch.Tensor | None, config: Config) -> torch.Tensor:
     """L = L_LM + lambda_r L_routing + lambda_e L_entropy, a scalar. L_routing, -mean(g sg(effect))
     over positions (B, P), rewards a gate that is open where memory changes the prediction."""
-    loss = output.nll.mean()
+    loss = output.loss.mean()
     if positions is not None:
         gates = output.trace.write_gate.gather(1, positions)  # (B, P)
         loss = loss - config.lambda_routing * (gates * output.effect).mean()
@@ -854,7 +924,8 @@ PAYLOAD = ("arm config corpus controller fingerprint tokenizer model_state_dict 
            "optimizer_state_dict stream_position val_ppl memory_state rng history meter results")
 # Fields that may differ between the run that saved and the run that resumes.
 FREE_FIELDS = set("dataset tokenizer preset log_every_steps save_every_steps save_dir plot_dir "
-                  "arms use_compile compile_mode num_gpus resume inspect text eval_tokens".split())
+                  "arms use_compile compile_mode num_gpus resume inspect text eval_tokens scan"
+                  .split())
 
 @dataclasses.dataclass
 class Run:
@@ -1348,6 +1419,9 @@ def run_comparison(config: Config, preset: str, stop: StopSignal) -> None:
                                      num_heads=found.n_head, mlp_width=found.n_inner or 0)
     print_banner(config, corpus, gpus, preset)
     device, folder = torch.device("cuda" if gpus else "cpu"), Path(config.plot_dir)
+    if "dnc" in config.arm_list:  # what cannot run is said before the first arm trains
+        memory = build_memory(config).to(device)
+        pick_scan(config.scan, memory.init_state(1), memory.options)
     runs, rows = {}, []  # by arm; of metrics.jsonl
     for name in config.arm_list:
         run = runs[name] = start_run(name, config, corpus, device)

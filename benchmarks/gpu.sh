@@ -1,14 +1,103 @@
 #!/usr/bin/env bash
-# What is to be measured on a GPU, in one call under 10 minutes: `bash benchmarks/gpu.sh OUT`.
-# Needs a CUDA device; DATASET and TOKENIZER name local folders where there is no hub.
-set -euo pipefail
-cd "$(dirname "$0")/.."
-out=${1:-benchmarks/results}
-mkdir -p "$out"
+# What is to be measured on a GPU, in one call under 8 minutes: `bash benchmarks/gpu.sh OUT`, or
+# parts of it by name: `bash benchmarks/gpu.sh OUT check step`. In OUT: gpu.log and a JSON each.
+#   check      the fused recurrence against the eager loop, values and gradients, many shapes
+#   sanitize   compute-sanitizer, memcheck and racecheck, on two tiny cases
+#   scan       the recurrence alone: back ends, floors, sweeps over T, N and B
+#   scan_bf16  the same with a bfloat16 interface, no sweeps
+#   step       a whole training step of both arms, bf16 and float32, up to B 32, T 1024
+#   job        300 steps of both arms: step times and peak memory are in the table
+#   epoch      the main job's default run, in the time that is left; goes on where it stopped
+# A part that fails or runs out of its time does not stop the next, but the exit code is then 1 in
+# the end; an epoch that is unfinished is none such, and the summary says how it goes on.
+# Needs a CUDA device. DATASET and TOKENIZER name local folders where there is no hub, PYTHON the
+# interpreter, BUDGET the seconds of all parts, CHECKPOINTS the folder of the epoch's checkpoints.
+set -uo pipefail
+cd "$(dirname "$0")/.." || exit 2
+all="check sanitize scan scan_bf16 step job epoch"
+out=${1:-benchmarks/results} python=${PYTHON:-python3} budget=${BUDGET:-440} failed=0
+shift || true
+parts=${*:-$all}
+checkpoints=${CHECKPOINTS:-checkpoints/gpu_epoch}
 source_args=(--dataset "${DATASET:-Salesforce/wikitext}" --tokenizer "${TOKENIZER:-gpt2}")
+summary=()
+export PYTHONUNBUFFERED=1
+for name in $parts; do
+    [[ " $all " == *" $name "* ]] || { echo "error: no part $name; there are $all" >&2; exit 2; }
+done
+if ! "$python" -c "import sys, torch; sys.exit(not torch.cuda.is_available())" 2> /dev/null; then
+    echo "error: $python sees no CUDA device; set PYTHON to one whose torch does" >&2
+    exit 2
+fi
+mkdir -p "$out" "$checkpoints"
+echo "gpu.sh $parts, $(date -u +%FT%TZ)" >> "$out/gpu.log"  # a later call may add a part
 
-# 300 steps of both arms at the card's size, bf16: step times and peak memory are in the table.
-python dnc_gpt2.py --preset full --max_steps 300 --precision bf16 --num_gpus 1 \
-    --save_every_steps 150 --save_dir "$out/checkpoints" --plot_dir "$out" "${source_args[@]}" \
-    2>&1 | tee "$out/gpu_300_steps.log"
-rm -rf "$out/checkpoints"
+# part NAME SECONDS COMMAND...: run a chosen part in its time and what is left of all, and note how
+# it went. dnc_gpt2.py saves at the first SIGTERM and dies at a second: only with --foreground does
+# timeout send one. The others need its signal to the whole group, to leave no process behind.
+part() {
+    local name=$1 limit=$2 left=$((budget - SECONDS)) start=$SECONDS code how=()
+    shift 2
+    [[ $* == *" dnc_gpt2.py "* ]] && how=(--foreground)
+    [[ " $parts " == *" $name "* ]] || return 0
+    ((limit < left)) || limit=$left
+    if ((limit < 5)); then
+        summary+=("$name: NOT RUN, no time left; run it alone: bash benchmarks/gpu.sh OUT $name")
+        failed=1
+        return 0
+    fi
+    printf '\n── %s, at most %s s ──\n' "$name" "$limit" | tee -a "$out/gpu.log"
+    timeout "${how[@]}" --kill-after=20 "$limit" "$@" 2>&1 | tee -a "$out/gpu.log"
+    code=${PIPESTATUS[0]}
+    case $code in
+        0) summary+=("$name: ok, $((SECONDS - start)) s"); return 0 ;;
+        124 | 137) summary+=("$name: OUT OF TIME after $limit s")
+            [[ $name == epoch ]] && return 0 ;;  # as planned: it has the time that is left
+        *) summary+=("$name: FAILED, exit code $code") ;;
+    esac
+    failed=1
+}
+
+# Without torch's caching allocator every tensor is an allocation of its own: an access beyond its
+# end is found, instead of hitting its neighbour.
+sanitize() {
+    local sanitizer tool
+    sanitizer=$(command -v compute-sanitizer || echo /usr/local/cuda/bin/compute-sanitizer)
+    [[ -x $sanitizer ]] || { echo "compute-sanitizer: not installed (CUDA toolkit)"; return 3; }
+    for tool in memcheck racecheck; do
+        echo "compute-sanitizer --tool $tool"
+        PYTORCH_NO_CUDA_MEMORY_CACHING=1 "$sanitizer" --tool "$tool" --error-exitcode 99 \
+            "$1" benchmarks/scan.py --check --tiny --device cuda || return
+    done
+}
+export -f sanitize
+
+part check 90 "$python" benchmarks/scan.py --check --device cuda --threads 4 \
+    --json "$out/check.json"
+part sanitize 60 bash -c 'sanitize "$1"' sanitize "$python"
+part scan 150 "$python" benchmarks/scan.py --sweep all --repeats 5 --limit-seconds 2 \
+    --device cuda --json "$out/scan.json"
+part scan_bf16 30 "$python" benchmarks/scan.py --dtype bfloat16 --backends eager,fused \
+    --repeats 5 --device cuda --json "$out/scan_bf16.json"
+part step 90 "$python" benchmarks/step.py --sizes card,small,long --scan fused \
+    --precision bf16,float32 --device cuda --json "$out/step.json"
+
+job=$(mktemp -d)
+trap 'rm -rf "$job"' EXIT
+part job 60 "$python" dnc_gpt2.py --preset full --max_steps 300 --precision bf16 --num_gpus 1 \
+    --save_every_steps 150 --save_dir "$job" --plot_dir "$job" "${source_args[@]}"
+rm -rf "$job"
+
+# One epoch of WikiText-2, both arms, all of validation and test. --resume auto starts at step 0
+# where there is no checkpoint, and has no more to do than print where the run is finished.
+part epoch "$budget" "$python" dnc_gpt2.py --preset full --precision bf16 --num_gpus 1 \
+    --final_eval_tokens 0 --resume auto --save_dir "$checkpoints" --plot_dir "$out" \
+    "${source_args[@]}"
+
+printf '\n── summary ──\n' | tee -a "$out/gpu.log"
+printf '%s\n' "${summary[@]}" | tee -a "$out/gpu.log"
+if [[ "${summary[*]}" == *"epoch: OUT OF TIME"* ]]; then
+    echo "the epoch's checkpoints are in $checkpoints; it goes on from them, in up to BUDGET" \
+        "seconds, with: bash benchmarks/gpu.sh OUT epoch" | tee -a "$out/gpu.log"
+fi
+exit "$failed"

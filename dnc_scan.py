@@ -1,0 +1,604 @@
+"""The fused DNC recurrence: the function of dnc_gpt2.dnc_loop, at the speed of its controller.
+
+    reads, write_weights, read_weights, state = dnc_scan(interface, state, options)
+
+The readable loop launches about a hundred small operators a token and saves all that they make.
+Here one compiled loop a batch row runs through all T steps with the memory matrix at hand, and a
+hand-derived backward recomputes the memory from states kept every CHECKPOINT_EVERY steps.
+CPU: numba. CUDA: Triton. Where neither can run, `refusal` says why, and dnc_gpt2 runs its loop.
+
+Read downward: the backward of one step in equations, the CPU kernels, the CUDA kernels, the
+operator that makes either differentiable. This file imports nothing of dnc_gpt2.
+Letters: B batch rows, T time, N memory slots, W word width, R read heads, K checkpoint interval.
+
+Backward of one step, for the forward in shared names (u usage, w write weighting, M memory; a
+prime is the value after the step; sums run over the repeated index; d is the gradient):
+
+    read       dwr_r += M' dread_r           dM' += sum_r wr_r dread_r^T
+    links      dbackward_r = pi_b dwr_r      dL'_ij += wr_ri dbackward_rj + dforward_ri wr_rj
+    softmax    g = c (dc - c.dc)             dstrength = g.cos        dcos = strength g
+    cosine     dkey += sum_i dcos_i M_i / (|M_i| |key|) - key sum_i dcos_i cos_i / |key|^2
+               dM_i += dcos_i key / (|M_i| |key|) - M_i dcos_i cos_i / |M_i|^2
+    write      dw_i += dM'_i . (v - e M_i)   de -= sum_i w_i dM'_i M_i    dv += sum_i w_i dM'_i
+               dM_i = dM'_i (1 - w_i e)
+    allocation ds_i = -da_i prod(before i) + (sum of da_j a_j after i) / s_i
+    usage      dq = du' psi, dpsi += du' q   du = dq (1 - w)          dw = dq (1 - u)
+"""
+
+from __future__ import annotations
+
+import math
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import torch
+
+try:  # at import, because decorators need it; the CUDA path lives without
+    import numba
+except ImportError:
+    numba = None
+
+EPS = 1e-6
+CHECKPOINT_EVERY = 16
+
+# ══ CPU: numba ═══════════════════════════════════════════════════════════════════════════════════
+# Plain loops, which LLVM vectorises. Numbers in them are `one` and `eps`, in the arrays' type:
+# a literal would turn float32 arithmetic into float64. Reassociated sums vectorise; NaN and
+# infinity keep their meaning, because the training loop looks for them.
+FAST = {"reassoc", "contract", "nsz", "arcp"}
+
+def compiled(fastmath):
+    """Decorator: numba.njit, cached on disk where a folder for it can be written."""
+    def decorate(function):
+        if numba is None:
+            return function
+        options = {"nogil": True, "fastmath": fastmath, "error_model": "numpy"}
+        try:
+            return numba.njit(cache=True, **options)(function)
+        except RuntimeError:  # no folder can be written
+            return numba.njit(**options)(function)
+    return decorate
+
+@compiled(FAST)
+def dot(x, y, one):
+    total = one - one
+    for j in range(x.shape[0]):
+        total += x[j] * y[j]
+    return total
+
+@compiled(FAST)
+def row_dots(vector, matrix, out, one):
+    """out_i = matrix_i . vector, for matrix (N, W) and vector (W,)."""
+    for i in range(matrix.shape[0]):
+        total = one - one
+        for j in range(matrix.shape[1]):
+            total += matrix[i, j] * vector[j]
+        out[i] = total
+
+@compiled(FAST)
+def add_product(weights, rows, out):
+    """out (A, W) += weights (A, Q) @ rows (Q, W), four rows in one pass: a third of the stores."""
+    whole = rows.shape[0] - rows.shape[0] % 4
+    for i in range(out.shape[0]):
+        for q in range(0, whole, 4):
+            a, b, c, d = weights[i, q], weights[i, q + 1], weights[i, q + 2], weights[i, q + 3]
+            for j in range(out.shape[1]):
+                out[i, j] += (a * rows[q, j] + b * rows[q + 1, j] + c * rows[q + 2, j]
+                              + d * rows[q + 3, j])
+        for q in range(whole, rows.shape[0]):
+            for j in range(out.shape[1]):
+                out[i, j] += weights[i, q] * rows[q, j]
+
+@compiled(FAST)
+def inverse_norm(vector, one, eps):
+    return one / math.sqrt(dot(vector, vector, one) + eps)
+
+@compiled(FAST)
+def softmax(strength, cosine, out):
+    """out = softmax(strength * cosine), both (N,); strength >= 1."""
+    top = cosine[0]
+    for i in range(cosine.shape[0]):
+        top = max(top, cosine[i])
+    total = top - top
+    for i in range(cosine.shape[0]):
+        out[i] = math.exp(strength * (cosine[i] - top))
+        total += out[i]
+    for i in range(cosine.shape[0]):
+        out[i] /= total
+
+@compiled(False)  # rounds as the readable loop does: among near-ties rounding decides the order
+def usage_step(usage, write_weights, read_weights, free_gates, new_usage, retention, one):
+    """usage, write_weights (N,), read_weights (R, N), free_gates (R,) -> new_usage, retention."""
+    for i in range(usage.shape[0]):
+        psi = one - free_gates[0] * read_weights[0, i]
+        for r in range(1, free_gates.shape[0]):
+            psi = psi * (one - free_gates[r] * read_weights[r, i])
+        retention[i] = psi
+        new_usage[i] = (usage[i] + write_weights[i] - usage[i] * write_weights[i]) * psi
+
+@compiled(False)
+def allocation_step(usage, order, used, before, one, eps):
+    """usage (N,) -> used, shifted to [eps, 1], and before_i, the product of used over the slots
+    freer than i. `order` (N,), the free list, ascending with ties to the lowest slot, is sorted by
+    insertion: a step moves few slots, so that the list of the step before is nearly right."""
+    for i in range(usage.shape[0]):
+        used[i] = eps + (one - eps) * usage[i]
+    for place in range(1, usage.shape[0]):
+        slot = order[place]
+        mine, free = used[slot], place
+        while free > 0 and (used[order[free - 1]] > mine
+                            or (used[order[free - 1]] == mine and order[free - 1] > slot)):
+            order[free] = order[free - 1]
+            free -= 1
+        order[free] = slot
+    product = one
+    for place in range(order.shape[0]):
+        before[order[place]] = product
+        product *= used[order[place]]
+
+@compiled(FAST)
+def content_step(key, strength, memory, norms, cosine, content, one, eps):
+    """key (W,), memory (N, W), norms 1/|M_i| (N,) -> cosine and content weighting (N,)."""
+    key_norm = inverse_norm(key, one, eps)
+    row_dots(key, memory, cosine, one)
+    for i in range(norms.shape[0]):
+        cosine[i] *= norms[i] * key_norm
+    softmax(strength, cosine, content)
+
+@compiled(FAST)
+def write_step(memory, kept, weights, erase, vector, norms, one, eps):
+    """M_i = kept_i M_i (1 - w_i e) + w_i v, in place; norms become those of the new rows."""
+    for i in range(memory.shape[0]):
+        total, keep, weight = one - one, kept[i], weights[i]
+        for j in range(memory.shape[1]):
+            x = keep * memory[i, j] * (one - weight * erase[j]) + weight * vector[j]
+            memory[i, j] = x
+            total += x * x
+        norms[i] = one / math.sqrt(total + eps)
+
+@compiled(FAST)
+def link_step(link, precedence, weights, one):
+    """link (N, N) after the write weights (N,), in place; `precedence` is still that of before."""
+    for i in range(link.shape[0]):
+        for j in range(link.shape[1]):
+            link[i, j] = ((one - weights[i] - weights[j]) * link[i, j]
+                          + weights[i] * precedence[j])
+        link[i, i] = one - one
+
+@compiled(FAST)
+def follow_links(link, weights, forward, backward, one):
+    """forward = L weights, backward = L^T weights, all (N,)."""
+    row_dots(weights, link, forward, one)
+    backward[:] = one - one
+    for i in range(link.shape[0]):
+        for j in range(link.shape[1]):
+            backward[j] += weights[i] * link[i, j]
+
+@compiled(FAST)
+def forward_rows(
+        begin, end, every, wipe, links, record, one, eps,
+        write_key, write_strength, erase, write_vector, write_gate, allocation_gate,
+        read_keys, read_strengths, free_gates, read_modes,
+        memory0, usage0, write_weights0, read_weights0, link0, precedence0,
+        reads, write_weights, read_weights, memory, usage, link, precedence,
+        usages, cosines, inverse_norms, precedences, memories, link_states):
+    """Rows begin to end of the recurrence: the activated interface (B, T, ...) and the state ..0 ->
+    reads to precedence, dnc_loop's results, and (record) usages to link_states, the tape."""
+    T = write_key.shape[1]
+    R, N = read_weights.shape[2:]
+    new_usage, retention, kept, used, before = np.empty((5, N), write_key.dtype)
+    content, norms, forward, backward = np.empty((4, N), write_key.dtype)
+    cosine = np.empty((R + 1, N), write_key.dtype)
+    kept[:] = one
+    for b in range(begin, end):
+        M, L, p, u = memory[b], link[b], precedence[b], usage[b]
+        M[:], L[:], p[:], u[:] = memory0[b], link0[b], precedence0[b], usage0[b]
+        order = np.arange(N)
+        for i in range(N):
+            norms[i] = inverse_norm(M[i], one, eps)
+        for t in range(T):
+            if record and t % every == 0:
+                memories[b, t // every], link_states[b, t // every] = M, L
+            w_before = write_weights[b, t - 1] if t > 0 else write_weights0[b]
+            wr_before = read_weights[b, t - 1] if t > 0 else read_weights0[b]
+            w, wr = write_weights[b, t], read_weights[b, t]
+            usage_step(u, w_before, wr_before, free_gates[b, t], new_usage, retention, one)
+            u[:] = new_usage
+            allocation_step(u, order, used, before, one, eps)
+            content_step(write_key[b, t], write_strength[b, t], M, norms, cosine[0], content,
+                         one, eps)
+            gate, mix = write_gate[b, t], allocation_gate[b, t]
+            for i in range(N):
+                w[i] = gate * (mix * (one - used[i]) * before[i] + (one - mix) * content[i])
+            if wipe:
+                kept[:] = retention
+            write_step(M, kept, w, erase[b, t], write_vector[b, t], norms, one, eps)
+            if links:
+                link_step(L, p, w, one)
+                p *= one - w.sum()
+                p += w
+            for r in range(R):
+                content_step(read_keys[b, t, r], read_strengths[b, t, r], M, norms, cosine[r + 1],
+                             wr[r], one, eps)
+                if links:
+                    modes = read_modes[b, t, r]
+                    follow_links(L, wr_before[r], forward, backward, one)
+                    for i in range(N):
+                        wr[r, i] = (modes[0] * backward[i] + modes[1] * wr[r, i]
+                                    + modes[2] * forward[i])
+            reads[b, t] = one - one
+            add_product(wr, M, reads[b, t])
+            if record:
+                usages[b, t], cosines[b, t], inverse_norms[b, t] = u, cosine, norms
+                precedences[b, t] = p
+
+@compiled(FAST)
+def content_backward(strength, key_norm, norms, cosine, content, d_content, d_dots, shrink, one):
+    """Backward of content_step down to the dot products of the key with every slot: sets d_dots
+    (N,) and adds to shrink (N,), the share of its own row that a slot's gradient loses to its norm
+    -> d_strength, and the same share of the key."""
+    mean, d_strength, key_shrink = dot(content, d_content, one), one - one, one - one
+    for i in range(content.shape[0]):
+        d_logit = content[i] * (d_content[i] - mean)
+        d_cosine = strength * d_logit
+        d_strength += d_logit * cosine[i]
+        key_shrink += d_cosine * cosine[i]
+        d_dots[i] = d_cosine * norms[i] * key_norm
+        shrink[i] += d_cosine * cosine[i] * norms[i] * norms[i]
+    return d_strength, key_shrink * key_norm * key_norm
+
+@compiled(FAST)
+def shrink_rows(shrink, memory, d_memory):
+    for i in range(memory.shape[0]):
+        for j in range(memory.shape[1]):
+            d_memory[i, j] -= shrink[i] * memory[i, j]
+
+@compiled(FAST)
+def write_backward(memory, kept, weights, erase, vector, d_memory, d_weights, d_erase, d_vector,
+                   one):
+    """Backward of write_step; d_memory (N, W) goes from after the write to before it, in place, but
+    for the factor `kept`; d_weights (N,), d_erase and d_vector (W,) are added to."""
+    for i in range(memory.shape[0]):
+        total, keep, weight = one - one, kept[i], weights[i]
+        for j in range(memory.shape[1]):
+            x, d = keep * memory[i, j], d_memory[i, j]
+            total += d * (vector[j] - x * erase[j])
+            d_vector[j] += weight * d
+            d_erase[j] -= weight * x * d
+            d_memory[i, j] = d - weight * erase[j] * d
+        d_weights[i] += total
+
+@compiled(FAST)
+def wipe_backward(memory, kept, d_memory, d_kept, one):
+    """The factor `kept` (N,) of write_step: d_memory in place, d_kept is set."""
+    for i in range(memory.shape[0]):
+        total = one - one
+        for j in range(memory.shape[1]):
+            total += d_memory[i, j] * memory[i, j]
+            d_memory[i, j] *= kept[i]
+        d_kept[i] = total
+
+@compiled(FAST)
+def allocation_backward(order, used, before, d_allocation, d_usage, one, eps):
+    """Adds to d_usage (N,); a used slot shrinks the share of every slot that comes after it."""
+    after = one - one
+    for place in range(order.shape[0] - 1, -1, -1):
+        slot = order[place]
+        d_used = after / used[slot] - d_allocation[slot] * before[slot]
+        d_usage[slot] += (one - eps) * d_used
+        after += d_allocation[slot] * (one - used[slot]) * before[slot]
+
+@compiled(FAST)
+def usage_backward(usage, write_weights, read_weights, free_gates, retention, d_retention, others,
+                   d_usage, d_write_weights, d_read_weights, d_free_gates, one):
+    """Backward of usage_step: d_usage goes from after it to before it, in place; d_write_weights
+    (N,) and d_free_gates (R,) are set; d_read_weights (R, N) is added to; `others` is scratch."""
+    for i in range(usage.shape[0]):
+        w, u = write_weights[i], usage[i]
+        d_retention[i] += d_usage[i] * (u + w - u * w)
+        d_usage[i] *= retention[i]
+        d_write_weights[i] = d_usage[i] * (one - u)
+        d_usage[i] *= one - w
+    for r in range(free_gates.shape[0]):
+        others[:] = d_retention  # times the product over the other heads: no division by zero
+        for q in range(free_gates.shape[0]):
+            if q != r:
+                for i in range(usage.shape[0]):
+                    others[i] *= one - free_gates[q] * read_weights[q, i]
+        d_free_gates[r] = -dot(others, read_weights[r], one)
+        for i in range(usage.shape[0]):
+            d_read_weights[r, i] -= others[i] * free_gates[r]
+
+@compiled(FAST)
+def mode_backward(modes, d_wr, content, forward, backward, d_modes, d_content, d_forward,
+                  d_backward, one):
+    """Backward of one head's mixture of backward, content and forward weightings; d_* are set."""
+    d_modes[0] = dot(d_wr, backward, one)
+    d_modes[1] = dot(d_wr, content, one)
+    d_modes[2] = dot(d_wr, forward, one)
+    for i in range(d_wr.shape[0]):
+        d_backward[i] = modes[0] * d_wr[i]
+        d_content[i] = modes[1] * d_wr[i]
+        d_forward[i] = modes[2] * d_wr[i]
+
+@compiled(FAST)
+def follow_backward(link, weights, d_forward, d_backward, d_link, d_weights, one):
+    """Backward of follow_links for one head: d_link (N, N) and d_weights (N,) are added to."""
+    for i in range(link.shape[0]):
+        total = one - one
+        for j in range(link.shape[1]):
+            total += link[i, j] * d_backward[j]
+            d_weights[j] += link[i, j] * d_forward[i]
+            d_link[i, j] += weights[i] * d_backward[j] + d_forward[i] * weights[j]
+        d_weights[i] += total
+
+@compiled(FAST)
+def link_backward(link, precedence, weights, d_link, d_precedence, d_weights, column, one):
+    """Backward of link_step and of the precedence. link and precedence are those of before the
+    step; d_link and d_precedence go from after it to before it, in place; d_weights is added to;
+    `column` (N,) is scratch."""
+    N = weights.shape[0]
+    d_total, kept = dot(d_precedence, precedence, one), one - weights.sum()
+    for i in range(N):
+        d_weights[i] += d_precedence[i] - d_total
+        d_precedence[i] *= kept
+        d_link[i, i] = one - one
+    column[:] = one - one
+    for i in range(N):
+        total = one - one
+        for j in range(N):
+            d = d_link[i, j]
+            total += d * (precedence[j] - link[i, j])
+            column[j] += d * link[i, j]
+            d_precedence[j] += d * weights[i]
+            d_link[i, j] = d * (one - weights[i] - weights[j])
+        d_weights[i] += total
+    d_weights -= column
+
+@compiled(FAST)
+def replay(start, end, wipe, links, one, eps, erase, write_vector, free_gates, write_weights,
+           read_weights, read_weights0, precedences, precedence0, kept, norms, history,
+           link_history):
+    """Recompute memory and links after each step of a chunk: history[0] is given."""
+    for t in range(start, end):
+        now, p = t - start + 1, precedences[t - 1] if t > 0 else precedence0
+        history[now] = history[now - 1]
+        if wipe:
+            wr_before = read_weights[t - 1] if t > 0 else read_weights0
+            kept[:] = one
+            for r in range(free_gates.shape[1]):
+                for i in range(kept.shape[0]):
+                    kept[i] *= one - free_gates[t, r] * wr_before[r, i]
+        write_step(history[now], kept, write_weights[t], erase[t], write_vector[t], norms, one, eps)
+        if links:
+            link_history[now] = link_history[now - 1]
+            link_step(link_history[now], p, write_weights[t], one)
+
+@compiled(FAST)
+def backward_rows(
+        begin, end, every, wipe, links, one, eps,
+        write_key, write_strength, erase, write_vector, write_gate, allocation_gate,
+        read_keys, read_strengths, free_gates, read_modes,
+        usage0, write_weights0, read_weights0, precedence0,
+        write_weights, read_weights, usages, cosines, inverse_norms, precedences,
+        memories, link_states,
+        g_reads, g_write_weights, g_read_weights, g_memory, g_usage, g_link, g_precedence,
+        d_write_key, d_write_strength, d_erase, d_write_vector, d_write_gate, d_allocation_gate,
+        d_read_keys, d_read_strengths, d_free_gates, d_read_modes,
+        d_memory, d_usage, d_write_weights, d_read_weights, d_link, d_precedence):
+    """The gradients d_ of rows begin to end, from the gradients g_ of the forward's results. That
+    of the state is carried back through time in d_memory to d_precedence, in place."""
+    T, W = write_key.shape[1:]
+    R, N = read_weights.shape[2:]
+    linked = precedence0.shape[1]
+    history = np.empty((every + 1, N, W), write_key.dtype)
+    link_history = np.empty((every + 1, linked, linked), write_key.dtype)
+    new_usage, retention, kept, used, before = np.empty((5, N), write_key.dtype)
+    norms0, content, d_content, d_w, d_kept = np.empty((5, N), write_key.dtype)
+    shrink, forward, backward, scratch = np.empty((4, N), write_key.dtype)
+    d_wr, d_dots, d_forward, d_backward = np.empty((4, R, N), write_key.dtype)
+    kept[:] = one
+    for b in range(begin, end):
+        dM, du, dL, dp = d_memory[b], d_usage[b], d_link[b], d_precedence[b]
+        dw_before, dwr_before = d_write_weights[b], d_read_weights[b]
+        dM[:], du[:], dL[:], dp[:] = g_memory[b], g_usage[b], g_link[b], g_precedence[b]
+        dw_before[:], dwr_before[:] = one - one, one - one
+        for i in range(N):
+            norms0[i] = inverse_norm(memories[b, 0, i], one, eps)
+        order = np.arange(N)
+        for t in range(T - 1, -1, -1):
+            start, now = t - t % every, t % every + 1  # history[now] is the memory after step t
+            if t == T - 1 or now == every:
+                history[0], link_history[0] = memories[b, t // every], link_states[b, t // every]
+                replay(start, t + 1, wipe, links, one, eps, erase[b], write_vector[b],
+                       free_gates[b], write_weights[b], read_weights[b], read_weights0[b],
+                       precedences[b], precedence0[b], kept, scratch, history, link_history)
+            M, new_M, new_L = history[now - 1], history[now], link_history[now]
+            w, wr, keys = write_weights[b, t], read_weights[b, t], read_keys[b, t]
+            u_before = usages[b, t - 1] if t > 0 else usage0[b]
+            w_before = write_weights[b, t - 1] if t > 0 else write_weights0[b]
+            wr_before = read_weights[b, t - 1] if t > 0 else read_weights0[b]
+            norms_before = inverse_norms[b, t - 1] if t > 0 else norms0
+
+            # read vectors, read weightings
+            d_w[:] = g_write_weights[b, t] + dw_before
+            shrink[:] = one - one
+            add_product(wr.T, g_reads[b, t], dM)
+            for r in range(R):
+                strength, cosine = read_strengths[b, t, r], cosines[b, t, r + 1]
+                row_dots(g_reads[b, t, r], new_M, d_wr[r], one)
+                d_wr[r] += g_read_weights[b, t, r] + dwr_before[r]
+                content[:], d_content[:] = wr[r], d_wr[r]
+                if links:
+                    softmax(strength, cosine, content)
+                    follow_links(new_L, wr_before[r], forward, backward, one)
+                    mode_backward(read_modes[b, t, r], d_wr[r], content, forward, backward,
+                                  d_read_modes[b, t, r], d_content, d_forward[r], d_backward[r],
+                                  one)
+                d_read_strengths[b, t, r], key_shrink = content_backward(
+                    strength, inverse_norm(keys[r], one, eps), inverse_norms[b, t], cosine, content,
+                    d_content, d_dots[r], shrink, one)
+                d_read_keys[b, t, r] = -key_shrink * keys[r]
+            add_product(d_dots, new_M, d_read_keys[b, t])
+            add_product(d_dots.T, keys, dM)
+            shrink_rows(shrink, new_M, dM)
+            dwr_before[:] = one - one
+            if links:
+                p_before = precedences[b, t - 1] if t > 0 else precedence0[b]
+                for r in range(R):
+                    follow_backward(new_L, wr_before[r], d_forward[r], d_backward[r], dL,
+                                    dwr_before[r], one)
+                link_backward(link_history[now - 1], p_before, w, dL, dp, d_w, scratch, one)
+
+            # write
+            usage_step(u_before, w_before, wr_before, free_gates[b, t], new_usage, retention, one)
+            if wipe:
+                kept[:] = retention
+            d_erase[b, t], d_write_vector[b, t], d_kept[:] = one - one, one - one, one - one
+            write_backward(M, kept, w, erase[b, t], write_vector[b, t], dM, d_w, d_erase[b, t],
+                           d_write_vector[b, t], one)
+            if wipe:
+                wipe_backward(M, kept, dM, d_kept, one)
+
+            # write weighting: gates, allocation, content
+            allocation_step(usages[b, t], order, used, before, one, eps)
+            strength, cosine, key = write_strength[b, t], cosines[b, t, 0], write_key[b, t]
+            softmax(strength, cosine, content)
+            gate, mix, d_gate, d_mix = write_gate[b, t], allocation_gate[b, t], one - one, one - one
+            for i in range(N):
+                allocation = (one - used[i]) * before[i]
+                d_gate += d_w[i] * (mix * allocation + (one - mix) * content[i])
+                d_mix += d_w[i] * gate * (allocation - content[i])
+                d_content[i] = gate * (one - mix) * d_w[i]
+                d_w[i] *= gate * mix  # from here on that of the allocation
+            d_write_gate[b, t], d_allocation_gate[b, t] = d_gate, d_mix
+            shrink[:] = one - one
+            d_write_strength[b, t], key_shrink = content_backward(
+                strength, inverse_norm(key, one, eps), norms_before, cosine, content, d_content,
+                d_dots[0], shrink, one)
+            d_write_key[b, t] = -key_shrink * key
+            add_product(d_dots[:1], M, d_write_key[b, t : t + 1])
+            add_product(d_dots[:1].T, write_key[b, t : t + 1], dM)
+            shrink_rows(shrink, M, dM)
+            allocation_backward(order, used, before, d_w, du, one, eps)
+            usage_backward(u_before, w_before, wr_before, free_gates[b, t], retention, d_kept,
+                           scratch, du, dw_before, dwr_before, d_free_gates[b, t], one)
+
+def run_rows(kernel, flags: tuple, tensors: list[torch.Tensor]) -> None:
+    """Run a numba kernel over all batch rows, split over torch's threads: it releases Python's
+    lock. Rows are independent, so that the result does not depend on the number of threads."""
+    rows, number = tensors[0].shape[0], tensors[-1].numpy().dtype.type
+    arrays = [tensor.numpy() for tensor in tensors]
+    workers = max(1, min(rows, torch.get_num_threads()))
+    bounds = [rows * worker // workers for worker in range(workers + 1)]
+
+    def work(begin: int, end: int) -> None:
+        kernel(begin, end, *flags, number(1), number(EPS), *arrays)
+
+    if workers == 1:
+        return work(0, rows)
+    with ThreadPoolExecutor(workers) as pool:
+        list(pool.map(work, bounds[:-1], bounds[1:]))
+
+def numba_forward(parts, state, wipe: bool, every: int, record: bool) -> list[torch.Tensor]:
+    results = empty_results(parts, state, every, record)
+    links = state[4].shape[1] > 0
+    run_rows(forward_rows, (every, wipe, links, record), [*parts, *state, *results])
+    return results
+
+def numba_backward(grads, parts, state, traces, wipe: bool, every: int) -> list[torch.Tensor]:
+    _, usage, write_weights, read_weights, link, precedence = state
+    gradients = [torch.empty_like(tensor) for tensor in (*parts, *state)]
+    run_rows(backward_rows, (every, wipe, link.shape[1] > 0), [
+        *parts, usage, write_weights, read_weights, precedence, *traces, *grads, *gradients])
+    return gradients
+
+# ══ The operator ═════════════════════════════════════════════════════════════════════════════════
+# Its results: seven that dnc_loop has too (the last weightings of the state are in the traces),
+# then the tape of the backward.
+RESULTS = ("reads write_weights read_weights memory usage link precedence "
+           "usages cosines inverse_norms precedences memories links").split()
+
+def empty_results(parts, state, every: int, record: bool) -> list[torch.Tensor]:
+    """Uninitialised RESULTS; the tape has no elements where nothing is to be recorded."""
+    (B, T, R, W), (_, N, _), linked = parts[6].shape, state[0].shape, state[4].shape[1]
+    C = -(-T // every)  # checkpoints
+    shapes = [(B, T, R, W), (B, T, N), (B, T, R, N), (B, N, W), (B, N), (B, linked, linked),
+              (B, linked)]
+    tape = [(B, T, N), (B, T, R + 1, N), (B, T, N), (B, T, linked), (B, C, N, W),
+            (B, C, linked, linked)]
+    shapes += tape if record else [(0,) * len(shape) for shape in tape]
+    return [state[0].new_empty(shape) for shape in shapes]
+
+BACKENDS = {"numba": (numba_forward, numba_backward)}
+
+@torch.library.custom_op("dnc_gpt2::scan", mutates_args=(), schema=(
+    "(Tensor[] parts, Tensor[] state, bool wipe, bool record, int every, str backend) -> Tensor[]"))
+def scan_op(parts, state, wipe, record, every, backend):
+    return list(BACKENDS[backend][0](parts, state, wipe, every, record))
+
+@scan_op.register_fake
+def _(parts, state, wipe, record, every, backend):
+    return empty_results(parts, state, every, record)
+
+@torch.library.custom_op("dnc_gpt2::scan_backward", mutates_args=(), schema=(
+    "(Tensor[] grads, Tensor[] parts, Tensor[] state, Tensor[] traces, bool wipe, int every, "
+    "str backend) -> Tensor[]"))
+def scan_backward_op(grads, parts, state, traces, wipe, every, backend):
+    return list(BACKENDS[backend][1](grads, parts, state, traces, wipe, every))
+
+@scan_backward_op.register_fake
+def _(grads, parts, state, traces, wipe, every, backend):
+    return [torch.empty_like(tensor) for tensor in (*parts, *state)]
+
+def save_for_backward(ctx, inputs, output) -> None:
+    parts, state, ctx.wipe, _, ctx.every, ctx.backend = inputs
+    ctx.mark_non_differentiable(*output[7:])
+    # The memory of before is the first checkpoint, and the results after the traces are not used.
+    ctx.save_for_backward(*parts, *state[1:], *output[1:3], *output[7:])
+    ctx.shapes = [tensor.shape for tensor in output[:7]]
+
+def scan_backward(ctx, grads):
+    saved = ctx.saved_tensors
+    parts, state, traces = saved[:10], saved[10:15], saved[15:]
+    state = (traces[6][:, 0].contiguous(), *state)
+    grads = [state[0].new_zeros(shape) if grad is None else grad.contiguous()
+             for grad, shape in zip(grads, ctx.shapes, strict=False)]
+    found = scan_backward_op(grads, parts, state, traces, ctx.wipe, ctx.every, ctx.backend)
+    return found[:10], found[10:], None, None, None, None
+
+scan_op.register_autograd(scan_backward, setup_context=save_for_backward)
+
+def refusal(state, options, backend: str = "auto") -> str:
+    """Why the fused recurrence cannot run on this state, and what to do; "" where it can."""
+    _, N, W = state.memory.shape
+    if backend == "auto":
+        backend = "triton" if state.memory.is_cuda else "numba"
+    if backend == "numba" and state.memory.device.type != "cpu":
+        return f"there is no fused recurrence for {state.memory.device.type}; set scan=eager"
+    if options.mask_min < 1 or options.sharpen_links:
+        return "masked keys and sharpened links run in the eager loop; set mask_min=1.0"
+    if backend == "numba" and numba is None:
+        return "numba is not installed; pip install numba"
+    return ""
+
+def dnc_scan(interface, state, options, backend: str = "auto"):
+    """The same as dnc_gpt2.dnc_loop: interface (B, T, ...), state of B rows -> reads (B, T, R, W),
+    write_weights (B, T, N), read_weights (B, T, R, N), the state after the last token."""
+    if reason := refusal(state, options, backend):
+        raise ValueError(reason)
+    if backend == "auto":
+        backend = "triton" if state.memory.is_cuda else "numba"
+    dtype = state.memory.dtype
+    modes = interface.read_modes
+    if modes is None:
+        modes = interface.read_keys[..., :0]  # (B, T, R, 0)
+    parts = [part.to(dtype).contiguous() for part in (*interface[:9], modes)]
+    inputs = [part.contiguous() for part in state]
+    record = torch.is_grad_enabled() and any(x.requires_grad for x in (*parts, *inputs))
+    reads, write_weights, read_weights, memory, usage, link, precedence = scan_op(
+        parts, inputs, options.dealloc_wipe, record, CHECKPOINT_EVERY, backend)[:7]
+    # Clones: a view would keep the whole trace alive in a carried or saved state.
+    after = type(state)(memory, usage, write_weights[:, -1].clone(), read_weights[:, -1].clone(),
+                        link, precedence)
+    return reads, write_weights, read_weights, after
