@@ -7,8 +7,7 @@
     python dnc_gpt2.py --resume auto           continue an interrupted run, bit for bit
     python dnc_gpt2.py --inspect checkpoints/GPT2_+_DNC_FINAL_step600.pt --text "Some text"
 
-Read downward; each section uses only what stands above it: Config, Data, Memory, Model, Loss,
-Checkpoints, Training, Comparison, Main.
+Read downward; each section, from Config to Main, uses only what stands above it.
 Letters, everywhere: B batch rows, T time, S segments (windows) a step, C hidden width,
 V vocabulary, N memory slots, W word width, R read heads, P sampled positions.
 The DNC is Graves et al. 2016, "Hybrid computing using a neural network with dynamic external
@@ -116,46 +115,47 @@ class Config:
     arm_list = property(lambda self: self.arms.replace(" ", "").split(","))
 
     def __post_init__(self) -> None:
-        check_types(self)
-        above = ("hidden_size num_layers num_heads mem_slots mem_width num_reads bptt_segments "
-                 "epochs batch_size seq_len lr memory_lr grad_clip routing_fraction eval_tokens "
-                 "log_every_steps save_every_steps")
-        at_least = ("mlp_width max_steps weight_decay lambda_routing lambda_entropy seed "
-                    "final_eval_tokens")
+        for name, types in field_types(type(self)).items():  # a bool is no int, 1 is a float
+            value = getattr(self, name)
+            holds = type(value) in types and (type(value) is not float or math.isfinite(value))
+            require(holds, name, value, "a finite " + " or ".join(kind.__name__ for kind in types))
+        arms = self.arm_list
         choices = {"memory": ("dnc", "none"), "lr_schedule": ("cosine", "constant"),
                    "routing": ("kl", "benefit"), "num_gpus": ("auto", 0, 1, 2),
                    "precision": ("auto", "bf16", "float32"), "scan": ("auto", "eager", "fused"),
                    "compile_mode": (
                        "default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")}
-        arms, two_gpus = self.arm_list, self.num_gpus == 2
-        for name, holds, requirement in (
-            *((n, getattr(self, n) > 0, "above 0") for n in above.split()),
-            *((n, getattr(self, n) >= 0, "0 or more") for n in at_least.split()),
-            *((n, 0 <= getattr(self, n) <= 1, "from 0 to 1")
-              for n in ("dropout", "mask_min", "lr_warmup", "routing_fraction")),
-            *((n, getattr(self, n) in options, "one of " + ", ".join(map(str, options)))
-              for n, options in choices.items()),
-            ("arms", set(arms) <= set(ARMS) and len(set(arms)) == len(arms),
+        for names, fits, requirement in (
+            ("hidden_size num_layers num_heads mem_slots mem_width num_reads bptt_segments epochs "
+             "batch_size seq_len lr memory_lr grad_clip routing_fraction eval_tokens "
+             "log_every_steps save_every_steps", lambda x: x > 0, "above 0"),
+            ("mlp_width max_steps weight_decay lambda_routing lambda_entropy seed "
+             "final_eval_tokens", lambda x: x >= 0, "0 or more"),
+            ("dropout mask_min lr_warmup routing_fraction", lambda x: 0 <= x <= 1, "from 0 to 1"),
+            *((name, options.__contains__, "one of " + ", ".join(map(str, options)))
+              for name, options in choices.items()),
+            ("arms", lambda _: set(arms) <= set(ARMS) and len(set(arms)) == len(arms),
              "a comma-separated choice of " + ", ".join(ARMS) + ", each once"),
-            ("arms", "matched" not in arms or self.init_from == "scratch",
+            ("arms", lambda _: "matched" not in arms or self.init_from == "scratch",
              "without matched where init_from names a model, whose sizes are given"),
-            ("eval_rows", self.eval_rows >= 2, "2 or more"),
-            ("seed", self.seed < 2**32, "below 2**32"),
-            ("hidden_size", self.hidden_size % max(1, self.num_heads) == 0,
+            ("eval_rows", lambda x: x >= 2, "2 or more"),
+            ("seed", lambda x: x < 2**32, "below 2**32"),
+            ("hidden_size", lambda x: x % self.num_heads == 0,
              f"divisible by num_heads ({self.num_heads})"),
-            ("bptt_segments", self.batch_size % max(1, self.bptt_segments) == 0,
+            ("bptt_segments", lambda x: self.batch_size % x == 0,
              f"a divisor of batch_size ({self.batch_size})"),
-            ("sharpen_links", self.use_links or not self.sharpen_links,
+            ("sharpen_links", lambda x: self.use_links or not x,
              "False without links; set use_links True as well"),
-            ("text", self.text.strip() and not re.search("[\ud800-\udfff]", self.text),
+            ("text", lambda x: x.strip() and not re.search("[\ud800-\udfff]", x),
              "UTF-8, with at least one word"),
-            ("num_gpus", not two_gpus or self.batch_size >= 2 * self.bptt_segments,
+            ("num_gpus", lambda x: x != 2 or self.batch_size >= 2 * self.bptt_segments,
              f"at most the rows of the stream, batch_size / bptt_segments = {self.batch_size} / "
              f"{self.bptt_segments}; set num_gpus=1 or a smaller bptt_segments"),
-            ("use_compile", not (two_gpus and self.use_compile),
+            ("use_compile", lambda x: not x or self.num_gpus != 2,
              "False on two GPUs; set num_gpus=1"),
         ):
-            require(holds, name, getattr(self, name), requirement)
+            for name in names.split():
+                require(fits(getattr(self, name)), name, getattr(self, name), requirement)
 
 # "full" repeats the shipped values of Config: a field edited away from them wins over "small".
 PRESETS: dict[str, dict] = {
@@ -178,23 +178,13 @@ def field_types(cls: type) -> dict[str, tuple[type, ...]]:
     return {f.name: sum((types[part.strip()] for part in f.type.split("|")), ())
             for f in dataclasses.fields(cls)}
 
-def check_types(config: object) -> None:
-    """Raise ValueError for a field that is not of its declared type (bool is no int) or finite."""
-    for name, types in field_types(type(config)).items():
-        value = getattr(config, name)
-        fits = type(value) in types and (type(value) is not float or math.isfinite(value))
-        require(fits, name, value, "a finite " + " or ".join(kind.__name__ for kind in types))
-
 def parse_value(name: str, text: str, types: tuple[type, ...]) -> int | float | bool | str:
     """Read one command-line value as the first of `types` that it fits. Raises ValueError."""
     for kind in types:
-        if kind is str or (kind is bool and text.lower() in ("true", "false")):
-            return text if kind is str else text.lower() == "true"
-        if kind is not bool:
-            with contextlib.suppress(ValueError):
-                return kind(text)
-    expected = " or ".join(t.__name__ for t in types)
-    raise ValueError(f"{name} = {text!r}: must be {expected.replace('bool', 'True or False')}")
+        with contextlib.suppress(ValueError, KeyError):
+            return {"true": True, "false": False}[text.lower()] if kind is bool else kind(text)
+    expected = " or ".join(kind.__name__ for kind in types).replace("bool", "True or False")
+    raise ValueError(f"{name} = {text!r}: must be {expected}")
 
 def parse_overrides(cls: type, argv: list[str]) -> dict[str, int | float | bool | str]:
     """Read `--name value` and `--name=value` into a dict of fields of the Config class `cls`.
@@ -397,11 +387,9 @@ def training_rows(stream: torch.Tensor, rows: int, step_len: int) -> torch.Tenso
 def evaluation_rows(stream: torch.Tensor, rows: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Cut a whole stream into rows of inputs and targets, both (rows, length). Every token but the
     first is a target exactly once; what fills up the last row has target -100, never scored."""
-    length = math.ceil((len(stream) - 1) / rows)
-    padding = rows * length - (len(stream) - 1)
-    inputs = F.pad(stream[:-1], (0, padding)).view(rows, length)
-    targets = F.pad(stream[1:], (0, padding), value=-100).view(rows, length)
-    return inputs, targets
+    padding = -(len(stream) - 1) % rows
+    inputs = F.pad(stream[:-1], (0, padding)).view(rows, -1)
+    return inputs, F.pad(stream[1:], (0, padding), value=-100).view(rows, -1)
 
 # ══ Memory: the DNC, addressing as pure functions in the paper's order ═══════════════════════════
 class DNCOptions(NamedTuple):
@@ -530,17 +518,6 @@ def sharpen(weights: torch.Tensor, strengths: torch.Tensor) -> torch.Tensor:
     powered = (weights / weights.amax(-1, keepdim=True)).pow(strengths.unsqueeze(-1))
     return powered / powered.sum(-1, keepdim=True)
 
-def read_weighting(x: Interface, content, link, previous, options: DNCOptions):
-    """Read weightings (B, R, N): content alone, or mixed with the links' two directions."""
-    if not options.use_links:
-        return content
-    backward, forward = previous @ link, previous @ link.transpose(1, 2)  # L^T wr, L wr: (B, R, N)
-    if options.sharpen_links:
-        backward = sharpen(backward, x.sharpening[..., 0])
-        forward = sharpen(forward, x.sharpening[..., 1])
-    by_mode = torch.stack((backward, content, forward), dim=-1)  # (B, R, N, 3)
-    return (by_mode @ x.read_modes.unsqueeze(-1)).squeeze(-1)  # (B, R, N)
-
 def dnc_step(x: Interface, state: DNCState, options: DNCOptions) -> tuple[torch.Tensor, DNCState]:
     """One token: usage, allocation and content, write, links, read. x holds one step's (B, ...).
     Returns the read vectors (B, R, W) and the new state."""
@@ -557,11 +534,17 @@ def dnc_step(x: Interface, state: DNCState, options: DNCOptions) -> tuple[torch.
     memory = state.memory * retention.unsqueeze(2) if options.dealloc_wipe else state.memory
     memory = memory * (1 - slots * x.erase.unsqueeze(1)) + slots * x.write_vector.unsqueeze(1)
 
-    link, precedence = state.link, state.precedence
+    content = content_weighting(x.read_keys, x.read_strengths, memory, x.read_masks)  # (B, R, N)
+    link, precedence, read_weights = state.link, state.precedence, content
     if options.use_links:
         link, precedence = link_update(link, precedence, write_weights)
-    content = content_weighting(x.read_keys, x.read_strengths, memory, x.read_masks)  # (B, R, N)
-    read_weights = read_weighting(x, content, link, state.read_weights, options)
+        backward = state.read_weights @ link  # L^T wr: (B, R, N)
+        forward = state.read_weights @ link.transpose(1, 2)  # L wr: (B, R, N)
+        if options.sharpen_links:
+            backward = sharpen(backward, x.sharpening[..., 0])
+            forward = sharpen(forward, x.sharpening[..., 1])
+        by_mode = torch.stack((backward, content, forward), dim=-1)  # (B, R, N, 3)
+        read_weights = (by_mode @ x.read_modes.unsqueeze(-1)).squeeze(-1)  # (B, R, N)
     new = DNCState(memory, usage, write_weights, read_weights, link, precedence)
     return read_weights @ memory, new  # (B, R, W)
 
@@ -570,17 +553,13 @@ def dnc_loop(interface: Interface, state: DNCState, options: DNCOptions):
     write_weights (B, T, N), read_weights (B, T, R, N) and the state after the last token."""
     length = interface.write_gate.shape[1]
     parts = [[None] * length if p is None else p.unbind(1) for p in interface]
-    reads, write_weights, read_weights = [], [], []
+    results = []
     for step in zip(*parts, strict=True):
         read, state = dnc_step(Interface(*step), state, options)
-        reads.append(read)
-        write_weights.append(state.write_weights)
-        read_weights.append(state.read_weights)
-    return (*(torch.stack(x, dim=1) for x in (reads, write_weights, read_weights)), state)
+        results.append((read, state.write_weights, state.read_weights))
+    return (*(torch.stack(x, dim=1) for x in zip(*results, strict=True)), state)
 
-@functools.cache
-def say_once(line: str) -> None:
-    print(line, flush=True)
+say_once = functools.cache(functools.partial(print, flush=True))
 
 def pick_scan(scan: str, state: DNCState, options: DNCOptions):
     """The recurrence for such a state: dnc_loop, or dnc_scan, the same function fused, where it can
@@ -616,9 +595,8 @@ class DNCMemory(nn.Module):
 
     def init_state(self, batch_size: int) -> DNCState:
         weight = self.read_proj.weight
-        dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
-        return zero_state(batch_size, self.slots, self.width, self.reads, self.options, dtype,
-                          weight.device)
+        return zero_state(batch_size, self.slots, self.width, self.reads, self.options,
+                          torch.promote_types(weight.dtype, torch.float32), weight.device)
 
     def forward(self, h: torch.Tensor, state: DNCState) -> tuple[torch.Tensor, DNCState, DNCTrace]:
         """h (B, T, C), state of B rows -> h_out (B, T, C), state after the last token, trace."""
@@ -756,15 +734,12 @@ class GPT2WithMemory(nn.Module):
         B, L = tokens.shape
         windows = tokens.reshape(-1, min(self.config.seq_len, L))  # (B*S, T)
         h = self.controller(input_ids=windows, use_cache=False).last_hidden_state  # (B*S, T, C)
-        if self.memory is None:
-            h = h.reshape(B, L, -1)
-            return h, h, None, None
-        if self.config.carry_memory:
-            h = h.reshape(B, L, -1)
-            return h, *self.memory(h, state)
-        h_out, _, trace = self.memory(h, self.memory.init_state(len(windows)))
-        trace = DNCTrace(*(x.reshape(B, L, *x.shape[2:]) for x in trace))
-        return h.reshape(B, L, -1), h_out.reshape(B, L, -1), state, trace
+        if self.memory is not None and not self.config.carry_memory:
+            h_out, _, trace = self.memory(h, self.memory.init_state(len(windows)))
+            trace = DNCTrace(*(x.reshape(B, L, *x.shape[2:]) for x in trace))
+            return h.reshape(B, L, -1), h_out.reshape(B, L, -1), state, trace
+        h = h.reshape(B, L, -1)
+        return (h, h, None, None) if self.memory is None else (h, *self.memory(h, state))
 
     def forward(self, tokens, targets, state, positions=None, measure: str = "") -> Output:
         """tokens, targets (B, L) (one window or a multiple of seq_len; target -100 = not scored),
@@ -775,20 +750,17 @@ class GPT2WithMemory(nn.Module):
         with torch.autocast(tokens.device.type, dtype=torch.bfloat16, enabled=bf16):
             h, h_out, state, trace = self.hidden(tokens, state)
             weight = self.controller.get_input_embeddings().weight  # (V, C)
-            effect = h.new_zeros(B, 0)
-            if measure:
-                with torch.autocast(tokens.device.type, enabled=False):
-                    args = h, h_out, targets, weight, trace
-                    stats = token_statistics(*args, brief=measure == "brief")
-                loss = stats[..., 0].mean(1)
-                return Output(loss, stats[..., 0], stats[..., 1], effect, stats, trace, state)
-            loss, nll, top1 = HeadLoss.apply(h_out.flatten(0, 1), weight, targets.flatten(),
-                                             torch.bfloat16 if bf16 else h_out.dtype)
-            nll, top1 = nll.view(B, L), top1.view(B, L)
-            if positions is not None:
-                effect = self.routing_effect(h, h_out, nll, weight, targets, positions)
-        stats = h.new_zeros(B, 0, 0)
-        return Output(loss.expand(B), nll, top1, effect, stats, trace, state)
+            effect, stats = h.new_zeros(B, 0), h.new_zeros(B, 0, 0)
+            if not measure:
+                loss, nll, top1 = HeadLoss.apply(h_out.flatten(0, 1), weight, targets.flatten(),
+                                                 torch.bfloat16 if bf16 else h_out.dtype)
+                loss, nll, top1 = loss.expand(B), nll.view(B, L), top1.view(B, L)
+                if positions is not None:
+                    effect = self.routing_effect(h, h_out, nll, weight, targets, positions)
+        if measure:  # without autocast
+            stats = token_statistics(h, h_out, targets, weight, trace, brief=measure == "brief")
+            loss, nll, top1 = stats[..., 0].mean(1), stats[..., 0], stats[..., 1]
+        return Output(loss, nll, top1, effect, stats, trace, state)
 
     @torch.no_grad()
     def routing_effect(self, h, h_out, nll, weight, targets, positions) -> torch.Tensor:
@@ -866,19 +838,6 @@ def routing_positions(config: Config, step: int, device="cpu") -> torch.Tensor |
     order = torch.rand(config.rows, config.step_len, generator=generator).argsort(1)
     return order[:, :count].to(device)  # (rows, P)
 
-def metrics_from(sums: torch.Tensor, count: float, memory: bool, brief: bool) -> dict[str, float]:
-    """The metrics, means over `count` scored tokens, from summed STATS (K,) in float64."""
-    mean = dict(zip(STATS, (sums.double() / count).tolist(), strict=True))
-    names = {} if brief else {"top1_acc": "top1", "top5_acc": "top5", "confidence": "confidence",
-                              "mean_rank": "rank", "pred_entropy": "pred_entropy"}
-    found = {"loss": mean["nll"], "ppl": math.exp(min(700, mean["nll"])),
-             "bpt": mean["nll"] / math.log(2)}
-    if memory and not brief:
-        names |= {"avg_gate": "gate", "write_rate": "write_rate", "write_sparsity": "sparsity",
-                  "mem_kl": "kl", "loss_without": "nll_without"}
-        found["gate_std"] = math.sqrt(max(0.0, mean["gate_squared"] - mean["gate"] ** 2))
-    return found | {ours: mean[theirs] for ours, theirs in names.items()}
-
 class Stopped(Exception):
     """SIGINT or SIGTERM arrived; raised where the run can be saved."""
 
@@ -902,22 +861,31 @@ def evaluate(model: GPT2WithMemory, stream: torch.Tensor, config: Config, stop: 
     `metrics` (means over tokens; brief: of the loss alone), and by window, so that arms can be
     compared, `sums` (windows, rows, K) of STATS and `counts` (windows, rows) of scored tokens."""
     device = next(model.parameters()).device
-    inputs, targets = evaluation_rows(stream, config.eval_rows)
     state, sums, counts = model.init_state(config.eval_rows), [], []
+    windows = (rows.split(config.seq_len, dim=1)
+               for rows in evaluation_rows(stream, config.eval_rows))
     model.eval()
-    for start in range(0, inputs.shape[1], config.seq_len):
+    for x, y in zip(*windows, strict=True):  # (rows, T) each
         stop.check()
         if swap:
             state = map_state(lambda tensor: tensor.roll(1, 0), state)
-        x, y = (part[:, start : start + config.seq_len].to(device) for part in (inputs, targets))
-        output = model(x, y, state, measure="brief" if brief else "full")
+        output = model(x.to(device), y.to(device), state, measure="brief" if brief else "full")
         state = output.state
         sums.append(output.stats.double().sum(1).cpu())  # (rows, K)
-        counts.append((y != -100).sum(1).cpu())
+        counts.append((y != -100).sum(1))
     model.train()
     sums, counts = torch.stack(sums), torch.stack(counts)
-    found = metrics_from(sums.sum((0, 1)), counts.sum().item(), model.memory is not None, brief)
-    return {"metrics": found, "sums": sums, "counts": counts}
+    mean = dict(zip(STATS, (sums.sum((0, 1)) / counts.sum()).tolist(), strict=True))
+    metrics = {"loss": mean["nll"], "ppl": math.exp(min(700, mean["nll"])),
+               "bpt": mean["nll"] / math.log(2)}
+    names = {} if brief else {"top1_acc": "top1", "top5_acc": "top5", "confidence": "confidence",
+                              "mean_rank": "rank", "pred_entropy": "pred_entropy"}
+    if model.memory is not None and not brief:
+        names |= {"avg_gate": "gate", "write_rate": "write_rate", "write_sparsity": "sparsity",
+                  "mem_kl": "kl", "loss_without": "nll_without"}
+        metrics["gate_std"] = math.sqrt(max(0.0, mean["gate_squared"] - mean["gate"] ** 2))
+    metrics |= {ours: mean[theirs] for ours, theirs in names.items()}
+    return {"metrics": metrics, "sums": sums, "counts": counts}
 
 # ══ Checkpoints: one format, exact resume ════════════════════════════════════════════════════════
 PAYLOAD = ("arm config corpus controller fingerprint tokenizer model_state_dict global_step epoch "
@@ -946,15 +914,11 @@ class Run:
 
     tokens_per_s = property(lambda self: self.meter["tokens"] / (self.meter["seconds"] or math.nan))
 
-    @property
-    def val_ppl(self) -> float:
-        """Of the whole split once finished, else of the latest validation; NaN before any."""
-        if self.results:
-            return self.results["valid"]["metrics"]["ppl"]
-        return ([math.nan] + [r["ppl"] for r in self.history if r["split"] == "validation"])[-1]
-
     def payload(self, corpus: Corpus) -> dict:
         """Everything an exact resume needs, as tensors and plain values."""
+        ppl = [row["ppl"] for row in self.history if row["split"] == "validation"]
+        if self.results:  # of the whole split
+            ppl.append(self.results["valid"]["metrics"]["ppl"])
         return {
             "arm": self.arm, "config": dataclasses.asdict(self.config), "corpus": corpus.name,
             "controller": self.model.controller.config.to_json_string(use_diff=False),
@@ -963,9 +927,9 @@ class Run:
             "optimizer_state_dict": self.optimizer.state_dict(),
             "global_step": self.step, "epoch": self.step // self.steps_per_epoch,
             "stream_position": self.step % self.steps_per_epoch * self.config.step_len,
-            "val_ppl": self.val_ppl, "memory_state": None if self.state is None else [*self.state],
-            "rng": {"torch": torch.get_rng_state(),
-                    "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []},
+            "val_ppl": ppl[-1] if ppl else math.nan,
+            "memory_state": None if self.state is None else [*self.state],
+            "rng": {"torch": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all()},
             "history": self.history, "meter": self.meter, "results": self.results,
         }
 
@@ -1024,8 +988,7 @@ def restore(run: Run, payload: dict, path: str | Path, corpus: Corpus) -> None:
     if payload["memory_state"] is not None:
         run.state = DNCState(*(tensor.to(device) for tensor in payload["memory_state"]))
     torch.set_rng_state(payload["rng"]["torch"])
-    if torch.cuda.is_available() and payload["rng"]["cuda"]:
-        torch.cuda.set_rng_state_all(payload["rng"]["cuda"][: torch.cuda.device_count()])
+    torch.cuda.set_rng_state_all(payload["rng"]["cuda"][: torch.cuda.device_count()])
 
 def resume_run(run: Run, corpus: Corpus) -> None:
     """Continue `run` from the checkpoint that resume names, if of this arm, else from its newest
@@ -1038,10 +1001,10 @@ def resume_run(run: Run, corpus: Corpus) -> None:
             restore(run, payload, run.config.resume, corpus)
             print(f"{run.arm}: resumed from {run.config.resume}")
             return
-    found, stem = [], re.escape(run.arm.replace(" ", "_"))
-    for path in Path(run.config.save_dir).iterdir():
-        if match := re.fullmatch(stem + r"_(FINAL_)?step(\d+)\.pt", path.name):
-            found.append((path.stat().st_mtime_ns, int(match[2]), path))
+    pattern = re.escape(run.arm.replace(" ", "_")) + r"_(FINAL_)?step(\d+)\.pt"
+    found = [(path.stat().st_mtime_ns, int(match[2]), path)
+             for path in Path(run.config.save_dir).iterdir()
+             if (match := re.fullmatch(pattern, path.name))]
     for _, _, path in sorted(found, reverse=True):  # the newest first
         try:
             restore(run, load_checkpoint(path), path, corpus)
@@ -1177,18 +1140,15 @@ def train(run: Run, corpus: Corpus, forward: nn.Module, stop: StopSignal) -> Non
         save_checkpoint(run, corpus)
         raise
 
-def matched_mlp_width(config: Config) -> int:
-    """Feed-forward width with which the baseline has as many parameters as the DNC arm."""
-    with torch.device("meta"):
-        extra = count_parameters(build_memory(config)) / config.num_layers
-    unit = 2 * config.hidden_size + 1  # two matrices and one bias
-    return (config.mlp_width or 4 * config.hidden_size) + round(extra / unit)
-
 def start_run(name: str, config: Config, corpus: Corpus, device: torch.device) -> Run:
     """Build one arm (a dataclasses.replace of Config) ready to train, resumed if Config says so."""
     config = dataclasses.replace(config, memory="dnc" if name == "dnc" else "none")
     if name == "matched":
-        config = dataclasses.replace(config, mlp_width=matched_mlp_width(config))
+        with torch.device("meta"):
+            extra = count_parameters(build_memory(config)) / config.num_layers
+        wider = round(extra / (2 * config.hidden_size + 1))  # two matrices and one bias
+        width = (config.mlp_width or 4 * config.hidden_size) + wider
+        config = dataclasses.replace(config, mlp_width=width)
     settings = controller_config(config, corpus.vocab_size)
     model = build_model(config, settings).to(device)
     if config.use_compile:
@@ -1278,8 +1238,8 @@ def print_controls(run: Run, baseline: Run | None, corpus: Corpus, stop: StopSig
           "  the row before it; what that loses is what memory carried over from its own text.")
 
 @torch.no_grad()
-def trace_text(model: GPT2WithMemory, tokenizer, text: str) -> tuple[list[str], DNCTrace]:
-    """Run a text through the model from an empty memory -> its tokens and their trace (T, ...)."""
+def inspect_writes(model: GPT2WithMemory, tokenizer, text: str, folder: str, corpus: str) -> None:
+    """Run a text from an empty memory: print each token's write gate, draw memory_trace.png."""
     ids = tokenizer.encode(text, add_special_tokens=False).ids
     require(len(ids) > 0, "text", text, "text that the tokenizer knows")
     tokens = torch.tensor([ids], device=next(model.parameters()).device)  # (1, T)
@@ -1288,14 +1248,10 @@ def trace_text(model: GPT2WithMemory, tokenizer, text: str) -> tuple[list[str], 
     for window in tokens.split(model.config.seq_len, dim=1):
         _, _, state, trace = model.hidden(window, state)
         traces.append(trace)
+    joined = (torch.cat(parts, dim=1)[0].cpu() for parts in zip(*traces, strict=True))  # (T, ...)
+    trace = DNCTrace(*joined)
     words = [tokenizer.decode([i]).strip(" ").replace("\n", "\\n") or "␣" for i in ids]
-    joined = (torch.cat(parts, dim=1)[0].cpu() for parts in zip(*traces, strict=True))
-    return words, DNCTrace(*joined)
-
-def inspect_writes(model: GPT2WithMemory, tokenizer, text: str, folder: str, corpus: str) -> None:
-    """Print one line a token with its write gate, and draw memory_trace.png."""
-    words, trace = trace_text(model, tokenizer, text)
-    width = max(5, *(len(word) for word in words))
+    width = max(5, *map(len, words))
     print(f"\n{RULE}\n  Write inspection — the gate at every token of the sample\n{RULE}")
     print("  Token  Gate  bar")
     for word, gate in zip(words, trace.write_gate.tolist(), strict=True):

@@ -167,12 +167,11 @@ def link_step(link, precedence, weights, one):
 
 @compiled(FAST)
 def follow_links(link, weights, forward, backward, one):
-    """forward = L weights, backward = L^T weights, all (N,)."""
-    row_dots(weights, link, forward, one)
+    """forward_r = L wr_r and backward_r = L^T wr_r, all (R, N)."""
     backward[:] = one - one
-    for i in range(link.shape[0]):
-        for j in range(link.shape[1]):
-            backward[j] += weights[i] * link[i, j]
+    add_product(weights, link, backward)
+    for r in range(weights.shape[0]):
+        row_dots(weights[r], link, forward[r], one)
 
 @compiled(FAST)
 def forward_rows(
@@ -187,7 +186,8 @@ def forward_rows(
     T = write_key.shape[1]
     R, N = read_weights.shape[2:]
     new_usage, retention, kept, used, before = np.empty((5, N), write_key.dtype)
-    content, norms, forward, backward = np.empty((4, N), write_key.dtype)
+    content, norms = np.empty((2, N), write_key.dtype)
+    forward, backward = np.empty((2, R, N), write_key.dtype)
     cosine = np.empty((R + 1, N), write_key.dtype)
     kept[:] = one
     for b in range(begin, end):
@@ -217,15 +217,15 @@ def forward_rows(
                 link_step(L, p, w, one)
                 p *= one - w.sum()
                 p += w
+                follow_links(L, wr_before, forward, backward, one)
             for r in range(R):
                 content_step(read_keys[b, t, r], read_strengths[b, t, r], M, norms, cosine[r + 1],
                              wr[r], one, eps)
                 if links:
                     modes = read_modes[b, t, r]
-                    follow_links(L, wr_before[r], forward, backward, one)
                     for i in range(N):
-                        wr[r, i] = (modes[0] * backward[i] + modes[1] * wr[r, i]
-                                    + modes[2] * forward[i])
+                        wr[r, i] = (modes[0] * backward[r, i] + modes[1] * wr[r, i]
+                                    + modes[2] * forward[r, i])
             reads[b, t] = one - one
             add_product(wr, M, reads[b, t])
             if record:
@@ -322,15 +322,14 @@ def mode_backward(modes, d_wr, content, forward, backward, d_modes, d_content, d
         d_forward[i] = modes[2] * d_wr[i]
 
 @compiled(FAST)
-def follow_backward(link, weights, d_forward, d_backward, d_link, d_weights, one):
-    """Backward of follow_links for one head: d_link (N, N) and d_weights (N,) are added to."""
-    for i in range(link.shape[0]):
-        total = one - one
-        for j in range(link.shape[1]):
-            total += link[i, j] * d_backward[j]
-            d_weights[j] += link[i, j] * d_forward[i]
-            d_link[i, j] += weights[i] * d_backward[j] + d_forward[i] * weights[j]
-        d_weights[i] += total
+def follow_backward(link, weights, d_forward, d_backward, d_link, d_weights, scratch, one):
+    """Backward of follow_links: d_link (N, N) and d_weights (R, N) are added to."""
+    add_product(weights.T, d_backward, d_link)
+    add_product(d_forward.T, weights, d_link)
+    add_product(d_forward, link, d_weights)
+    for r in range(weights.shape[0]):
+        row_dots(d_backward[r], link, scratch, one)
+        d_weights[r] += scratch
 
 @compiled(FAST)
 def link_backward(link, precedence, weights, d_link, d_precedence, d_weights, column, one):
@@ -395,7 +394,8 @@ def backward_rows(
     link_history = np.empty((every + 1, linked, linked), write_key.dtype)
     new_usage, retention, kept, used, before = np.empty((5, N), write_key.dtype)
     norms0, content, d_content, d_w, d_kept = np.empty((5, N), write_key.dtype)
-    shrink, forward, backward, scratch = np.empty((4, N), write_key.dtype)
+    shrink, scratch = np.empty((2, N), write_key.dtype)
+    forward, backward = np.empty((2, R, N), write_key.dtype)
     d_wr, d_dots, d_forward, d_backward = np.empty((4, R, N), write_key.dtype)
     kept[:] = one
     for b in range(begin, end):
@@ -424,6 +424,8 @@ def backward_rows(
             d_w[:] = g_write_weights[b, t] + dw_before
             shrink[:] = one - one
             add_product(wr.T, g_reads[b, t], dM)
+            if links:
+                follow_links(new_L, wr_before, forward, backward, one)
             for r in range(R):
                 strength, cosine = read_strengths[b, t, r], cosines[b, t, r + 1]
                 row_dots(g_reads[b, t, r], new_M, d_wr[r], one)
@@ -431,8 +433,7 @@ def backward_rows(
                 content[:], d_content[:] = wr[r], d_wr[r]
                 if links:
                     softmax(strength, cosine, content)
-                    follow_links(new_L, wr_before[r], forward, backward, one)
-                    mode_backward(read_modes[b, t, r], d_wr[r], content, forward, backward,
+                    mode_backward(read_modes[b, t, r], d_wr[r], content, forward[r], backward[r],
                                   d_read_modes[b, t, r], d_content, d_forward[r], d_backward[r],
                                   one)
                 d_read_strengths[b, t, r], key_shrink = content_backward(
@@ -445,9 +446,8 @@ def backward_rows(
             dwr_before[:] = one - one
             if links:
                 p_before = precedences[b, t - 1] if t > 0 else precedence0[b]
-                for r in range(R):
-                    follow_backward(new_L, wr_before[r], d_forward[r], d_backward[r], dL,
-                                    dwr_before[r], one)
+                follow_backward(new_L, wr_before, d_forward, d_backward, dL, dwr_before, scratch,
+                                one)
                 link_backward(link_history[now - 1], p_before, w, dL, dp, d_w, scratch, one)
 
             # write

@@ -246,6 +246,96 @@ def test_autocast_bf16_leaves_the_addressing_in_float32(start):
     assert_same(output.state, state)
 
 
+# ── the LM head in chunks ────────────────────────────────────────────────────────────────────────
+
+
+def head_case(M=13, V=31, C=6):
+    """h, weight, targets with two that are not scored, in float64."""
+    draw = torch.Generator().manual_seed(0)
+    h, weight = (torch.randn(n, C, generator=draw, dtype=torch.float64) for n in (M, V))
+    targets = torch.randint(V, (M,), generator=draw)
+    targets[[2, M - 1]] = -100
+    return h.requires_grad_(), weight.requires_grad_(), targets
+
+
+@pytest.mark.parametrize("rows", [1, 5, 13, 100])  # of a chunk: uneven, whole, more than there are
+def test_head_loss_equals_cross_entropy_of_all_logits(rows, monkeypatch):
+    h, weight, targets = head_case()
+    monkeypatch.setattr(dnc_gpt2, "LOGITS_AT_ONCE", rows * len(weight))
+    logits = h @ weight.T
+    expected = torch.nn.functional.cross_entropy(logits, targets, reduction="none")
+    wanted = torch.autograd.grad(0.7 * expected.mean(), (h, weight))
+    loss, nll, top1 = dnc_gpt2.HeadLoss.apply(h, weight, targets, torch.float64)
+    found = torch.autograd.grad(0.7 * loss, (h, weight))
+    torch.testing.assert_close(nll, expected.detach(), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(loss, expected.mean(), rtol=1e-12, atol=1e-12)
+    assert torch.equal(top1, (logits.argmax(-1) == targets).double())
+    torch.testing.assert_close(found, wanted, rtol=1e-12, atol=1e-12)
+    assert not nll.requires_grad and not top1.requires_grad
+
+
+def test_head_loss_survives_logits_that_overflow_exp():
+    h, weight, targets = head_case()
+    h = (h * 1e3).detach().requires_grad_()
+    loss, _, _ = dnc_gpt2.HeadLoss.apply(h, weight, targets, torch.float64)
+    expected = torch.nn.functional.cross_entropy(h @ weight.T, targets, reduction="none").mean()
+    torch.testing.assert_close(loss, expected)
+    for grad in torch.autograd.grad(loss, (h, weight)):
+        assert grad.isfinite().all()
+
+
+def test_head_loss_in_bf16_products_stays_near_float32():
+    h, weight, targets = (x.detach().float() if x.is_floating_point() else x for x in head_case())
+    results = []
+    for dtype in (torch.float32, torch.bfloat16):
+        leaves = h.clone().requires_grad_(), weight.clone().requires_grad_()
+        loss, _, _ = dnc_gpt2.HeadLoss.apply(*leaves, targets, dtype)
+        results.append((loss.detach(), *torch.autograd.grad(loss, leaves)))
+    assert not torch.equal(results[0][0], results[1][0])
+    for exact, rough in zip(*results, strict=True):
+        assert rough.dtype == torch.float32
+        assert (exact - rough).abs().max() < 0.02 * exact.abs().max()
+
+
+class VocabularyWide(TorchDispatchMode):
+    """Keeps every tensor as wide as the vocabulary, so that no storage is counted for another."""
+
+    def __init__(self, vocab: int):
+        super().__init__()
+        self.vocab, self.kept = vocab, []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        if isinstance(result, torch.Tensor) and result.shape[-1:] == (self.vocab,):
+            self.kept.append(result)
+        return result
+
+    def elements(self) -> list[int]:
+        """Of each storage."""
+        sizes = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in self.kept}
+        return [size // 8 for size in sizes.values()]
+
+
+@pytest.mark.parametrize("rows", [4, 13])
+def test_head_loss_holds_one_chunk_of_logits(rows, monkeypatch):
+    h, weight, targets = head_case()
+    monkeypatch.setattr(dnc_gpt2, "LOGITS_AT_ONCE", rows * len(weight))
+    with VocabularyWide(len(weight)) as seen:
+        loss, _, _ = dnc_gpt2.HeadLoss.apply(h, weight, targets, torch.float64)
+        loss.backward()
+    chunk_logits = [size for size in seen.elements() if size != weight.numel()]
+    assert len(chunk_logits) == math.ceil(13 / rows)  # one storage a chunk, made in place
+    assert max(chunk_logits) == rows * len(weight)
+
+
+def test_head_loss_refuses_a_second_backward():
+    h, weight, targets = head_case()
+    loss, _, _ = dnc_gpt2.HeadLoss.apply(h, weight, targets, torch.float64)
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="run the forward again"):
+        loss.backward()
+
+
 # ── loss ────────────────────────────────────────────────────────────────────────────────────────
 
 
