@@ -14,8 +14,6 @@ The DNC is Graves et al. 2016, "Hybrid computing using a neural network with dyn
 memory", Methods. Options marked (M), (D), (S) are Csordas & Schmidhuber 2019, arXiv 1904.10278.
 """
 
-from __future__ import annotations
-
 import ast
 import contextlib
 import dataclasses
@@ -37,7 +35,7 @@ import threading
 import time
 import urllib.request
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, get_args
 
 import torch
 import torch.nn.functional as F
@@ -115,11 +113,11 @@ class Config:
     arm_list = property(lambda self: self.arms.replace(" ", "").split(","))
 
     def __post_init__(self) -> None:
-        for name, types in field_types(type(self)).items():  # a bool is no int, 1 is a float
+        for name, types in field_types(type(self)).items():  # a bool is no int here
             value = getattr(self, name)
             holds = type(value) in types and (type(value) is not float or math.isfinite(value))
             require(holds, name, value, "a finite " + " or ".join(kind.__name__ for kind in types))
-        arms = self.arm_list
+        arms, heads, batch, gpus = self.arm_list, self.num_heads, self.batch_size, self.num_gpus
         choices = {"memory": ("dnc", "none"), "lr_schedule": ("cosine", "constant"),
                    "routing": ("kl", "benefit"), "num_gpus": ("auto", 0, 1, 2),
                    "precision": ("auto", "bf16", "float32"), "scan": ("auto", "eager", "fused"),
@@ -140,31 +138,28 @@ class Config:
              "without matched where init_from names a model, whose sizes are given"),
             ("eval_rows", lambda x: x >= 2, "2 or more"),
             ("seed", lambda x: x < 2**32, "below 2**32"),
-            ("hidden_size", lambda x: x % self.num_heads == 0,
-             f"divisible by num_heads ({self.num_heads})"),
-            ("bptt_segments", lambda x: self.batch_size % x == 0,
-             f"a divisor of batch_size ({self.batch_size})"),
+            ("hidden_size", lambda x: x % heads == 0, f"divisible by num_heads ({heads})"),
+            ("bptt_segments", lambda x: batch % x == 0, f"a divisor of batch_size ({batch})"),
             ("sharpen_links", lambda x: self.use_links or not x,
              "False without links; set use_links True as well"),
             ("text", lambda x: x.strip() and not re.search("[\ud800-\udfff]", x),
              "UTF-8, with at least one word"),
-            ("num_gpus", lambda x: x != 2 or self.batch_size >= 2 * self.bptt_segments,
-             f"at most the rows of the stream, batch_size / bptt_segments = {self.batch_size} / "
+            ("num_gpus", lambda x: x != 2 or batch >= 2 * self.bptt_segments,
+             f"at most the rows of the stream, batch_size / bptt_segments = {batch} / "
              f"{self.bptt_segments}; set num_gpus=1 or a smaller bptt_segments"),
-            ("use_compile", lambda x: not x or self.num_gpus != 2,
-             "False on two GPUs; set num_gpus=1"),
+            ("use_compile", lambda x: not x or gpus != 2, "False on two GPUs; set num_gpus=1"),
         ):
             for name in names.split():
                 require(fits(getattr(self, name)), name, getattr(self, name), requirement)
 
 # "full" repeats the shipped values of Config: a field edited away from them wins over "small".
 PRESETS: dict[str, dict] = {
-    "full": {"hidden_size": 768, "num_layers": 6, "num_heads": 8, "mem_slots": 64, "mem_width": 128,
-             "num_reads": 4, "max_steps": 0, "batch_size": 4, "seq_len": 128, "bptt_segments": 1,
-             "lr": 3e-4, "log_every_steps": 50, "save_every_steps": 3000},
-    "small": {"hidden_size": 256, "num_layers": 4, "num_heads": 4, "mem_slots": 32, "mem_width": 64,
-              "num_reads": 4, "max_steps": 600, "batch_size": 8, "seq_len": 64, "bptt_segments": 1,
-              "lr": 1e-3, "log_every_steps": 10, "save_every_steps": 300},
+    "full": dict(hidden_size=768, num_layers=6, num_heads=8, mem_slots=64, mem_width=128,
+                 num_reads=4, max_steps=0, batch_size=4, seq_len=128, bptt_segments=1, lr=3e-4,
+                 log_every_steps=50, save_every_steps=3000),
+    "small": dict(hidden_size=256, num_layers=4, num_heads=4, mem_slots=32, mem_width=64,
+                  num_reads=4, max_steps=600, batch_size=8, seq_len=64, bptt_segments=1, lr=1e-3,
+                  log_every_steps=10, save_every_steps=300),
 }
 
 def require(condition: bool, field: str, value: object, requirement: str) -> None:
@@ -173,9 +168,8 @@ def require(condition: bool, field: str, value: object, requirement: str) -> Non
         raise ValueError(f"{field} = {value!r}: must be {requirement}")
 
 def field_types(cls: type) -> dict[str, tuple[type, ...]]:
-    """The types that each field of a Config class takes."""
-    types = {"int": (int,), "float": (float, int), "bool": (bool,), "str": (str,)}
-    return {f.name: sum((types[part.strip()] for part in f.type.split("|")), ())
+    """The types that each field of a Config class takes; one of float takes an int as well."""
+    return {f.name: (float, int) if f.type is float else get_args(f.type) or (f.type,)
             for f in dataclasses.fields(cls)}
 
 def parse_value(name: str, text: str, types: tuple[type, ...]) -> int | float | bool | str:
@@ -201,14 +195,13 @@ def parse_overrides(cls: type, argv: list[str]) -> dict[str, int | float | bool 
 
 def make_config(cls: type, overrides: dict, presets: dict[str, dict], cuda: bool):
     """Command line over edits in the file over the preset -> (config, which preset and why)."""
-    defaults = {f.name: f.default for f in dataclasses.fields(cls)}
-    preset = overrides.get("preset", defaults["preset"])
+    preset = overrides.get("preset", cls.preset)
     require(preset in ("auto", *presets), "preset", preset, "one of auto, " + ", ".join(presets))
     chosen = preset if preset != "auto" else "full" if cuda else "small"
-    values = {k: v for k, v in presets[chosen].items() if defaults[k] == presets["full"][k]}
+    values = {k: v for k, v in presets[chosen].items() if getattr(cls, k) == presets["full"][k]}
     why = {"full": "auto: a CUDA device is visible", "small": "auto: no CUDA device is visible; "
            "--preset full is the real size, about 1.7 s a step on two CPU cores"}[chosen]
-    if "epochs" in overrides or defaults["epochs"] != 1:  # or max_steps would override them
+    if "epochs" in overrides or cls.epochs != 1:  # or max_steps would override them
         values.pop("max_steps", None)
     return cls(**{**values, **overrides}), f"{chosen} ({why if preset == 'auto' else 'as asked'})"
 
@@ -239,8 +232,7 @@ HUB_SECONDS = 8.0  # to decide whether the hub answers; 10 s in all with what fo
 
 @functools.lru_cache(maxsize=1)
 def hub_reachable() -> bool:
-    """Whether the model hub answers within HUB_SECONDS; if not, its libraries are told to use their
-    cache alone. A thread bounds name resolution too, which no socket timeout covers."""
+    """Whether the hub answers within HUB_SECONDS; if not, its libraries use their cache alone."""
     answered = threading.Event()
 
     def probe() -> None:
@@ -252,7 +244,7 @@ def hub_reachable() -> bool:
     if os.environ.get("HF_HUB_OFFLINE", "0") in ("0", ""):
         thread = threading.Thread(target=probe, daemon=True)
         thread.start()
-        thread.join(HUB_SECONDS)
+        thread.join(HUB_SECONDS)  # bounds name resolution too, which no socket timeout covers
         if not answered.is_set():
             os.environ["HF_HUB_OFFLINE"] = "1"  # read when the hub's libraries are first imported
     return answered.is_set()
@@ -277,9 +269,8 @@ def embedded_texts() -> dict[str, list[str]]:
     skip = {"test", "tests", "idlelib", "lib2to3", "site-packages", "turtledemo", "pydoc_data"}
     stdlib = Path(sysconfig.get_paths()["stdlib"])
     kinds = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
-    for path in sorted(stdlib.rglob("*.py")):
-        if skip & set(path.relative_to(stdlib).parts):
-            continue
+    paths = sorted(stdlib.rglob("*.py"))
+    for path in (p for p in paths if skip.isdisjoint(p.relative_to(stdlib).parts)):
         with contextlib.suppress(SyntaxError, ValueError, OSError):  # templates, not Python
             nodes = [n for n in ast.walk(ast.parse(path.read_bytes())) if isinstance(n, kinds)]
             documents.append("\n\n".join(filter(None, map(ast.get_docstring, nodes))))
@@ -359,9 +350,8 @@ def load_corpus(config: Config) -> Corpus:
         texts = hub_texts(name)
 
     wanted = config.init_from if config.tokenizer == "auto" else config.tokenizer
-    kind = Path(wanted).name
     if wanted != "scratch":
-        tokenizer = load_tokenizer(wanted)
+        tokenizer, kind = load_tokenizer(wanted), Path(wanted).name
     elif name != embedded:
         try:
             tokenizer, kind = load_tokenizer("gpt2"), "gpt2"
@@ -432,12 +422,11 @@ class Interface(NamedTuple):
 
 def interface_sizes(width: int, reads: int, options: DNCOptions) -> dict[str, int]:
     """Sizes of the parts of one interface vector, in order; 0 for what is switched off."""
-    return {"write_key": width, "write_strength": 1, "erase": width, "write_vector": width,
-             "write_gate": 1, "allocation_gate": 1, "read_keys": reads * width,
-             "read_strengths": reads, "free_gates": reads,
-             "read_modes": 3 * reads * options.use_links,
-             "masks": (reads + 1) * width * (options.mask_min < 1),
-             "sharpening": 2 * reads * options.sharpen_links}
+    return dict(write_key=width, write_strength=1, erase=width, write_vector=width, write_gate=1,
+                allocation_gate=1, read_keys=reads * width, read_strengths=reads, free_gates=reads,
+                read_modes=3 * reads * options.use_links,
+                masks=(reads + 1) * width * (options.mask_min < 1),
+                sharpening=2 * reads * options.sharpen_links)
 
 def split_interface(z: torch.Tensor, width: int, reads: int, options: DNCOptions) -> Interface:
     """Split interface vectors z (B, T, I) and apply the activations (Graves, "interface")."""
@@ -642,7 +631,7 @@ def weight_entropy(weights: torch.Tensor) -> torch.Tensor:
 def chunks(rows: int, weight: torch.Tensor) -> list[slice]:
     """Slices of rows whose logits over the vocabulary of weight (V, C) fit LOGITS_AT_ONCE."""
     size = max(1, LOGITS_AT_ONCE // weight.shape[0])
-    return [slice(start, min(start + size, rows)) for start in range(0, rows, size)]
+    return [slice(start, start + size) for start in range(0, rows, size)]
 
 def token_statistics(h, h_out, targets, weight, trace: DNCTrace | None, brief: bool):
     """The STATS of every token (brief: the nll, the rest 0): h, h_out (B, L, C), targets (B, L),
@@ -665,12 +654,11 @@ def token_statistics(h, h_out, targets, weight, trace: DNCTrace | None, brief: b
         if not brief and trace is not None:
             log_q = (h[rows] @ weight.T).log_softmax(-1)  # (M, V)
             cross = (p.unsqueeze(1) @ log_q.unsqueeze(2))[:, 0]  # (M, 1)
-            columns += [-log_q.gather(1, target), minus_entropy - cross]
+            gate = trace.write_gate.reshape(-1, 1)[rows]  # (M, 1)
+            spread = weight_entropy(trace.write_weights.flatten(0, 1)[rows]).unsqueeze(1)  # (M, 1)
+            columns += [-log_q.gather(1, target), minus_entropy - cross, gate, gate * gate,
+                        gate > 0.7, 1 - spread]
         out[rows, : len(columns)] = torch.cat([column.float() for column in columns], dim=1)
-    if not brief and trace is not None:
-        gate = trace.write_gate.flatten()  # (B*L,)
-        sparsity = 1 - weight_entropy(trace.write_weights).flatten()
-        out[:, 8:] = torch.stack((gate, gate * gate, (gate > 0.7).float(), sparsity), dim=1)
     return (out * (at != -100)).view(*targets.shape, len(STATS))
 
 class HeadLoss(torch.autograd.Function):
@@ -680,8 +668,7 @@ class HeadLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, h, weight, targets, dtype: torch.dtype):
-        """h (M, C), weight (V, C), targets (M,), dtype of the products -> loss (), its mean over
-        all M; nll and top1 (M,), without gradient."""
+        """h (M, C), weight (V, C), targets (M,), dtype of products -> loss (), nll, top1 (M,)."""
         low, scored = weight.to(dtype), (targets != -100).to(h.dtype)
         nll, top1 = torch.zeros_like(scored), torch.zeros_like(scored)
         d_h, d_weight = torch.zeros_like(h), torch.zeros_like(weight)
@@ -718,10 +705,10 @@ class GPT2WithMemory(nn.Module):
 
     def __init__(self, config: Config, controller: nn.Module):
         super().__init__()
-        self.config, self.controller, self.memory = config, controller, None
-        if config.memory == "dnc":
-            torch.manual_seed(config.seed + 1)
-            self.memory = build_memory(config)
+        self.config, self.controller = config, controller
+        torch.manual_seed(config.seed + 1)
+        self.memory = build_memory(config) if config.memory == "dnc" else None
+        torch.manual_seed(config.seed + 2)  # dropout: the same stream in every arm
 
     def init_state(self, rows: int) -> DNCState | None:
         return None if self.memory is None else self.memory.init_state(rows)
@@ -809,9 +796,7 @@ def build_model(config: Config, settings) -> GPT2WithMemory:
         with had_or_refused("init_from", config.init_from, "a folder with the weights of a GPT-2"):
             controller = GPT2Model.from_pretrained(config.init_from, config=settings,
                                                    attn_implementation="sdpa").float()
-    model = GPT2WithMemory(config, controller)
-    torch.manual_seed(config.seed + 2)  # dropout: the same stream in every arm
-    return model
+    return GPT2WithMemory(config, controller)
 
 def count_parameters(module: nn.Module | None) -> int:
     return 0 if module is None else sum(p.numel() for p in module.parameters())
@@ -838,11 +823,8 @@ def routing_positions(config: Config, step: int, device="cpu") -> torch.Tensor |
     order = torch.rand(config.rows, config.step_len, generator=generator).argsort(1)
     return order[:, :count].to(device)  # (rows, P)
 
-class Stopped(Exception):
-    """SIGINT or SIGTERM arrived; raised where the run can be saved."""
-
-class StopSignal:
-    """Remembers SIGINT and SIGTERM until the run can be saved; a second one is not caught."""
+class StopSignal(Exception):
+    """SIGINT or SIGTERM, kept until raised where the run can be saved; a second is not caught."""
     signum = 0
 
     def receive(self, number: int, frame: object) -> None:
@@ -851,7 +833,7 @@ class StopSignal:
 
     def check(self) -> None:
         if self.signum:
-            raise Stopped
+            raise self
 
 @torch.no_grad()
 def evaluate(model: GPT2WithMemory, stream: torch.Tensor, config: Config, stop: StopSignal,
@@ -862,8 +844,7 @@ def evaluate(model: GPT2WithMemory, stream: torch.Tensor, config: Config, stop: 
     compared, `sums` (windows, rows, K) of STATS and `counts` (windows, rows) of scored tokens."""
     device = next(model.parameters()).device
     state, sums, counts = model.init_state(config.eval_rows), [], []
-    windows = (rows.split(config.seq_len, dim=1)
-               for rows in evaluation_rows(stream, config.eval_rows))
+    windows = (rows.split(config.seq_len, 1) for rows in evaluation_rows(stream, config.eval_rows))
     model.eval()
     for x, y in zip(*windows, strict=True):  # (rows, T) each
         stop.check()
@@ -891,9 +872,8 @@ def evaluate(model: GPT2WithMemory, stream: torch.Tensor, config: Config, stop: 
 PAYLOAD = ("arm config corpus controller fingerprint tokenizer model_state_dict global_step epoch "
            "optimizer_state_dict stream_position val_ppl memory_state rng history meter results")
 # Fields that may differ between the run that saved and the run that resumes.
-FREE_FIELDS = set("dataset tokenizer preset log_every_steps save_every_steps save_dir plot_dir "
-                  "arms use_compile compile_mode num_gpus resume inspect text eval_tokens scan"
-                  .split())
+FREE_FIELDS = ("dataset tokenizer preset log_every_steps save_every_steps save_dir plot_dir arms "
+               "use_compile compile_mode num_gpus resume inspect text eval_tokens scan").split()
 
 @dataclasses.dataclass
 class Run:
@@ -911,27 +891,24 @@ class Run:
         seconds=0.0, tokens=0, peak_mb=0.0, steps=0, loss=0.0, top1=0.0, gate=0.0))
     results: dict = dataclasses.field(default_factory=dict)  # of the finished arm
     last_saved: str = ""
-
     tokens_per_s = property(lambda self: self.meter["tokens"] / (self.meter["seconds"] or math.nan))
 
     def payload(self, corpus: Corpus) -> dict:
         """Everything an exact resume needs, as tensors and plain values."""
-        ppl = [row["ppl"] for row in self.history if row["split"] == "validation"]
+        ppl = [math.nan] + [row["ppl"] for row in self.history if row["split"] == "validation"]
         if self.results:  # of the whole split
             ppl.append(self.results["valid"]["metrics"]["ppl"])
-        return {
-            "arm": self.arm, "config": dataclasses.asdict(self.config), "corpus": corpus.name,
-            "controller": self.model.controller.config.to_json_string(use_diff=False),
-            "fingerprint": corpus.fingerprint, "tokenizer": corpus.tokenizer.to_str(),
-            "model_state_dict": self.model.state_dict(),
-            "optimizer_state_dict": self.optimizer.state_dict(),
-            "global_step": self.step, "epoch": self.step // self.steps_per_epoch,
-            "stream_position": self.step % self.steps_per_epoch * self.config.step_len,
-            "val_ppl": ppl[-1] if ppl else math.nan,
-            "memory_state": None if self.state is None else [*self.state],
-            "rng": {"torch": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all()},
-            "history": self.history, "meter": self.meter, "results": self.results,
-        }
+        return dict(
+            arm=self.arm, config=dataclasses.asdict(self.config), corpus=corpus.name,
+            controller=self.model.controller.config.to_json_string(use_diff=False),
+            fingerprint=corpus.fingerprint, tokenizer=corpus.tokenizer.to_str(),
+            model_state_dict=self.model.state_dict(),
+            optimizer_state_dict=self.optimizer.state_dict(),
+            global_step=self.step, epoch=self.step // self.steps_per_epoch,
+            stream_position=self.step % self.steps_per_epoch * self.config.step_len,
+            val_ppl=ppl[-1], memory_state=None if self.state is None else [*self.state],
+            rng=dict(torch=torch.get_rng_state(), cuda=torch.cuda.get_rng_state_all()),
+            history=self.history, meter=self.meter, results=self.results)
 
 def save_checkpoint(run: Run, corpus: Corpus, final: bool = False) -> None:
     """Write `{arm}_[FINAL_]step{N}.pt` under a temporary name, then rename it: a kill or a full
@@ -973,8 +950,7 @@ def restore(run: Run, payload: dict, path: str | Path, corpus: Corpus) -> None:
         raise ValueError(f"checkpoint {path}: of {payload['arm']} on {payload['corpus']}, this is "
                          f"{run.arm} on {corpus.name}; name another, or another save_dir")
     for name, value in dataclasses.asdict(run.config).items():
-        saved = payload["config"].get(name)
-        if name not in FREE_FIELDS and saved != value:
+        if name not in FREE_FIELDS and (saved := payload["config"][name]) != value:
             raise ValueError(f"checkpoint {path}: was trained with {name} = {saved!r}, this run "
                              f"has {value!r}; set --{name} {saved}, or another save_dir")
     mine, theirs = ({key: tensor.shape for key, tensor in weights.items()}
@@ -991,8 +967,7 @@ def restore(run: Run, payload: dict, path: str | Path, corpus: Corpus) -> None:
     torch.cuda.set_rng_state_all(payload["rng"]["cuda"][: torch.cuda.device_count()])
 
 def resume_run(run: Run, corpus: Corpus) -> None:
-    """Continue `run` from the checkpoint that resume names, if of this arm, else from its newest
-    valid one in save_dir. What is passed over is named, and why."""
+    """Continue from the checkpoint named, if of this arm, else the newest valid one in save_dir."""
     if run.config.resume != "auto":
         payload = load_checkpoint(run.config.resume)
         require(payload["arm"] in [ARMS[name] for name in run.config.arm_list], "resume",
@@ -1002,17 +977,15 @@ def resume_run(run: Run, corpus: Corpus) -> None:
             print(f"{run.arm}: resumed from {run.config.resume}")
             return
     pattern = re.escape(run.arm.replace(" ", "_")) + r"_(FINAL_)?step(\d+)\.pt"
-    found = [(path.stat().st_mtime_ns, int(match[2]), path)
-             for path in Path(run.config.save_dir).iterdir()
-             if (match := re.fullmatch(pattern, path.name))]
+    found = [(p.stat().st_mtime_ns, int(match[2]), p) for p in Path(run.config.save_dir).iterdir()
+             if (match := re.fullmatch(pattern, p.name))]
     for _, _, path in sorted(found, reverse=True):  # the newest first
         try:
             restore(run, load_checkpoint(path), path, corpus)
+            print(f"{run.arm}: {'finished in' if run.results else 'resumed from'} {path}")
+            return
         except ValueError as error:
             print(f"resume: passed over {error}")
-            continue
-        print(f"{run.arm}: {'finished in' if run.results else 'resumed from'} {path}")
-        return
     print(f"{run.arm}: no valid checkpoint in {run.config.save_dir}, starting at step 0")
 
 # ══ Training: one loop for every arm ═════════════════════════════════════════════════════════════
@@ -1057,18 +1030,16 @@ def log_row(run: Run, split: str, found: dict) -> None:
         file.write(json.dumps(run.history[-1]) + "\n")
 
 def train_step(run: Run, forward: nn.Module, rows: torch.Tensor) -> None:
-    """One optimizer step on the next step_len tokens of every row. Raises Diverged, with the
-    weights untouched, when loss or gradient is not finite."""
+    """One step on the next step_len tokens of every row. Raises Diverged, the weights untouched."""
     config, within = run.config, run.step % run.steps_per_epoch
     if within == 0:  # a new pass over the stream starts with an empty memory
         run.state = run.model.init_state(config.rows)
-    start, end = within * config.step_len, (within + 1) * config.step_len
-    tokens, targets = rows[:, start:end], rows[:, start + 1 : end + 1]  # (B, L) each
+    tokens = rows[:, within * config.step_len : (within + 1) * config.step_len + 1]  # (B, L + 1)
     positions = routing_positions(config, run.step, rows.device)
     for group in run.optimizer.param_groups:
         group["lr"] = learning_rate(run.step, run.total_steps, config) * group["scale"]
 
-    output = forward(tokens, targets, run.state, positions)
+    output = forward(tokens[:, :-1], tokens[:, 1:], run.state, positions)
     loss = total_loss(output, positions, config)
     run.optimizer.zero_grad(set_to_none=True)
     loss.backward()
@@ -1096,15 +1067,8 @@ def log_train(run: Run) -> str:
     run.meter.update(steps=0, loss=0.0, top1=0.0, gate=0.0)
     return f"loss {loss:.3f} ppl {found['ppl']:.1f} gate {gate:.2f} tok/s {run.tokens_per_s:,.0f}"
 
-def validation_due(run: Run) -> bool:
-    """Whether this step's validation is still to be done (a resumed run may stand right at it)."""
-    at = run.step % run.config.save_every_steps == 0 or run.step == run.total_steps
-    done = any(row["step"] == run.step and row["split"] == "validation" for row in run.history)
-    return run.step > 0 and at and not done
-
 def train(run: Run, corpus: Corpus, forward: nn.Module, stop: StopSignal) -> None:
-    """Train one arm to its last step, evaluate it on all of validation and test, and save it.
-    Every arm goes through here. Raises Stopped, after saving, when a signal asked to stop."""
+    """Train, evaluate on validation and test, and save one arm. Raises StopSignal, once saved."""
     from tqdm import tqdm
     config, device = run.config, next(run.model.parameters()).device
     rows = training_rows(corpus.train, config.rows, config.step_len).to(device)
@@ -1113,12 +1077,15 @@ def train(run: Run, corpus: Corpus, forward: nn.Module, stop: StopSignal) -> Non
     try:
         with tqdm(total=run.total_steps, initial=run.step, desc=run.arm, unit="step") as bar:
             while True:
-                if validation_due(run):
+                at_end = run.step >= run.total_steps
+                due = run.step > 0 and (at_end or run.step % config.save_every_steps == 0)
+                if due and not any(row["step"] == run.step and row["split"] == "validation"
+                                   for row in run.history):  # a resumed run may have done it
                     stream = corpus.valid[: config.eval_tokens + 1]
                     log_row(run, "validation", evaluate(run.model, stream, config, stop)["metrics"])
-                    if run.step < run.total_steps:
+                    if not at_end:
                         save_checkpoint(run, corpus)
-                if run.step >= run.total_steps:
+                if at_end:
                     break
                 stop.check()
                 clock = time.perf_counter()
@@ -1136,7 +1103,7 @@ def train(run: Run, corpus: Corpus, forward: nn.Module, stop: StopSignal) -> Non
         run.results |= {"steps": run.step, "parameters": count_parameters(run.model),
                         "peak_mb": run.meter["peak_mb"], "tokens_per_s": run.tokens_per_s}
         save_checkpoint(run, corpus, final=True)
-    except Stopped:
+    except StopSignal:
         save_checkpoint(run, corpus)
         raise
 
@@ -1149,8 +1116,7 @@ def start_run(name: str, config: Config, corpus: Corpus, device: torch.device) -
         wider = round(extra / (2 * config.hidden_size + 1))  # two matrices and one bias
         width = (config.mlp_width or 4 * config.hidden_size) + wider
         config = dataclasses.replace(config, mlp_width=width)
-    settings = controller_config(config, corpus.vocab_size)
-    model = build_model(config, settings).to(device)
+    model = build_model(config, controller_config(config, corpus.vocab_size)).to(device)
     if config.use_compile:
         model.controller.compile(mode=config.compile_mode)
     per_epoch = (len(corpus.train) - 1) // (config.rows * config.step_len)
@@ -1248,8 +1214,7 @@ def inspect_writes(model: GPT2WithMemory, tokenizer, text: str, folder: str, cor
     for window in tokens.split(model.config.seq_len, dim=1):
         _, _, state, trace = model.hidden(window, state)
         traces.append(trace)
-    joined = (torch.cat(parts, dim=1)[0].cpu() for parts in zip(*traces, strict=True))  # (T, ...)
-    trace = DNCTrace(*joined)
+    trace = DNCTrace(*(torch.cat(x, dim=1)[0].cpu() for x in zip(*traces, strict=True)))  # (T, …)
     words = [tokenizer.decode([i]).strip(" ").replace("\n", "\\n") or "␣" for i in ids]
     width = max(5, *map(len, words))
     print(f"\n{RULE}\n  Write inspection — the gate at every token of the sample\n{RULE}")
@@ -1285,23 +1250,21 @@ def plot_trace(words: list[str], trace: DNCTrace, path: Path, corpus: str) -> No
         labels = [word.replace("$", r"\$") for word in words[::step]]
         axes[2].set_xticks(range(0, T, step), labels, rotation=90, fontsize=8)
 
-def plot_curves(rows: list[dict], path: Path, corpus: str) -> None:
+def plot_curves(runs: list[Run], path: Path, corpus: str) -> None:
     """Loss and top-1 accuracy over steps: train thin, validation dashed with markers."""
     colors = dict(zip(ARMS.values(), ("#4fc3f7", "#aed581", "#ff8a65"), strict=True))
-    styles = {"train": {"lw": 0.9, "alpha": 0.8},
-              "validation": {"lw": 1.8, "ls": "--", "marker": "o", "ms": 5}}
-    arms = list(dict.fromkeys(row["arm"] for row in rows))
+    styles = dict(train=dict(lw=0.9, alpha=0.8), validation=dict(lw=1.8, ls="--", marker="o", ms=5))
     with dark_figure(path, 1, 2, (13, 5)) as (figure, axes):
         panels = {"loss": "CE loss (nats/token)", "top1_acc": "top-1 accuracy"}
         for axis, (key, label) in zip(axes, panels.items(), strict=True):
-            for arm, split in [(arm, split) for arm in arms for split in styles]:
-                chosen = [r for r in rows if r["arm"] == arm and r["split"] == split]
-                axis.plot([r["step"] for r in chosen], [r[key] for r in chosen], color=colors[arm],
-                          label=f"{arm}, {split}", **styles[split])
+            for run, split in [(run, split) for run in runs for split in styles]:
+                rows = [row for row in run.history if row["split"] == split]
+                axis.plot([row["step"] for row in rows], [row[key] for row in rows],
+                          color=colors[run.arm], label=f"{run.arm}, {split}", **styles[split])
             axis.set(xlabel="step", ylabel=label)
             axis.grid(alpha=0.2)
             axis.legend(fontsize=9)
-        figure.suptitle(f"{' vs '.join(arms)}\n{corpus}", fontsize=11)
+        figure.suptitle(f"{' vs '.join(run.arm for run in runs)}\n{corpus}", fontsize=11)
 
 # ══ Main ═════════════════════════════════════════════════════════════════════════════════════════
 def check_folder(config: Config, field: str, needed_mb: float = 1.0) -> None:
@@ -1378,10 +1341,10 @@ def run_comparison(config: Config, preset: str, stop: StopSignal) -> None:
     if "dnc" in config.arm_list:  # what cannot run is said before the first arm trains
         memory = build_memory(config).to(device)
         pick_scan(config.scan, memory.init_state(1), memory.options)
-    runs, rows = {}, []  # by arm; of metrics.jsonl
+    runs = {}
     for name in config.arm_list:
         run = runs[name] = start_run(name, config, corpus, device)
-        lines = "".join(json.dumps(row) + "\n" for row in rows + run.history)
+        lines = "".join(json.dumps(row) + "\n" for r in runs.values() for row in r.history)
         (folder / "metrics.jsonl").write_text(lines, encoding="utf-8")
         total, memory = count_parameters(run.model), count_parameters(run.model.memory)
         print(f"\n{run.arm}: {total:,} parameters" + (f", {memory:,} of memory" if memory else ""))
@@ -1389,11 +1352,9 @@ def run_comparison(config: Config, preset: str, stop: StopSignal) -> None:
             check_folder(run.config, "save_dir", 12 * total / 2**20 + 16)  # weights, two moments
             forward = nn.DataParallel(run.model, device_ids=[0, 1]) if gpus == 2 else run.model
             train(run, corpus, forward, stop)
-        rows += run.history
         run.optimizer, run.model = None, run.model.cpu() if name == "dnc" else None  # frees memory
-    plot_curves(rows, folder / "training_curves.png", corpus.name)
-    dnc = runs.pop("dnc", None)
-    if dnc is not None:
+    plot_curves([*runs.values()], folder / "training_curves.png", corpus.name)
+    if dnc := runs.pop("dnc", None):
         for run in runs.values():
             print_comparison(run, dnc, corpus)
         dnc.model.to(device)
@@ -1415,7 +1376,7 @@ def main(argv: list[str]) -> int:
             for number in (signal.SIGINT, signal.SIGTERM):
                 signal.signal(number, stop.receive)
             run_comparison(config, preset, stop)
-    except Stopped:
+    except StopSignal:
         words = [f"--{key}={value}" for key, value in (overrides | {"resume": "auto"}).items()]
         print("\nstopped and saved; continue with:\n  python dnc_gpt2.py " + shlex.join(words))
         return 128 + stop.signum

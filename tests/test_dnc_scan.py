@@ -72,14 +72,17 @@ both_backends = pytest.mark.parametrize("backend", [NUMBA, TRITON])
 numba_only = pytest.mark.parametrize("backend", [NUMBA])
 every_fused = pytest.mark.parametrize("options", FUSED, ids=option_id)
 plain_and_all = pytest.mark.parametrize("options", [PLAIN, LINKS_WIPE], ids=option_id)
+# Where every combination in the interpreter takes too long: there only all options together.
+every_fused_on_numba = pytest.mark.parametrize("backend,options", [
+    *(pytest.param(*NUMBA.values, o, marks=NUMBA.marks, id=f"numba-{option_id(o)}") for o in FUSED),
+    pytest.param(*TRITON.values, LINKS_WIPE, marks=TRITON.marks, id="triton-links+wipe")])
 
 
 @pytest.fixture(autouse=True)
 def short_chunks(request, monkeypatch):
-    """Triton's T of 3 to 5 steps spans several chunks. What jit compiled with 2 stays compiled."""
-    if getattr(request.node, "callspec", None) is None:
-        return
-    if request.node.callspec.params.get("backend") == "triton":
+    """Triton's T of 3 to 5 steps spans several chunks."""
+    callspec = getattr(request.node, "callspec", None)
+    if callspec is not None and callspec.params.get("backend") == "triton":
         monkeypatch.setattr(dnc_scan, "CHECKPOINT_EVERY", 2)
 
 
@@ -118,11 +121,11 @@ def first_state(kind, rng, B, N, W, R, options):
             for name, value in state.items()}
 
 
-def make_case(backend, options, seed=0, start="carried", sizes=None, scale=1.5, dtype=None):
-    """(interface, state) in the backend's precision; T spans three chunks."""
-    B, T, N, W, R = sizes or {"numba": (2, 37, 7, 5, 3), "triton": (2, 5, 5, 3, 2)}[backend]
+def make_case(backend, options, seed=0, start="carried", sizes=None, dtype=None):
+    """(interface, state) in the backend's precision; T spans several chunks."""
+    B, T, N, W, R = sizes or {"numba": (2, 20, 5, 4, 2), "triton": (1, 3, 4, 3, 2)}[backend]
     rng, dtype = np.random.default_rng(seed), dtype or precision(backend).dtype
-    z = torch.tensor(random_z(rng, B, T, W, R, options, scale))
+    z = torch.tensor(random_z(rng, B, T, W, R, options))
     x = split_interface(z, W, R, options)
     state = to_torch(first_state(start, rng, B, N, W, R, options), dtype)
     return Interface(*(None if part is None else part.to(dtype) for part in x)), state
@@ -313,7 +316,7 @@ def test_dnc_scan_matches_oracle(B, T, N, W, R, start, options, backend):
 @pytest.mark.parametrize("start", ["zero", "carried"])
 def test_dnc_scan_triton_matches_oracle(start, options, backend):
     """The same in Triton, sizes that are no powers of two, across two chunk borders."""
-    B, T, N, W, R = 2, 5, 5, 3, 3
+    B, T, N, W, R = {"zero": (1, 5, 5, 3, 3), "carried": (2, 3, 5, 3, 3)}[start]
     rng = np.random.default_rng(50)
     state = first_state(start, rng, B, N, W, R, options)
     assert_matches_oracle(backend, random_z(rng, B, T, W, R, options), state, W, R, options)
@@ -387,7 +390,9 @@ def test_dnc_scan_returns_state_of_given_type(backend):
 def test_dnc_scan_gradients_match_autograd(start, options, backend):
     """Of every part of the interface and every field of the initial state, for a loss with a
     random probe on every output and on every field of the final state, over several chunks."""
-    x, state = make_case(backend, options, 60, start)
+    sizes = {"zero": (1, 5, 5, 3, 2), "carried": (2, 3, 5, 3, 2)}[start]
+    sizes = sizes if backend == "triton" else (2, 37, 7, 5, 3)
+    x, state = make_case(backend, options, 60, start, sizes)
     slopes = assert_matches_loop(backend, x, state, options)
     assert len(slopes) == (16 if options.use_links else 13)
     for name, slope in slopes.items():  # in an empty memory nothing was read: no slope there
@@ -414,7 +419,7 @@ def test_dnc_scan_triton_gradients_match_autograd_sizes(B, T, N, W, R, backend):
     assert_matches_loop(backend, x, state, LINKS_WIPE)
 
 
-@both_backends
+@numba_only
 @plain_and_all
 @pytest.mark.parametrize("output", ["reads", "write_weights", "read_weights", "state.memory",
                                     "state.usage", "state.link", "state.precedence"])
@@ -422,29 +427,25 @@ def test_dnc_scan_gradients_of_one_output(output, options, backend):
     """The other outputs stay unused and bring nothing in."""
     if output in ("state.link", "state.precedence") and not options.use_links:
         pytest.skip("no links")
-    sizes = (1, 3, 4, 3, 2) if backend == "triton" else (2, 18, 5, 4, 2)
-    x, state = make_case(backend, options, 63, sizes=sizes)
+    x, state = make_case(backend, options, 63)
     assert_matches_loop(backend, x, state, options, outputs={output})
 
 
-@both_backends
+@numba_only
 @pytest.mark.parametrize("wanted", [
     {"write_vector"}, {"read_keys", "read_strengths"}, {"state.memory"}, {"state.usage"},
     {"state.link"}, {"free_gates", "state.read_weights"}], ids="+".join)
 def test_dnc_scan_only_some_inputs_require_grad(wanted, backend):
     """The gradients asked for are right, whichever of the others are not."""
-    sizes = (1, 3, 4, 3, 2) if backend == "triton" else (2, 18, 5, 4, 2)
-    x, state = make_case(backend, LINKS_WIPE, 64, sizes=sizes)
+    x, state = make_case(backend, LINKS_WIPE, 64)
     slopes = assert_matches_loop(backend, x, state, LINKS_WIPE, wanted=wanted)
     assert set(slopes) == wanted and all(slope.any() for slope in slopes.values())
 
 
-@both_backends
+@numba_only
 @every_fused
 def test_dnc_scan_gradcheck(options, backend):
     """The Jacobian of every output, everything in, away from ties in the usage."""
-    if precision(backend).dtype != torch.float64:
-        pytest.skip("differences of 1e-6 need float64")
     W, R = 2, 2
     z, start = separated_case(options, B=1, T=2, N=3, W=W, R=R)
     x, state = split_interface(torch.tensor(z), W, R, options), to_torch(start)
@@ -455,7 +456,7 @@ def test_dnc_scan_gradcheck(options, backend):
         return tuple(named(fused(backend)(*inputs, options)).values())
 
     assert torch.autograd.gradcheck(outputs, tuple(leaves.values()), eps=1e-6, atol=1e-6,
-                                    rtol=1e-5, fast_mode=backend == "triton")
+                                    rtol=1e-5)
 
 
 @both_backends
@@ -502,7 +503,7 @@ def test_dnc_scan_gradient_matches_oracle_differences(options, backend):
 @pytest.mark.parametrize("every", [1, 3, 37, 64])
 def test_dnc_scan_checkpoints_change_nothing(every, options, backend, monkeypatch):
     """However far apart the checkpoints, T short of, at and beyond a border: the same results."""
-    x, state = make_case(backend, options, 65)
+    x, state = make_case(backend, options, 65, sizes=(2, 37, 7, 5, 3))
     want = run(fused(backend), x, state, options)
     monkeypatch.setattr(dnc_scan, "CHECKPOINT_EVERY", every)
     got = run(fused(backend), x, state, options)
@@ -513,8 +514,7 @@ def test_dnc_scan_checkpoints_change_nothing(every, options, backend, monkeypatc
 @both_backends
 def test_dnc_scan_bfloat16_interface(backend):
     """Computed in the state's float32; each gradient comes back in the type of its input."""
-    sizes = (1, 3, 4, 3, 2) if backend == "triton" else (2, 18, 5, 4, 2)
-    x, state = make_case(backend, LINKS_WIPE, 66, sizes=sizes, dtype=torch.float32)
+    x, state = make_case(backend, LINKS_WIPE, 66, dtype=torch.float32)
     short = Interface(*(None if part is None else part.bfloat16() for part in x))
     long = Interface(*(None if part is None else part.float() for part in short))
     got, got_slopes = run(fused(backend), short, state, LINKS_WIPE)
@@ -523,8 +523,8 @@ def test_dnc_scan_bfloat16_interface(backend):
     assert all(value.dtype == torch.float32 for value in got.values())
     kinds = {name: part.dtype for name, part in parts_of(short, state).items()}
     assert {name: slope.dtype for name, slope in got_slopes.items()} == kinds
-    assert_equal(got_slopes, {name: slope.to(kinds[name]) for name, slope in want_slopes.items()},
-                 "gradient of")
+    for name, slope in got_slopes.items():  # to a unit: Triton's interpreter cuts where GPUs round
+        torch.testing.assert_close(slope, want_slopes[name].to(kinds[name]), atol=1e-6, rtol=2**-7)
 
 
 # ══ Extremes ═════════════════════════════════════════════════════════════════════════════════════
@@ -581,7 +581,7 @@ def test_dnc_scan_extremes_match_loop(kind, options, backend):
 @pytest.mark.parametrize("kind", EXTREMES)
 def test_dnc_scan_triton_extremes_match_loop(kind, backend):
     """The same in Triton, with everything switched on."""
-    case = make_case(backend, LINKS_WIPE, 71, sizes=(1, 5, 5, 4, 2))
+    case = make_case(backend, LINKS_WIPE, 71)
     assert_matches_loop(backend, *extreme_case(kind, *case), LINKS_WIPE)
 
 
@@ -589,7 +589,7 @@ def test_dnc_scan_triton_extremes_match_loop(kind, backend):
 @pytest.mark.parametrize("sign", [-50.0, 50.0])
 def test_dnc_scan_float32_raw_fifty_stays_finite(sign, backend):
     """Every raw interface value at +50 or -50 from an empty memory, as after a burst of lr."""
-    B, T, N, W, R = 1, 4 if backend == "triton" else 40, 4, 3, 2
+    B, T, N, W, R = 1, 3 if backend == "triton" else 40, 4, 3, 2
     I = sum(interface_sizes(W, R, LINKS_WIPE).values())  # noqa: E741, the interface width
     z = torch.full((B, T, I), sign, requires_grad=True)
     x, state = split_interface(z, W, R, LINKS_WIPE), zero_state(B, N, W, R, LINKS_WIPE)
@@ -607,7 +607,7 @@ def test_dnc_scan_float32_raw_fifty_stays_finite(sign, backend):
 def test_dnc_scan_nan_stays_visible_in_its_row(part, backend):
     """The training loop stops at a loss that is not finite: a NaN that comes in shows in the reads
     of its row, as in the loop, and changes no bit of the other."""
-    x, state = make_case(backend, LINKS_WIPE, 73, sizes=(2, 3, 4, 3, 2), dtype=torch.float32)
+    x, state = make_case(backend, LINKS_WIPE, 73, sizes=(2, 2, 4, 3, 2), dtype=torch.float32)
     parts = {name: value.clone() for name, value in parts_of(x, state).items()}
     clean, *_ = fused(backend)(*with_parts(x, state, parts), LINKS_WIPE)
     parts[part][0] = math.nan
@@ -652,7 +652,7 @@ def test_dnc_scan_float32_stays_finite_over_4096_steps(options, backend):
 @both_backends
 def test_dnc_scan_takes_any_layout(backend):
     """Transposed storage, slices of one tensor, and rows expanded without a copy."""
-    sizes = (2, 3, 4, 3, 2) if backend == "triton" else (3, 18, 5, 4, 2)
+    sizes = (2, 2, 4, 3, 2) if backend == "triton" else (3, 18, 5, 4, 2)
     x, state = make_case(backend, LINKS_WIPE, 80, sizes=sizes)
     parts = parts_of(x, state)
     probes = make_probes(named(fused(backend)(x, state, LINKS_WIPE)))
@@ -689,12 +689,11 @@ def test_dnc_scan_takes_any_layout(backend):
     assert_near(expanded[1], copied[1], 1e-12, "expanded gradient of")
 
 
-@both_backends
+@numba_only
 @every_fused
 def test_dnc_scan_takes_gradients_of_expanded_outputs(options, backend):
     """sum() hands the backward a gradient of stride zero, and transposing one of odd strides."""
-    sizes = (1, 3, 4, 3, 2) if backend == "triton" else (2, 18, 5, 4, 2)
-    x, state = make_case(backend, options, 81, sizes=sizes)
+    x, state = make_case(backend, options, 81)
     leaves = {k: v.clone().requires_grad_() for k, v in parts_of(x, state).items()}
     outputs = named(fused(backend)(*with_parts(x, state, leaves), options))
     plain = {name: torch.ones_like(value) for name, value in outputs.items()}
@@ -711,8 +710,7 @@ def test_dnc_scan_takes_gradients_of_expanded_outputs(options, backend):
 @both_backends
 def test_dnc_scan_without_gradient_has_no_graph(backend):
     """no_grad and inference_mode, and inputs of which none requires one: the same values."""
-    sizes = (1, 3, 4, 3, 2) if backend == "triton" else (2, 18, 5, 4, 2)
-    x, state = make_case(backend, LINKS_WIPE, 82, sizes=sizes)
+    x, state = make_case(backend, LINKS_WIPE, 82)
     leaves = {k: v.clone().requires_grad_() for k, v in parts_of(x, state).items()}
     with_graph = named(fused(backend)(*with_parts(x, state, leaves), LINKS_WIPE))
     assert all(value.requires_grad for value in with_graph.values())
@@ -729,12 +727,11 @@ def test_dnc_scan_without_gradient_has_no_graph(backend):
     assert not torch.equal(carried["reads"], inference["reads"])
 
 
-@both_backends
+@numba_only
 @every_fused
 def test_dnc_scan_outputs_used_twice(options, backend):
     """Gradients of several uses add up; the last write weighting counts as trace and as state."""
-    sizes = (1, 3, 4, 3, 2) if backend == "triton" else (2, 18, 5, 4, 2)
-    x, state = make_case(backend, options, 83, sizes=sizes)
+    x, state = make_case(backend, options, 83)
     leaves = {k: v.clone().requires_grad_() for k, v in parts_of(x, state).items()}
 
     def slopes(*weights):
@@ -752,12 +749,10 @@ def test_dnc_scan_outputs_used_twice(options, backend):
     assert all(any(slope.any() for slope in part.values()) for part in apart)
 
 
-@both_backends
-@plain_and_all
+@every_fused_on_numba
 def test_dnc_scan_two_backwards_are_equal(options, backend):
     """retain_graph: the first backward uses nothing up."""
-    sizes = (1, 5, 4, 3, 2) if backend == "triton" else (2, 37, 5, 4, 2)
-    x, state = make_case(backend, options, 84, sizes=sizes)
+    x, state = make_case(backend, options, 84)
     leaves = {k: v.clone().requires_grad_() for k, v in parts_of(x, state).items()}
     outputs = named(fused(backend)(*with_parts(x, state, leaves), options))
     loss = loss_of(outputs, make_probes(outputs))
@@ -769,7 +764,7 @@ def test_dnc_scan_two_backwards_are_equal(options, backend):
     assert_equal({name: leaf.grad for name, leaf in leaves.items()}, first, "gradient of")
 
 
-@both_backends
+@numba_only
 def test_dnc_scan_second_derivative_is_not_silently_wrong(backend):
     """The loop has one. The fused recurrence has the same or says that it has none."""
     x, state = make_case(backend, PLAIN, 85, sizes=(1, 2, 4, 3, 2))
@@ -788,18 +783,15 @@ def test_dnc_scan_second_derivative_is_not_silently_wrong(backend):
     torch.testing.assert_close(got, want, atol=1e-4, rtol=1e-4)
 
 
-@both_backends
-@every_fused
+@every_fused_on_numba
 @pytest.mark.parametrize("border", [16, 7])
 def test_dnc_scan_segments_equal_one_sequence(border, options, backend):
     """Cut at a chunk border or not, with the state carried: the same values, and the same
     gradients through the carry."""
+    length = 48
     if backend == "triton":
-        border = {16: 2, 7: 3}[border]
-        sizes, length = (1, 5, 4, 3, 2), 5
-    else:
-        sizes, length = (2, 48, 6, 4, 2), 48
-    x, state = make_case(backend, options, 86, sizes=sizes)
+        border, length = {16: 2, 7: 1}[border], 3
+    x, state = make_case(backend, options, 86, sizes=(1, length, 6, 4, 2))
 
     def whole(x, state, options):
         return fused(backend)(x, state, options)
@@ -815,8 +807,7 @@ def test_dnc_scan_segments_equal_one_sequence(border, options, backend):
     assert_near(got[1], want[1], near.gradients, "gradient of")
 
 
-@both_backends
-@every_fused
+@every_fused_on_numba
 def test_dnc_scan_rows_are_isolated(options, backend):
     """Another text in row 0 changes no bit of row 1, whose loss has no gradient in row 0."""
     sizes = (2, 3, 4, 3, 2) if backend == "triton" else (3, 20, 5, 4, 2)
@@ -839,12 +830,10 @@ def test_dnc_scan_rows_are_isolated(options, backend):
     assert (mine[0]["reads"][0] - theirs[0]["reads"][0]).abs().max() > 1e-2
 
 
-@both_backends
-@every_fused
+@every_fused_on_numba
 def test_dnc_scan_leaves_inputs_untouched(options, backend):
     """Neither forward nor backward writes into an input, a result or an incoming gradient."""
-    sizes = (1, 3, 4, 3, 2) if backend == "triton" else (2, 20, 5, 4, 2)
-    x, state = make_case(backend, options, 89, sizes=sizes)
+    x, state = make_case(backend, options, 89)
     leaves = {k: v.clone().requires_grad_() for k, v in parts_of(x, state).items()}
     outputs = named(fused(backend)(*with_parts(x, state, leaves), options))
     probes = make_probes(outputs)
@@ -916,7 +905,7 @@ def test_dnc_scan_compiles_without_graph_break(backend):
         return sum((value * (1 + value)).sum() for value in outputs.values()), outputs
 
     compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
-    for length in (3, 5) if backend == "triton" else (18, 33):
+    for length in (3,) if backend == "triton" else (18, 33):
         x, state = make_case(backend, LINKS_WIPE, 100, sizes=(1, length, 4, 3, 2))
         results = []
         for function in (loss, compiled):
@@ -951,8 +940,7 @@ def test_dnc_memory_compiles_without_graph_break(backend):
     torch._dynamo.reset()
 
 
-@both_backends
-@plain_and_all
+@every_fused_on_numba
 def test_dnc_scan_operators_pass_opcheck(options, backend):
     """torch.library's own checks of every custom operator that a forward and backward calls:
     schema, no hidden mutation or aliasing, shapes without data, autograd, tracing."""
@@ -964,7 +952,8 @@ def test_dnc_scan_operators_pass_opcheck(options, backend):
                 calls.setdefault(func, (args, kwargs or {}, backward))
             return func(*args, **(kwargs or {}))
 
-    x, state = make_case(backend, options, 101, sizes=(2, 3, 4, 3, 2))
+    sizes = (1, 1, 4, 3, 2) if backend == "triton" else (2, 3, 4, 3, 2)
+    x, state = make_case(backend, options, 101, sizes=sizes)
     leaves = {k: v.clone().requires_grad_() for k, v in parts_of(x, state).items()}
     with Recorder():
         outputs = named(fused(backend)(*with_parts(x, state, leaves), options))
@@ -1024,10 +1013,10 @@ def test_dnc_scan_saves_a_third_of_the_loop(length, options, backend):
     assert 0 < scan < loop / 3
 
 
-@both_backends
+@numba_only
 def test_dnc_scan_saves_a_memory_a_checkpoint(backend, monkeypatch):
     """Twice the distance, half of the checkpoints: CHECKPOINT_EVERY is what the backward uses."""
-    sizes = (1, 8, 16, 16, 1) if backend == "triton" else (2, 64, 32, 64, 2)
+    sizes = (2, 64, 32, 64, 2)
     x, state = make_case(backend, PLAIN, 111, "zero", sizes, dtype=torch.float32)
     saved = {}
     for every in (2, 4, 8):
