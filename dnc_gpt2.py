@@ -628,10 +628,10 @@ def weight_entropy(weights: torch.Tensor) -> torch.Tensor:
     p = weights / weights.sum(-1, keepdim=True).clamp_min(1e-12)
     return -(p * p.clamp_min(1e-12).log()).sum(-1) / math.log(max(2, weights.shape[-1]))
 
-def chunks(rows: int, weight: torch.Tensor) -> list[slice]:
-    """Slices of rows whose logits over the vocabulary of weight (V, C) fit LOGITS_AT_ONCE."""
-    size = max(1, LOGITS_AT_ONCE // weight.shape[0])
-    return [slice(start, start + size) for start in range(0, rows, size)]
+def chunks(rows: int, weight: torch.Tensor, tensors: int = 1) -> list[slice]:
+    """Slices of rows of which that many tensors of logits, weight (V, C), fit LOGITS_AT_ONCE."""
+    size = max(1, LOGITS_AT_ONCE // tensors // weight.shape[0])
+    return [slice(start, min(start + size, rows)) for start in range(0, rows, size)]
 
 def token_statistics(h, h_out, targets, weight, trace: DNCTrace | None, brief: bool):
     """The STATS of every token (brief: the nll, the rest 0): h, h_out (B, L, C), targets (B, L),
@@ -756,7 +756,7 @@ class GPT2WithMemory(nn.Module):
         at = (torch.arange(len(h), device=h.device).unsqueeze(1), positions)  # (B, 1), (B, P)
         h, h_out, nll, targets = (x[at].flatten(0, 1) for x in (h, h_out, nll, targets))  # (B*P, …)
         effect = torch.zeros_like(nll)
-        for rows in chunks(len(h), weight):
+        for rows in chunks(len(h), weight, tensors=4):
             without = F.linear(h[rows], weight).float()  # (m, V)
             if self.config.routing == "kl":
                 log_p = F.linear(h_out[rows], weight).float().log_softmax(-1)  # (m, V)

@@ -28,7 +28,7 @@ prime is the value after the step; sums run over the repeated index; d is the gr
 from __future__ import annotations
 
 import math
-from concurrent.futures import ThreadPoolExecutor
+from threading import Thread
 
 import numpy as np
 import torch
@@ -504,10 +504,12 @@ def run_rows(kernel, flags: tuple, tensors: list[torch.Tensor]) -> None:
     def work(begin: int, end: int) -> None:
         kernel(begin, end, *flags, number(1), number(EPS), *arrays)
 
-    if workers == 1:
-        return work(0, rows)
-    with ThreadPoolExecutor(workers) as pool:
-        list(pool.map(work, bounds[:-1], bounds[1:]))
+    threads = [Thread(target=work, args=bounds[i : i + 2]) for i in range(1, workers)]
+    for thread in threads:
+        thread.start()
+    work(*bounds[:2])
+    for thread in threads:
+        thread.join()
 
 def numba_forward(parts, state, wipe: bool, every: int, record: bool) -> list[torch.Tensor]:
     results = empty_results(parts, state, every, record)
@@ -1110,13 +1112,16 @@ def scan_backward(ctx, grads):
 
 scan_op.register_autograd(scan_backward, setup_context=save_for_backward)
 
-def backend_for(state) -> str:
-    return "triton" if state.memory.is_cuda else "numba"
+def backend_for(state, backend: str = "auto") -> str:
+    """Raises ValueError for a name that is none."""
+    if backend not in ("auto", *BACKENDS):
+        raise ValueError(f"backend {backend!r}: must be one of auto, {', '.join(BACKENDS)}")
+    return backend if backend != "auto" else "triton" if state.memory.is_cuda else "numba"
 
 def refusal(state, options, backend: str = "auto") -> str:
     """Why the fused recurrence cannot run on this state, and what to do; "" where it can."""
     (_, N, W), R, memory = state.memory.shape, state.read_weights.shape[1], state.memory
-    backend = backend_for(state) if backend == "auto" else backend
+    backend = backend_for(state, backend)
     if options.mask_min < 1:
         return f"mask_min {options.mask_min} runs in the eager loop alone; set mask_min=1.0"
     if options.sharpen_links:
@@ -1138,21 +1143,41 @@ def refusal(state, options, backend: str = "auto") -> str:
             return f"{name} {value}: at most {most} fit on chip{links}; lower it"
     return ""
 
+def check_shapes(interface, state, options) -> None:
+    """Raise ValueError for what the kernels would read beyond its end, or not read at all."""
+    (B, N, W), (T, R), links = state.memory.shape, interface.free_gates.shape[1:], options.use_links
+    L, heads = N * links, (B, T, R)
+    wanted = {
+        "write_key": (B, T, W), "write_strength": (B, T), "erase": (B, T, W),
+        "write_vector": (B, T, W), "write_gate": (B, T), "allocation_gate": (B, T),
+        "read_keys": (*heads, W), "read_strengths": heads, "free_gates": heads,
+        "read_modes": (*heads, 3) if links else None, "write_mask": None, "read_masks": None,
+        "sharpening": None, "memory": (B, N, W), "usage": (B, N), "write_weights": (B, N),
+        "read_weights": (B, R, N), "link": (B, L, L), "precedence": (B, L)}
+    if T == 0:
+        raise ValueError("the interface has no step: T = 0")
+    for name, part in {**interface._asdict(), **state._asdict()}.items():
+        shape = None if part is None else tuple(part.shape)
+        if shape != wanted[name]:
+            raise ValueError(f"{name} {shape}: must be {wanted[name]}, as memory {(B, N, W)}, "
+                             f"{T} steps, {R} read heads and use_links {links} have it")
+
 def dnc_scan(interface, state, options, backend: str = "auto"):
     """The same as dnc_gpt2.dnc_loop: interface (B, T, ...), activated, and a state of B rows ->
     reads (B, T, R, W), write_weights (B, T, N), read_weights (B, T, R, N) and the state after the
     last token. Computes in the state's type. backend: auto, numba (CPU) or triton (CUDA). Raises
-    ValueError, with what `refusal` says, where it cannot run."""
+    ValueError for shapes that do not fit, and, with what `refusal` says, where it cannot run."""
     if reason := refusal(state, options, backend):
         raise ValueError(reason)
-    backend = backend_for(state) if backend == "auto" else backend
+    check_shapes(interface, state, options)
+    backend, dtype = backend_for(state, backend), state.memory.dtype
     modes = interface.read_modes
     if modes is None:
         modes = interface.read_keys[..., :0]  # (B, T, R, 0)
     parts = [part.contiguous() for part in (*interface[:9], modes)]
-    if backend == "numba":
-        parts = [part.to(state.memory.dtype) for part in parts]
-    inputs = [part.contiguous() for part in state]
+    if backend == "numba" or any(part.dtype != torch.bfloat16 for part in parts):
+        parts = [part.to(dtype) for part in parts]
+    inputs = [part.to(dtype).contiguous() for part in state]
     record = torch.is_grad_enabled() and any(x.requires_grad for x in (*parts, *inputs))
     reads, write_weights, read_weights, memory, usage, link, precedence = scan_op(
         parts, inputs, options.dealloc_wipe, record, CHECKPOINT_EVERY, backend)[:7]

@@ -420,13 +420,12 @@ def test_dnc_scan_triton_gradients_match_autograd_sizes(B, T, N, W, R, backend):
 
 
 @numba_only
-@plain_and_all
-@pytest.mark.parametrize("output", ["reads", "write_weights", "read_weights", "state.memory",
-                                    "state.usage", "state.link", "state.precedence"])
+@pytest.mark.parametrize("options,output", [
+    *((o, name) for o in (PLAIN, LINKS_WIPE)
+      for name in ("reads", "write_weights", "read_weights", "state.memory", "state.usage")),
+    (LINKS_WIPE, "state.link"), (LINKS_WIPE, "state.precedence")])
 def test_dnc_scan_gradients_of_one_output(output, options, backend):
     """The other outputs stay unused and bring nothing in."""
-    if output in ("state.link", "state.precedence") and not options.use_links:
-        pytest.skip("no links")
     x, state = make_case(backend, options, 63)
     assert_matches_loop(backend, x, state, options, outputs={output})
 
@@ -601,6 +600,7 @@ def test_dnc_scan_float32_raw_fifty_stays_finite(sign, backend):
     assert w.max() > 0.9 if sign > 0 else w.max() < 1e-6
 
 
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  # the interpreter's NumPy
 @both_backends
 @pytest.mark.parametrize("part", ["write_key", "write_vector", "erase", "write_gate",
                                   "allocation_gate", "read_keys", "free_gates", "state.memory"])
@@ -1188,6 +1188,40 @@ def test_refusal_without_numba_says_what_to_install(monkeypatch):
     state = zero_state(1, 4, 3, 2, PLAIN)
     for chosen in ("auto", "numba"):
         one_line(dnc_scan.refusal(state, PLAIN, chosen), "pip install numba")
+
+
+@numba_only
+@pytest.mark.parametrize("kind", ["one row of state", "one row of interface", "other width",
+                                  "other heads", "links not in options", "links not in state",
+                                  "masks not in options"])
+def test_dnc_scan_reads_nothing_beyond_its_inputs(kind, backend):
+    """Inputs that do not fit together, for which compiled code has no bounds: an error, or the
+    loop's values where the loop takes them. Not numbers from whatever lies behind an array."""
+    options = PLAIN if kind.endswith("not in options") else LINKS_WIPE
+    made_for = {"links not in state": PLAIN, "masks not in options": DNCOptions(mask_min=0.1)}.get(
+        kind, LINKS_WIPE)
+    x, state = make_case(backend, made_for, 132, sizes=(2, 3, 4, 3, 2))
+    if kind == "one row of state":
+        state = DNCState(*(field[:1].clone() for field in state))
+    if kind == "one row of interface":
+        x = Interface(*(None if part is None else part[:1].clone() for part in x))
+    if kind == "other width":
+        state = state._replace(memory=state.memory[:, :, :2].clone())
+    if kind == "other heads":
+        state = state._replace(read_weights=state.read_weights[:, :1].clone())
+
+    def outcome(function):
+        try:
+            return named(function(x, state, options))
+        except Exception as error:  # noqa: BLE001, any error is better than wrong numbers
+            return error
+
+    want, got = outcome(dnc_loop), outcome(fused(backend))
+    if isinstance(got, Exception):
+        assert isinstance(got, ValueError | RuntimeError), repr(got)
+        return
+    assert not isinstance(want, Exception), f"the loop refuses: {want!r}"
+    assert_near(got, want, 1e-9, "value of")
 
 
 @pytest.fixture

@@ -1,0 +1,95 @@
+#!/usr/bin/env python3
+"""Compile the CUDA kernels of dnc_scan.py for real GPUs, no device needed, and say what came out.
+
+    python benchmarks/kernels.py                       sm_90, the card's shape and the corners
+    python benchmarks/kernels.py --arch 80,100 --shapes 64,128,4
+
+To be run after any edit of the kernels: how Triton lays a tile out over the threads is its choice,
+and a harmless-looking line can make a kernel ten times longer. Read `regs` (255 at most), `stack`
+(bytes a thread that did not fit its registers: 0 is best), `barriers` (bar.sync in the PTX, what a
+step's latency grows with) and `sass` (machine instructions in all). T is not part of the code.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+os.environ.pop("TRITON_INTERPRET", None)  # read when triton is first imported
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from scan import OneLineParser, print_table
+
+import dnc_scan
+
+SHAPES = "64,128,4 32,64,4 17,60,3 128,128,4 256,64,4 64,128,4,links 128,128,2,links"
+COLUMNS = {"arch": ("arch", "d"), "kernel": ("kernel", ""), "N": ("N", "d"), "W": ("W", "d"),
+           "R": ("R", "d"), "links": ("links", "d"), "warps": ("warps", "d"), "regs": ("regs", "d"),
+           "stack": ("stack", "d"), "shared": ("shared", ",d"), "barriers": ("barriers", "d"),
+           "sass": ("sass", ",d"), "seconds": ("compile s", ".1f")}
+
+def compile_kernel(kernel, constants: dict, arch: int, warps: int):
+    """Compile one kernel as the launchers specialise it: float32, aligned pointers."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+    names = kernel.arg_names
+    kinds = {name: "constexpr" if name in constants else "i32" if name == "T" else "*fp32"
+             for name in names}
+    aligned = {(i,): [["tt.divisibility", 16]] for i, n in enumerate(names) if kinds[n] == "*fp32"}
+    values = {(names.index(name),): value for name, value in constants.items()}
+    return triton.compile(ASTSource(kernel, kinds, values, aligned),
+                          target=GPUTarget("cuda", arch, 32), options={"num_warps": warps})
+
+def machine_code(cubin: bytes) -> tuple[int, int, int]:
+    """Registers and stack bytes a thread, and the number of instructions."""
+    import triton
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        said = [subprocess.run([tool, flag, file.name], capture_output=True, text=True).stdout
+                for flag in ("-res-usage", "-sass")]
+    used = re.search(r"REG:(\d+) STACK:(\d+)", said[0])
+    return int(used[1]), int(used[2]), len(re.findall(r"/\*[0-9a-f]{4,5}\*/", said[1]))
+
+def inspect_kernel(name: str, shape: str, arch: int) -> dict:
+    slots, width, heads, *links = shape.split(",")
+    sizes, warps = dnc_scan.kernel_sizes(int(slots), int(width), int(heads), bool(links))
+    constants = {**sizes, "EVERY": dnc_scan.CHECKPOINT_EVERY, "WIPE": True, "EPS": dnc_scan.EPS}
+    kernel = getattr(dnc_scan, f"{name}_kernel")
+    if name == "forward":
+        constants["RECORD"] = True
+    else:
+        constants.pop("KP")
+    start = time.perf_counter()
+    compiled = compile_kernel(kernel, constants, arch, warps)
+    seconds = time.perf_counter() - start
+    regs, stack, sass = machine_code(compiled.asm["cubin"])
+    return {"arch": arch, "kernel": name, "N": int(slots), "W": int(width), "R": int(heads),
+            "links": bool(links), "warps": warps, "regs": regs, "stack": stack, "sass": sass,
+            "shared": compiled.metadata.shared, "barriers": compiled.asm["ptx"].count("bar.sync"),
+            "seconds": seconds}
+
+def main(argv: list[str]) -> int:
+    """Run a command line -> exit code: 0, 2 a user's mistake or no Triton."""
+    parser = OneLineParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--arch", default="90", help="compute capabilities, as in 80,90,100")
+    parser.add_argument("--shapes", nargs="+", default=SHAPES.split(), metavar="N,W,R[,links]")
+    args = parser.parse_args(argv)
+    if dnc_scan.triton is None:
+        print("error: triton is not installed; pip install triton", file=sys.stderr)
+        return 2
+    rows = [inspect_kernel(name, shape, int(arch)) for arch in args.arch.split(",")
+            for shape in args.shapes for name in ("forward", "backward")]
+    print_table(rows, COLUMNS)
+    return 0
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
