@@ -494,20 +494,21 @@ def backward_rows(
                            scratch, du, dw_before, dwr_before, d_free_gates[b, t], one)
 
 def run_rows(kernel, flags: tuple, tensors: list[torch.Tensor]) -> None:
-    """Run a numba kernel over all batch rows, split over torch's threads: it releases Python's
-    lock. Rows are independent, so that the result does not depend on the number of threads."""
-    rows, number = tensors[0].shape[0], tensors[-1].numpy().dtype.type
-    arrays = [tensor.numpy() for tensor in tensors]
-    workers = max(1, min(rows, torch.get_num_threads()))
-    bounds = [rows * worker // workers for worker in range(workers + 1)]
+    """Run a numba kernel over all batch rows on torch's number of threads: it releases Python's
+    lock. Rows are independent, so the result does not depend on that number. They are dealt one
+    by one, because torch's own idle threads spin for a while and slow some of ours down."""
+    number = tensors[-1].numpy().dtype.type
+    arrays, rows = [tensor.numpy() for tensor in tensors], iter(range(len(tensors[0])))
 
-    def work(begin: int, end: int) -> None:
-        kernel(begin, end, *flags, number(1), number(EPS), *arrays)
+    def work() -> None:
+        for row in rows:  # one iterator for all threads
+            kernel(row, row + 1, *flags, number(1), number(EPS), *arrays)
 
-    threads = [Thread(target=work, args=bounds[i : i + 2]) for i in range(1, workers)]
+    helpers = min(len(tensors[0]), torch.get_num_threads()) - 1
+    threads = [Thread(target=work) for _ in range(helpers)]
     for thread in threads:
         thread.start()
-    work(*bounds[:2])
+    work()
     for thread in threads:
         thread.join()
 
