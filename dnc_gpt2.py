@@ -672,7 +672,7 @@ class HeadLoss(torch.autograd.Function):
         low, scored = weight.to(dtype), (targets != -100).to(h.dtype)
         nll, top1 = torch.zeros_like(scored), torch.zeros_like(scored)
         d_h, d_weight = torch.zeros_like(h), torch.zeros_like(weight)
-        for rows in chunks(len(h), weight):
+        for rows in chunks(len(h), weight, tensors=1 if dtype == h.dtype else 2):
             x, target = h[rows].to(dtype), targets[rows].clamp_min(0).unsqueeze(1)  # (m, 1)
             logits = (x @ low.T).to(h.dtype)  # (m, V)
             top, best = logits.max(-1, keepdim=True)  # (m, 1)
@@ -936,7 +936,8 @@ def load_checkpoint(path: str | Path) -> dict:
     try:
         payload = torch.load(path, map_location="cpu", weights_only=True)
         fits = not set(PAYLOAD.split()) - payload.keys()
-        fits = fits and payload["config"].keys() == field_types(Config).keys()
+        known, saved = field_types(Config).keys(), payload["config"].keys()
+        fits = fits and saved <= known and known - saved <= set(FREE_FIELDS)
     except Exception:  # torch.load raises a dozen kinds on what it did not write
         raise ValueError(f"checkpoint {path}: truncated or not a checkpoint; delete it, or name "
                          "another") from None
@@ -1319,7 +1320,7 @@ def run_inspection(config: Config) -> None:
     require(payload["arm"] == ARMS["dnc"], "inspect", config.inspect, f"a checkpoint of "
             f"{ARMS['dnc']} (this is of {payload['arm']}, which has no memory)")
     check_folder(config, "plot_dir")
-    trained = Config(**payload["config"] | {"init_from": "scratch"})
+    trained = Config(**payload["config"] | {"init_from": "scratch", "scan": config.scan})
     model = build_model(trained, GPT2Config.from_dict(json.loads(payload["controller"])))
     model.load_state_dict(payload["model_state_dict"])
     print(f"{config.inspect}: {payload['arm']}, step {payload['global_step']}, {payload['corpus']}")

@@ -27,6 +27,7 @@ prime is the value after the step; sums run over the repeated index; d is the gr
 
 from __future__ import annotations
 
+import functools
 import math
 from threading import Thread
 
@@ -35,14 +36,15 @@ import torch
 
 try:  # both at import, because decorators need them; each path lives without the other's
     import numba
-except ImportError:
-    numba = None
+    NO_NUMBA = ""
+except ImportError as error:
+    numba, NO_NUMBA = None, f"numba cannot be imported ({error}); pip install numba"
 try:
     import triton
     import triton.language as tl
-    jit = triton.jit
-except ImportError:
-    triton = tl = None
+    jit, NO_TRITON = triton.jit, ""
+except ImportError as error:
+    triton, tl, NO_TRITON = None, None, f"triton cannot be imported ({error}); pip install triton"
 
     def jit(function=None, **options):
         return function or jit
@@ -495,22 +497,26 @@ def backward_rows(
 
 def run_rows(kernel, flags: tuple, tensors: list[torch.Tensor]) -> None:
     """Run a numba kernel over all batch rows on torch's number of threads: it releases Python's
-    lock. Rows are independent, so the result does not depend on that number. They are dealt one
-    by one, because torch's own idle threads spin for a while and slow some of ours down."""
-    number = tensors[-1].numpy().dtype.type
-    arrays, rows = [tensor.numpy() for tensor in tensors], iter(range(len(tensors[0])))
+    lock. Rows are independent, so the result does not depend on that number."""
+    number, rows = tensors[-1].numpy().dtype.type, len(tensors[0])
+    arrays, errors = [tensor.numpy() for tensor in tensors], []
+    workers = max(1, min(rows, torch.get_num_threads()))
 
-    def work() -> None:
-        for row in rows:  # one iterator for all threads
-            kernel(row, row + 1, *flags, number(1), number(EPS), *arrays)
+    def work(worker: int) -> None:
+        try:
+            kernel(rows * worker // workers, rows * (worker + 1) // workers, *flags, number(1),
+                   number(EPS), *arrays)
+        except BaseException as error:  # raised again below: a thread's own would be lost
+            errors.append(error)
 
-    helpers = min(len(tensors[0]), torch.get_num_threads()) - 1
-    threads = [Thread(target=work) for _ in range(helpers)]
+    threads = [Thread(target=work, args=(worker,)) for worker in range(1, workers)]
     for thread in threads:
         thread.start()
-    work()
+    work(0)
     for thread in threads:
         thread.join()
+    if errors:
+        raise errors[0]
 
 def numba_forward(parts, state, wipe: bool, every: int, record: bool) -> list[torch.Tensor]:
     results = empty_results(parts, state, every, record)
@@ -526,7 +532,8 @@ def numba_backward(grads, parts, state, traces, wipe: bool, every: int) -> list[
     return gradients
 
 # ══ CUDA: the recurrence as two Triton kernels, one program a batch row ══════════════════════════
-# The memory tile stays in registers through all T steps. What a step costs is instructions, and the
+# The memory tile stays on chip through all T steps, in registers up to about 64 x 128: links and
+# the largest sizes spill (benchmarks/kernels.py tells). What a step costs is instructions, and the
 # barriers of whatever crosses warps: sums over slots, stores, a transpose. Hence the shapes: slots
 # come first, (NP, WP) and (NP, RP), so that a thread holds whole rows of heads and all heads share
 # one sum; and the layout, which Triton takes from load_tile as long as no vector has as many
@@ -1023,14 +1030,16 @@ def kernel_sizes(slots: int, width: int, heads: int, links: bool, num_warps: int
 
 def inverse_key_norms(parts, dtype: torch.dtype) -> torch.Tensor:
     """(|k|^2 + eps)^-1/2 of the write key and the R read keys of every step: (B, T, R + 1)."""
-    keys = parts[0].unsqueeze(2), parts[6]
+    write_key, read_keys = parts[PARTS.index("write_key")], parts[PARTS.index("read_keys")]
+    keys = write_key.unsqueeze(2), read_keys  # (B, T, 1, W), (B, T, R, W)
     norms = [torch.linalg.vector_norm(key, dim=-1, dtype=dtype) for key in keys]
     return (torch.cat(norms, dim=2).square() + EPS).rsqrt()
 
 def triton_forward(parts, state, wipe: bool, every: int, record: bool) -> list[torch.Tensor]:
-    memory, T, links = state[0], parts[6].shape[1], state[4].shape[1] > 0
+    memory, links = state[0], state[4].shape[1] > 0
+    _, T, R, _ = parts[PARTS.index("read_keys")].shape
     results = empty_results(parts, state, every, record)
-    sizes, num_warps = kernel_sizes(*memory.shape[1:], parts[6].shape[2], links)
+    sizes, num_warps = kernel_sizes(*memory.shape[1:], R, links)
     with torch.cuda.device_of(memory):
         forward_kernel[(len(memory),)](
             *parts, inverse_key_norms(parts, memory.dtype), *state, *results, T, every, **sizes,
@@ -1038,10 +1047,11 @@ def triton_forward(parts, state, wipe: bool, every: int, record: bool) -> list[t
     return results
 
 def triton_backward(grads, parts, state, traces, wipe: bool, every: int) -> list[torch.Tensor]:
-    (B, N, W), (T, R), linked = state[0].shape, parts[6].shape[1:3], state[4].shape[1]
-    new = state[0].new_empty
+    (B, N, W), new, linked = state[0].shape, state[0].new_empty, state[4].shape[1]
+    _, T, R, _ = parts[PARTS.index("read_keys")].shape
+    small = "write_strength write_gate allocation_gate read_strengths free_gates read_modes".split()
     d_vectors = new(B, T, R + 3, W)  # one store for read keys, erase, write vector, write key
-    d_small = [new(parts[i].shape) for i in (1, 4, 5, 7, 8, 9)]
+    d_small = [new(parts[PARTS.index(name)].shape) for name in small]
     d_state = [torch.empty_like(x) for x in state]
     scratch = new(B, every, N, W), new(B, every, linked, linked)
     sizes, num_warps = kernel_sizes(N, W, R, linked > 0)
@@ -1060,12 +1070,15 @@ def triton_backward(grads, parts, state, traces, wipe: bool, every: int) -> list
 # ══ The operator ═════════════════════════════════════════════════════════════════════════════════
 # Its results: seven that dnc_loop has too (the last weightings of the state are in the traces),
 # then the tape of the backward.
+PARTS = ("write_key write_strength erase write_vector write_gate allocation_gate read_keys "
+         "read_strengths free_gates read_modes").split()  # of the interface, in order
 RESULTS = ("reads write_weights read_weights memory usage link precedence "
            "usages cosines inverse_norms precedences memories links").split()
 
 def empty_results(parts, state, every: int, record: bool) -> list[torch.Tensor]:
     """Uninitialised RESULTS; the tape has no elements where nothing is to be recorded."""
-    (B, T, R, W), (_, N, _), linked = parts[6].shape, state[0].shape, state[4].shape[1]
+    (B, T, R, W), (_, N, _) = parts[PARTS.index("read_keys")].shape, state[0].shape
+    linked = state[4].shape[1]  # N with links, else 0
     C = -(-T // every)  # checkpoints
     shapes = [(B, T, R, W), (B, T, N), (B, T, R, N), (B, N, W), (B, N), (B, linked, linked),
               (B, linked)]
@@ -1097,6 +1110,7 @@ def _(grads, parts, state, traces, wipe, every, backend):
 
 def save_for_backward(ctx, inputs, output) -> None:
     parts, state, ctx.wipe, _, ctx.every, ctx.backend = inputs
+    ctx.set_materialize_grads(False)  # or the whole tape would get gradients of zero
     ctx.mark_non_differentiable(*output[7:])
     # The memory of before is the first checkpoint, and the results after the traces are not used.
     ctx.save_for_backward(*parts, *state[1:], *output[1:3], *output[7:])
@@ -1133,15 +1147,36 @@ def refusal(state, options, backend: str = "auto") -> str:
     if memory.dtype != torch.float32 and not exact:
         return f"the state is {memory.dtype}; keep it in float32"
     if backend == "numba":
-        return "" if numba else "numba is not installed; pip install numba"
+        return "" if numba else NO_NUMBA or "numba is not installed; pip install numba"
     if triton is None:
-        return "triton is not installed; pip install triton"
+        return NO_TRITON or "triton is not installed; pip install triton"
     most_slots = 128 if options.use_links else 256
     for name, value, most in (("mem_slots", N, most_slots), ("mem_width", W, 256),
                               ("mem_slots * mem_width", N * W, 16_384), ("num_reads", R, 8)):
         if value > most:
             links = " beside links" if name == "mem_slots" and options.use_links else ""
-            return f"{name} {value}: at most {most} fit on chip{links}; lower it"
+            return f"{name} {value}: at most {most} are supported{links}; lower it"
+    if memory.is_cuda and not torch.compiler.is_compiling():
+        return trial(memory.device, N, W, R, options.use_links, options.dealloc_wipe)
+    return ""
+
+@functools.cache
+def trial(device: torch.device, N: int, W: int, R: int, links: bool, wipe: bool) -> str:
+    """Compile and run both CUDA kernels for one step -> why they cannot run on this machine: a card
+    with too little shared memory, no C compiler for Triton's launcher; "" where they can."""
+    L = N if links else 0
+    sizes = [(1, 1, W), (1, 1), (1, 1, W), (1, 1, W), (1, 1), (1, 1), (1, 1, R, W), (1, 1, R),
+             (1, 1, R), (1, 1, R, 3 if links else 0)]
+    parts = [torch.zeros(size, device=device) for size in sizes]
+    state = [torch.zeros(size, device=device)
+             for size in ((1, N, W), (1, N), (1, N), (1, R, N), (1, L, L), (1, L))]
+    try:
+        results = triton_forward(parts, state, wipe, CHECKPOINT_EVERY, record=True)
+        triton_backward(results[:7], parts, state, results[1:3] + results[7:], wipe,
+                        CHECKPOINT_EVERY)
+        torch.cuda.synchronize(device)
+    except Exception as error:  # Triton raises many kinds; the caller prints this line
+        return f"the CUDA kernels do not run here ({type(error).__name__}: {error})".split("\n")[0]
     return ""
 
 def check_shapes(interface, state, options) -> None:

@@ -59,9 +59,23 @@ def machine_code(cubin: bytes) -> tuple[int, int, int]:
     used = re.search(r"REG:(\d+) STACK:(\d+)", said[0])
     return int(used[1]), int(used[2]), len(re.findall(r"/\*[0-9a-f]{4,5}\*/", said[1]))
 
-def inspect_kernel(name: str, shape: str, arch: int) -> dict:
-    slots, width, heads, *links = shape.split(",")
-    sizes, warps = dnc_scan.kernel_sizes(int(slots), int(width), int(heads), bool(links))
+def read_shape(text: str) -> tuple[int, int, int, bool]:
+    """A flag's type: N,W,R or N,W,R,links."""
+    match = re.fullmatch(r"(\d+),(\d+),([1-8])(,links)?", text)
+    if not match or not 0 < int(match[1]) * int(match[2]) <= 16_384:
+        raise argparse.ArgumentTypeError(f"{text!r}: must be N,W,R or N,W,R,links, N x W up to "
+                                         "16,384, R from 1 to 8")
+    return int(match[1]), int(match[2]), int(match[3]), bool(match[4])
+
+def read_archs(text: str) -> list[int]:
+    """A flag's type: compute capabilities without the dot."""
+    if not re.fullmatch(r"\d+(,\d+)*", text):
+        raise argparse.ArgumentTypeError(f"{text!r}: must be as in 80,90,100")
+    return [int(part) for part in text.split(",")]
+
+def inspect_kernel(name: str, shape: tuple[int, int, int, bool], arch: int) -> dict:
+    slots, width, heads, links = shape
+    sizes, warps = dnc_scan.kernel_sizes(slots, width, heads, links)
     constants = {**sizes, "EVERY": dnc_scan.CHECKPOINT_EVERY, "WIPE": True, "EPS": dnc_scan.EPS}
     kernel = getattr(dnc_scan, f"{name}_kernel")
     if name == "forward":
@@ -72,22 +86,24 @@ def inspect_kernel(name: str, shape: str, arch: int) -> dict:
     compiled = compile_kernel(kernel, constants, arch, warps)
     seconds = time.perf_counter() - start
     regs, stack, sass = machine_code(compiled.asm["cubin"])
-    return {"arch": arch, "kernel": name, "N": int(slots), "W": int(width), "R": int(heads),
-            "links": bool(links), "warps": warps, "regs": regs, "stack": stack, "sass": sass,
-            "shared": compiled.metadata.shared, "barriers": compiled.asm["ptx"].count("bar.sync"),
-            "seconds": seconds}
+    return {"arch": arch, "kernel": name, "N": slots, "W": width, "R": heads, "links": links,
+            "warps": warps, "regs": regs, "stack": stack, "sass": sass,
+            "shared": compiled.metadata.shared,
+            "barriers": compiled.asm["ptx"].count("bar.sync"), "seconds": seconds}
 
 def main(argv: list[str]) -> int:
     """Run a command line -> exit code: 0, 2 a user's mistake or no Triton."""
     parser = OneLineParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--arch", default="90", help="compute capabilities, as in 80,90,100")
-    parser.add_argument("--shapes", nargs="+", default=SHAPES.split(), metavar="N,W,R[,links]")
+    parser.add_argument("--arch", type=read_archs, default="90", metavar="LIST",
+                        help="compute capabilities, as in 80,90,100; default 90")
+    parser.add_argument("--shapes", type=read_shape, nargs="+", metavar="N,W,R[,links]",
+                        default=[read_shape(text) for text in SHAPES.split()])
     args = parser.parse_args(argv)
     if dnc_scan.triton is None:
         print("error: triton is not installed; pip install triton", file=sys.stderr)
         return 2
-    rows = [inspect_kernel(name, shape, int(arch)) for arch in args.arch.split(",")
-            for shape in args.shapes for name in ("forward", "backward")]
+    rows = [inspect_kernel(name, shape, arch) for arch in args.arch for shape in args.shapes
+            for name in ("forward", "backward")]
     print_table(rows, COLUMNS)
     return 0
 

@@ -17,8 +17,9 @@ How to read it: `first s` is the first pass of all, with compiling, or with load
 on disk holds; `us/token` is forward + backward over B x T; `saved` is what autograd keeps from
 forward to backward beyond the inputs, every storage once; `peak` (CUDA) is the most that forward
 and backward allocate beyond the inputs. A slope is the exponent of a power law fitted over a sweep:
-1 is linear. `floor` (CUDA) is the larger of two times that no version of a kernel beats by much:
-T dependent steps, each as long as one more step takes, and its bytes over the card's bandwidth.
+1 is linear. `floor` (CUDA) is the larger of two times: T times the measured latency of the least
+chain that a step depends on (four sums over the slots, one after the other, in as many warps as the
+kernel has, and nothing else), and the kernel's bytes over the measured bandwidth of a copy.
 
 Letters as in dnc_gpt2.py: B batch rows, T time, N memory slots, W word width, R read heads.
 """
@@ -59,7 +60,7 @@ from dnc_gpt2 import (
     split_interface,
     zero_state,
 )
-from dnc_scan import dnc_scan, refusal
+from dnc_scan import dnc_scan, jit, kernel_sizes, refusal, tl
 
 CHUNK = 8  # tokens of one compiled graph: more compile for minutes
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 1e-2}  # of gradients, whose type rounds them
@@ -455,31 +456,58 @@ def copy_bandwidth(device: torch.device, size: int = 2**30) -> float:
         seconds.append(time.perf_counter() - start)
     return 2 * size / statistics.median(seconds)
 
+@jit
+def chain_kernel(out, T, SIZE: tl.constexpr, SUMS: tl.constexpr):
+    """T times SUMS dependent sums over a vector (SIZE,), which cross warps."""
+    index = tl.arange(0, SIZE)
+    x = (index + 1).to(tl.float32)
+    for _ in range(T):
+        for _ in tl.static_range(SUMS):
+            x = x / (tl.sum(x, 0) + 1.0)
+    tl.store(out + index, x)
+
+def chain_latency_us(problem: Problem, lengths: tuple[int, int] = (1024, 9216)) -> float:
+    """Microseconds of one step's chain: maximum and sum of the write's softmax, then of the read's,
+    each a sum over slots. The difference of two lengths, which has no launch in it."""
+    _, _, N, W, R = problem.shape
+    sizes, num_warps = kernel_sizes(N, W, R, problem.options.use_links)
+    out, best = torch.empty(sizes["NP"], device=problem.device), []
+    for length in lengths:
+        seconds = []
+        for _ in range(8):
+            synchronize(problem.device)
+            start = time.perf_counter()
+            chain_kernel[(1,)](out, length, SIZE=sizes["NP"], SUMS=4, num_warps=num_warps)
+            synchronize(problem.device)
+            seconds.append(time.perf_counter() - start)
+        best.append(min(seconds))
+    return 1e6 * (best[1] - best[0]) / (lengths[1] - lengths[0])
+
 def floors(problem: Problem, repeats: int, lengths: tuple[int, int] = (512, 1024)) -> list[dict]:
-    """For the fused forward and backward: the time, and the floor of its T dependent steps and of
-    its bytes. One step's latency is the difference of two lengths, which has no launch in it."""
+    """For the fused forward and backward: the time of the whole call, what one more step costs, and
+    the floor of its T dependent steps and of its bytes."""
     device, short, long = problem.device, *lengths
     at = {length: problem._replace(shape=problem.shape._replace(T=length)) for length in lengths}
     by_length = {length: measure(["fused"], at[length], repeats)[0] for length in lengths}
     row, arm = measure(["fused"], problem, repeats)[0], make_arm("fused", problem)
-    bandwidth = copy_bandwidth(device)
+    bandwidth, chain_us = copy_bandwidth(device), chain_latency_us(problem)
     saved, written = bytes_kept(arm)
     given, interface, gradients = (sum(t.nbytes for t in tensors)
                                    for tensors in (arm.inputs, arm.leaves, arm.gradients))
     moved = {"forward": given + written, "backward": given + saved + gradients + interface}
     rows = []
     for kernel, size in moved.items():
-        step_ms = (by_length[long][f"{kernel}_ms"] - by_length[short][f"{kernel}_ms"])
-        step_ms /= long - short
-        steps_ms, bytes_ms = problem.shape.T * step_ms, 1e3 * size / bandwidth
-        rows.append({"kernel": kernel, "fused_ms": row[f"{kernel}_ms"], "step_us": 1e3 * step_ms,
-                     "steps_ms": steps_ms, "moved_mb": size / 2**20, "bytes_ms": bytes_ms,
-                     "bandwidth_gb_s": bandwidth / 1e9, "floor_ms": max(steps_ms, bytes_ms)})
+        step_ms = by_length[long][f"{kernel}_ms"] - by_length[short][f"{kernel}_ms"]
+        chain_ms, bytes_ms = problem.shape.T * chain_us / 1e3, 1e3 * size / bandwidth
+        rows.append({"kernel": kernel, "fused_ms": row[f"{kernel}_ms"],
+                     "step_us": 1e3 * step_ms / (long - short), "chain_us": chain_us,
+                     "moved_mb": size / 2**20, "bytes_ms": bytes_ms,
+                     "bandwidth_gb_s": bandwidth / 1e9, "floor_ms": max(chain_ms, bytes_ms)})
     print(f"Floor of the fused kernels; a copy moves {bandwidth / 1e12:.2f} TB/s")
     print_table(rows, {
         "kernel": ("kernel", ""), "fused_ms": ("fused ms", ",.3f"),
-        "floor_ms": ("floor ms", ",.3f"), "step_us": ("us a step", ",.2f"),
-        "steps_ms": ("T steps ms", ",.3f"), "moved_mb": ("MiB moved", ",.1f"),
+        "floor_ms": ("floor ms", ",.3f"), "step_us": ("us one more step", ",.2f"),
+        "chain_us": ("us of its chain", ",.2f"), "moved_mb": ("MiB moved", ",.1f"),
         "bytes_ms": ("bytes ms", ",.4f")})
     return rows
 
@@ -546,7 +574,8 @@ def agreement(problem: Problem) -> dict:
         largest.append((a - b).abs().max().item() if a.numel() else 0.0)
     ok = all(d <= READS_TOLERANCE for d in apart) and all(e <= TOLERANCE[dtype] for e in errors)
     return row | {
-        "compared": in_time.mean().item(), "reads": apart[0], "other_results": worst(apart[1:]),
+        "compared": in_time.mean().item(), "reads": worst(apart[:1]),
+        "other_results": worst(apart[1:]),
         "gradients": worst(largest), "gradient_error": worst(errors), "ok": ok,
         "verdict": "ok" if ok else "DIFFERS", "seconds": time.perf_counter() - start}
 
@@ -570,13 +599,14 @@ CASES = (  # B T N W R, links, wipe, interface: the card's shape, odd sizes, the
     ((1, 1, 16, 16, 1), 0, 0, "float32"))
 TINY_CASES = (((2, 19, 17, 20, 2), 0, 0, "float32"), ((2, 19, 17, 20, 2), 1, 1, "bfloat16"))
 
-def check(cases: tuple, device: torch.device, report: dict) -> int:
+def check(cases: tuple, device: torch.device, report: dict, path: Path | None) -> int:
     """Compare every case -> exit code: 0, or 1 where one differs or is refused."""
     rows = report["agreement"] = []
     for shape, links, wipe, dtype in cases:
         options = DNCOptions(use_links=bool(links), dealloc_wipe=bool(wipe))
         rows.append(agreement(Problem(Shape(*shape), options, DTYPES[dtype], device)))
         print(f"  {shape} links {links} wipe {wipe} {dtype}: {rows[-1]['verdict']}", flush=True)
+        write_json(report, path)
     print()
     print_table(rows, AGREEMENT_COLUMNS)
     print("fused against eager (CPU, float32): largest differences of reads, other results and\n"
@@ -612,7 +642,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 def run_benchmark(args: argparse.Namespace, device: torch.device, report: dict) -> int:
-    """Measure the shape of the flags, then the sweeps -> exit code 1 where the reads differ."""
+    """Measure the shape of the flags, then the sweeps -> exit code 1 where fused differs."""
     shape = Shape(args.batch, args.length, args.slots, args.width, args.reads)
     options = DNCOptions(use_links=args.links, dealloc_wipe=args.wipe)
     problem, failed = Problem(shape, options, DTYPES[args.dtype], device), False
@@ -629,8 +659,7 @@ def run_benchmark(args: argparse.Namespace, device: torch.device, report: dict) 
         found = report["agreement"] = agreement(problem)
         print()
         print_table([found], AGREEMENT_COLUMNS)
-        differs = found["reads"] is None or found["reads"] > READS_TOLERANCE
-        failed = differs and args.dtype == "float32"
+        failed = not found["ok"]
     if "fused" in ran and device.type == "cuda":
         report["floor"] = floors(problem, args.repeats)
     write_json(report, args.json)
@@ -651,7 +680,7 @@ def main(argv: list[str]) -> int:
         report = new_report(device)
         print_head(report, "The DNC recurrence alone")
         if args.check:
-            code = check(TINY_CASES if args.tiny else CASES, device, report)
+            code = check(TINY_CASES if args.tiny else CASES, device, report, args.json)
         else:
             code = run_benchmark(args, device, report)
         write_json(report, args.json)

@@ -328,6 +328,17 @@ def test_head_loss_holds_one_chunk_of_logits(rows, monkeypatch):
     assert max(chunk_logits) == rows * len(weight)
 
 
+def test_head_loss_in_bf16_products_takes_half_of_the_rows_at_once(monkeypatch):
+    """There a chunk exists twice, in bf16 and in float32: together no more than all rows once."""
+    h, weight, targets = (x.detach().float() if x.is_floating_point() else x for x in head_case())
+    monkeypatch.setattr(dnc_gpt2, "LOGITS_AT_ONCE", 13 * len(weight))
+    leaves = h.requires_grad_(), weight.requires_grad_()
+    with VocabularyWide(len(weight)) as seen:
+        dnc_gpt2.HeadLoss.apply(*leaves, targets, torch.bfloat16)
+    rows = [x.shape[0] for x in seen.kept if x.shape[0] != h.shape[1]]  # not weight.T
+    assert rows and max(rows) <= 6
+
+
 def test_head_loss_refuses_a_second_backward():
     h, weight, targets = head_case()
     loss, _, _ = dnc_gpt2.HeadLoss.apply(h, weight, targets, torch.float64)
