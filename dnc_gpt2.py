@@ -936,8 +936,9 @@ def load_checkpoint(path: str | Path) -> dict:
     try:
         payload = torch.load(path, map_location="cpu", weights_only=True)
         fits = not set(PAYLOAD.split()) - payload.keys()
-        known, saved = field_types(Config).keys(), payload["config"].keys()
-        fits = fits and saved <= known and known - saved <= set(FREE_FIELDS)
+        saved = payload["config"].keys() if fits else set()
+        # A field that may differ may also be newer than the checkpoint.
+        fits = fits and saved <= field_types(Config).keys() <= saved | set(FREE_FIELDS)
     except Exception:  # torch.load raises a dozen kinds on what it did not write
         raise ValueError(f"checkpoint {path}: truncated or not a checkpoint; delete it, or name "
                          "another") from None

@@ -4,9 +4,9 @@
 #   check      the fused recurrence against the eager loop, values and gradients, many shapes
 #   step       a whole training step of both arms, bf16 and float32, up to B 32, T 1024
 #   scan       the recurrence alone at the card's shape: back ends, floors
-#   epoch      the main job's default run, one epoch of both arms; continues where it stopped
-#   sweep      the recurrence over T, N and B
 #   sanitize   compute-sanitizer's memcheck and racecheck (shared memory) on two tiny cases
+#   epoch      the main job's default run, one epoch of both arms; continues where it stopped
+#   sweep      the recurrence over T, N and B, where time is left
 # A part that fails or runs out of its time does not stop the next, but the exit code is then 1 in
 # the end, and the summary says how to run it alone: `BUDGET=560 bash benchmarks/gpu.sh OUT epoch`.
 # Needs a CUDA device. DATASET and TOKENIZER name local folders where there is no hub, PYTHON the
@@ -14,7 +14,7 @@
 set -uo pipefail
 out=$(realpath -m "${1:-benchmarks/results}")  # as the caller means it
 cd "$(dirname "$0")/.." || exit 2
-all="check step scan epoch sweep sanitize"
+all="check step scan sanitize epoch sweep"
 python=${PYTHON:-python3} budget=${BUDGET:-460} failed=0
 shift || true
 parts=${*:-$all}
@@ -77,6 +77,7 @@ part step 80 "$python" benchmarks/step.py --sizes card,small,long --scan fused \
     --precision bf16,float32 --device cuda --json "$out/step.json"
 part scan 40 "$python" benchmarks/scan.py --backends eager,fused --repeats 5 --device cuda \
     --json "$out/scan.json"
+part sanitize 60 bash -c 'sanitize "$1"' sanitize "$python"
 # One epoch of WikiText-2, both arms, all of validation and test. --resume auto starts at step 0
 # where there is no checkpoint, and has no more to do than print where the run is finished.
 part epoch 520 "$python" dnc_gpt2.py --preset full --precision bf16 --num_gpus 1 \
@@ -84,7 +85,6 @@ part epoch 520 "$python" dnc_gpt2.py --preset full --precision bf16 --num_gpus 1
     "${source_args[@]}"
 part sweep 120 "$python" benchmarks/scan.py --backends eager,fused --sweep all --repeats 5 \
     --limit-seconds 2 --device cuda --json "$out/sweep.json"
-part sanitize 90 bash -c 'sanitize "$1"' sanitize "$python"
 
 printf '\n── summary ──\n' | tee -a "$out/gpu.log"
 printf '%s\n' "${summary[@]}" | tee -a "$out/gpu.log"

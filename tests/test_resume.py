@@ -527,6 +527,17 @@ def test_resume_refuses_a_spoilt_checkpoint_by_name(how, finished, partial, main
     assert {p.name: p.read_bytes() for p in path.parent.iterdir()} == kept
 
 
+def test_resume_takes_a_checkpoint_from_before_a_field_of_speed(finished, partial, main, capfd):
+    """`scan` came later than the first checkpoints, and says only how fast a run computes."""
+    folder = partial("dnc", LAST_STEP)
+    path = folder / "checkpoints" / f"GPT2_+_DNC_step{LAST_STEP}.pt"
+    payload = torch.load(path, weights_only=True)
+    del payload["config"]["scan"]
+    torch.save(payload, path)
+    assert main([*finished.argv, *outputs(folder), f"--resume={path}"]) == 0
+    assert f"resumed from {path}" in capfd.readouterr().out
+
+
 @pytest.mark.parametrize("how", HOW)
 def test_resume_auto_passes_over_a_spoilt_checkpoint_and_says_so(how, finished, partial, main,
                                                                  capfd):
