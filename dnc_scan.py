@@ -1036,10 +1036,10 @@ def inverse_key_norms(parts, dtype: torch.dtype) -> torch.Tensor:
     return (torch.cat(norms, dim=2).square() + EPS).rsqrt()
 
 def triton_forward(parts, state, wipe: bool, every: int, record: bool) -> list[torch.Tensor]:
-    memory, links = state[0], state[4].shape[1] > 0
+    memory, _, _, _, link, _ = state
     _, T, R, _ = parts[PARTS.index("read_keys")].shape
     results = empty_results(parts, state, every, record)
-    sizes, num_warps = kernel_sizes(*memory.shape[1:], R, links)
+    sizes, num_warps = kernel_sizes(*memory.shape[1:], R, link.shape[1] > 0)
     with torch.cuda.device_of(memory):
         forward_kernel[(len(memory),)](
             *parts, inverse_key_norms(parts, memory.dtype), *state, *results, T, every, **sizes,
@@ -1047,7 +1047,8 @@ def triton_forward(parts, state, wipe: bool, every: int, record: bool) -> list[t
     return results
 
 def triton_backward(grads, parts, state, traces, wipe: bool, every: int) -> list[torch.Tensor]:
-    (B, N, W), new, linked = state[0].shape, state[0].new_empty, state[4].shape[1]
+    memory, usage, write_weights, read_weights, link, precedence = state
+    (B, N, W), new, linked = memory.shape, memory.new_empty, link.shape[1]
     _, T, R, _ = parts[PARTS.index("read_keys")].shape
     small = "write_strength write_gate allocation_gate read_strengths free_gates read_modes".split()
     d_vectors = new(B, T, R + 3, W)  # one store for read keys, erase, write vector, write key
@@ -1056,10 +1057,10 @@ def triton_backward(grads, parts, state, traces, wipe: bool, every: int) -> list
     scratch = new(B, every, N, W), new(B, every, linked, linked)
     sizes, num_warps = kernel_sizes(N, W, R, linked > 0)
     sizes.pop("KP")
-    with torch.cuda.device_of(state[0]):
+    with torch.cuda.device_of(memory):
         backward_kernel[(B,)](
-            *parts, inverse_key_norms(parts, state[0].dtype), *(state[i] for i in (1, 2, 3, 5)),
-            *traces, *grads, d_vectors, *d_small, *d_state, *scratch, T, every, **sizes,
+            *parts, inverse_key_norms(parts, memory.dtype), usage, write_weights, read_weights,
+            precedence, *traces, *grads, d_vectors, *d_small, *d_state, *scratch, T, every, **sizes,
             WIPE=wipe, EPS=EPS, num_warps=num_warps)
     d_erase, d_write_vector, d_write_key = d_vectors[:, :, R:].unbind(2)
     d_write_strength, d_write_gate, d_allocation_gate, *d_heads = d_small
@@ -1068,15 +1069,16 @@ def triton_backward(grads, parts, state, traces, wipe: bool, every: int) -> list
     return [*(torch.empty_like(x).copy_(d) for d, x in zip(d_parts, parts, strict=True)), *d_state]
 
 # ══ The operator ═════════════════════════════════════════════════════════════════════════════════
-# Its results: seven that dnc_loop has too (the last weightings of the state are in the traces),
-# then the tape of the backward.
+# What goes in and comes out of both back ends, as lists of tensors in the order of these names.
 PARTS = ("write_key write_strength erase write_vector write_gate allocation_gate read_keys "
-         "read_strengths free_gates read_modes").split()  # of the interface, in order
-RESULTS = ("reads write_weights read_weights memory usage link precedence "
-           "usages cosines inverse_norms precedences memories links").split()
+         "read_strengths free_gates read_modes").split()  # of the interface
+STATE = "memory usage write_weights read_weights link precedence".split()
+RESULTS = "reads write_weights read_weights memory usage link precedence".split()  # dnc_loop's
+TAPE = "usages cosines inverse_norms precedences memories links".split()  # beside them, to go back
+TRACES = ["write_weights", "read_weights", *TAPE]  # what the backward reads of both
 
 def empty_results(parts, state, every: int, record: bool) -> list[torch.Tensor]:
-    """Uninitialised RESULTS; the tape has no elements where nothing is to be recorded."""
+    """Uninitialised RESULTS and TAPE; this has no elements where nothing is to be recorded."""
     (B, T, R, W), (_, N, _) = parts[PARTS.index("read_keys")].shape, state[0].shape
     linked = state[4].shape[1]  # N with links, else 0
     C = -(-T // every)  # checkpoints
@@ -1110,20 +1112,22 @@ def _(grads, parts, state, traces, wipe, every, backend):
 
 def save_for_backward(ctx, inputs, output) -> None:
     parts, state, ctx.wipe, _, ctx.every, ctx.backend = inputs
+    results, tape = output[: len(RESULTS)], output[len(RESULTS) :]
     ctx.set_materialize_grads(False)  # or the whole tape would get gradients of zero
-    ctx.mark_non_differentiable(*output[7:])
-    # The memory of before is the first checkpoint, and the results after the traces are not used.
-    ctx.save_for_backward(*parts, *state[1:], *output[1:3], *output[7:])
-    ctx.shapes = [tensor.shape for tensor in output[:7]]
+    ctx.mark_non_differentiable(*tape)
+    # The memory that the state began with is the first checkpoint of the tape.
+    ctx.save_for_backward(*parts, *state[1:], *results[1:3], *tape)
+    ctx.shapes = [tensor.shape for tensor in results]
 
 def scan_backward(ctx, grads):
-    saved = ctx.saved_tensors
-    parts, state, traces = saved[:10], saved[10:15], saved[15:]
-    state = (traces[6][:, 0].contiguous(), *state)
-    grads = [state[0].new_zeros(shape) if grad is None else grad.contiguous()
+    saved = list(ctx.saved_tensors)
+    parts, traces = saved[: len(PARTS)], saved[-len(TRACES) :]
+    memory = traces[TRACES.index("memories")][:, 0].contiguous()
+    state = [memory, *saved[len(PARTS) : -len(TRACES)]]
+    grads = [memory.new_zeros(shape) if grad is None else grad.contiguous()
              for grad, shape in zip(grads, ctx.shapes, strict=False)]
     found = scan_backward_op(grads, parts, state, traces, ctx.wipe, ctx.every, ctx.backend)
-    return found[:10], found[10:], None, None, None, None
+    return found[: len(PARTS)], found[len(PARTS) :], None, None, None, None
 
 scan_op.register_autograd(scan_backward, setup_context=save_for_backward)
 
@@ -1172,8 +1176,8 @@ def trial(device: torch.device, N: int, W: int, R: int, links: bool, wipe: bool)
              for size in ((1, N, W), (1, N), (1, N), (1, R, N), (1, L, L), (1, L))]
     try:
         results = triton_forward(parts, state, wipe, CHECKPOINT_EVERY, record=True)
-        triton_backward(results[:7], parts, state, results[1:3] + results[7:], wipe,
-                        CHECKPOINT_EVERY)
+        triton_backward(results[: len(RESULTS)], parts, state,
+                        results[1:3] + results[len(RESULTS) :], wipe, CHECKPOINT_EVERY)
         torch.cuda.synchronize(device)
     except Exception as error:  # Triton raises many kinds; the caller prints this line
         return f"the CUDA kernels do not run here ({type(error).__name__}: {error})".split("\n")[0]
@@ -1207,16 +1211,15 @@ def dnc_scan(interface, state, options, backend: str = "auto"):
         raise ValueError(reason)
     check_shapes(interface, state, options)
     backend, dtype = backend_for(state, backend), state.memory.dtype
-    modes = interface.read_modes
-    if modes is None:
-        modes = interface.read_keys[..., :0]  # (B, T, R, 0)
-    parts = [part.contiguous() for part in (*interface[:9], modes)]
+    if interface.read_modes is None:
+        interface = interface._replace(read_modes=interface.read_keys[..., :0])  # (B, T, R, 0)
+    parts = [getattr(interface, name).contiguous() for name in PARTS]
     if backend == "numba" or any(part.dtype != torch.bfloat16 for part in parts):
         parts = [part.to(dtype) for part in parts]
-    inputs = [part.to(dtype).contiguous() for part in state]
+    inputs = [getattr(state, name).to(dtype).contiguous() for name in STATE]
     record = torch.is_grad_enabled() and any(x.requires_grad for x in (*parts, *inputs))
     reads, write_weights, read_weights, memory, usage, link, precedence = scan_op(
-        parts, inputs, options.dealloc_wipe, record, CHECKPOINT_EVERY, backend)[:7]
+        parts, inputs, options.dealloc_wipe, record, CHECKPOINT_EVERY, backend)[: len(RESULTS)]
     # Clones: a view would keep the whole trace alive in a carried or saved state.
     after = type(state)(memory, usage, write_weights[:, -1].clone(), read_weights[:, -1].clone(),
                         link, precedence)
