@@ -7,8 +7,8 @@ Here one compiled loop a batch row runs through all T steps with the memory matr
 hand-derived backward recomputes the memory from states kept every CHECKPOINT_EVERY steps.
 CPU: numba. CUDA: Triton. Where neither can run, `refusal` says why, and dnc_gpt2 runs its loop.
 
-Read downward: the backward of one step in equations, the CPU kernels, the CUDA kernels, the
-operator that makes either differentiable. This file imports nothing of dnc_gpt2.
+Read downward: the backward of one step in equations, what goes in and out, the CPU kernels, the
+CUDA kernels, the operator that makes either differentiable. This file imports nothing of dnc_gpt2.
 Letters: B batch rows, T time, N memory slots, W word width, R read heads, K checkpoint interval.
 
 Backward of one step, for the forward in shared names (u usage, w write weighting, M memory; a
@@ -34,23 +34,44 @@ from threading import Thread
 import numpy as np
 import torch
 
+MISSING = "{0} cannot be imported{1}; pip install {0}"
+NO_NUMBA, NO_TRITON = MISSING.format("numba", ""), MISSING.format("triton", "")
 try:  # both at import, because decorators need them; each path lives without the other's
     import numba
-    NO_NUMBA = ""
 except ImportError as error:
-    numba, NO_NUMBA = None, f"numba cannot be imported ({error}); pip install numba"
+    numba, NO_NUMBA = None, MISSING.format("numba", f" ({error})")
 try:
     import triton
     import triton.language as tl
-    jit, NO_TRITON = triton.jit, ""
+    jit = triton.jit
 except ImportError as error:
-    triton, tl, NO_TRITON = None, None, f"triton cannot be imported ({error}); pip install triton"
+    triton, tl, NO_TRITON = None, None, MISSING.format("triton", f" ({error})")
 
     def jit(function=None, **options):
         return function or jit
 
 EPS = 1e-6
-CHECKPOINT_EVERY = 16
+CHECKPOINT_EVERY = 16  # K: a memory of the tape for so many steps
+
+# What goes in and comes out of both back ends, as lists of tensors in the order of these names.
+PARTS = ("write_key write_strength erase write_vector write_gate allocation_gate read_keys "
+         "read_strengths free_gates read_modes").split()  # of the interface
+STATE = "memory usage write_weights read_weights link precedence".split()
+RESULTS = "reads write_weights read_weights memory usage link precedence".split()  # dnc_loop's
+TAPE = "usages cosines inverse_norms precedences memories links".split()  # beside them, to go back
+TRACES = ["write_weights", "read_weights", *TAPE]  # what the backward reads of both
+
+def empty_results(parts, state, every: int, record: bool) -> list[torch.Tensor]:
+    """Uninitialised RESULTS and TAPE; this has no elements where nothing is to be recorded."""
+    (B, T, R, W), (_, N, _) = parts[PARTS.index("read_keys")].shape, state[0].shape
+    linked = state[4].shape[1]  # N with links, else 0
+    C = -(-T // every)  # checkpoints
+    shapes = [(B, T, R, W), (B, T, N), (B, T, R, N), (B, N, W), (B, N), (B, linked, linked),
+              (B, linked)]
+    tape = [(B, T, N), (B, T, R + 1, N), (B, T, N), (B, T, linked), (B, C, N, W),
+            (B, C, linked, linked)]
+    shapes += tape if record else [(0,) * len(shape) for shape in tape]
+    return [state[0].new_empty(shape) for shape in shapes]
 
 # ══ CPU: numba ═══════════════════════════════════════════════════════════════════════════════════
 # Plain loops, which LLVM vectorises. Numbers in them are `one` and `eps`, in the arrays' type:
@@ -1015,12 +1036,12 @@ def backward_kernel(
         store_tile(d_link_0 + b * N * N, d_link, N, N, NP, NP)
         tl.store(d_precedence_0 + b * N + slot, d_precedence, inside)
 
-def kernel_sizes(slots: int, width: int, heads: int, links: bool, num_warps: int = 0):
+def kernel_sizes(slots: int, width: int, heads: int, links: bool):
     """The constants of both kernels for a memory of this size, and the number of warps."""
     padded = [max(16, triton.next_power_of_2(x)) for x in (slots, width)]
     # More threads than a vector has elements, or Triton lays the tile out as suits that vector. Not
     # more: instructions per slot repeat in 16 threads. Links of 128 slots need the registers.
-    num_warps = num_warps or max(*padded, 64, 256 * (links and slots > 64)) // 16
+    num_warps = max(*padded, 64, 256 * (links and slots > 64)) // 16
     # The rows of a tile that lie in different threads: see load_tile and set_partial.
     rows = 32 // min(16, padded[1] // math.gcd(width, 4)) * num_warps
     sizes = {"N": slots, "W": width, "R": heads, "NP": padded[0], "WP": padded[1],
@@ -1069,26 +1090,6 @@ def triton_backward(grads, parts, state, traces, wipe: bool, every: int) -> list
     return [*(torch.empty_like(x).copy_(d) for d, x in zip(d_parts, parts, strict=True)), *d_state]
 
 # ══ The operator ═════════════════════════════════════════════════════════════════════════════════
-# What goes in and comes out of both back ends, as lists of tensors in the order of these names.
-PARTS = ("write_key write_strength erase write_vector write_gate allocation_gate read_keys "
-         "read_strengths free_gates read_modes").split()  # of the interface
-STATE = "memory usage write_weights read_weights link precedence".split()
-RESULTS = "reads write_weights read_weights memory usage link precedence".split()  # dnc_loop's
-TAPE = "usages cosines inverse_norms precedences memories links".split()  # beside them, to go back
-TRACES = ["write_weights", "read_weights", *TAPE]  # what the backward reads of both
-
-def empty_results(parts, state, every: int, record: bool) -> list[torch.Tensor]:
-    """Uninitialised RESULTS and TAPE; this has no elements where nothing is to be recorded."""
-    (B, T, R, W), (_, N, _) = parts[PARTS.index("read_keys")].shape, state[0].shape
-    linked = state[4].shape[1]  # N with links, else 0
-    C = -(-T // every)  # checkpoints
-    shapes = [(B, T, R, W), (B, T, N), (B, T, R, N), (B, N, W), (B, N), (B, linked, linked),
-              (B, linked)]
-    tape = [(B, T, N), (B, T, R + 1, N), (B, T, N), (B, T, linked), (B, C, N, W),
-            (B, C, linked, linked)]
-    shapes += tape if record else [(0,) * len(shape) for shape in tape]
-    return [state[0].new_empty(shape) for shape in shapes]
-
 BACKENDS = {"numba": (numba_forward, numba_backward), "triton": (triton_forward, triton_backward)}
 
 @torch.library.custom_op("dnc_gpt2::scan", mutates_args=(), schema=(
@@ -1151,9 +1152,9 @@ def refusal(state, options, backend: str = "auto") -> str:
     if memory.dtype != torch.float32 and not exact:
         return f"the state is {memory.dtype}; keep it in float32"
     if backend == "numba":
-        return "" if numba else NO_NUMBA or "numba is not installed; pip install numba"
+        return "" if numba else NO_NUMBA
     if triton is None:
-        return NO_TRITON or "triton is not installed; pip install triton"
+        return NO_TRITON
     most_slots = 128 if options.use_links else 256
     for name, value, most in (("mem_slots", N, most_slots), ("mem_width", W, 256),
                               ("mem_slots * mem_width", N * W, 16_384), ("num_reads", R, 8)):

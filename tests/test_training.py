@@ -769,6 +769,23 @@ def test_gradients_are_clipped_to_their_global_norm(start, corpus):
     assert norms == pytest.approx([0.05, 0.05], rel=1e-3)
 
 
+@pytest.mark.parametrize("links", [False, True])
+def test_fused_and_eager_scan_train_alike(start, corpus, links):
+    """20 steps: losses within 1e-4 relative, whichever recurrence runs."""
+    pytest.importorskip("numba")
+    losses = []
+    for scan in ("eager", "fused"):
+        run = start("dnc", scan=scan, use_links=links, lambda_routing=0.5, lambda_entropy=0.1)
+        rows = dnc_gpt2.training_rows(corpus.train, run.config.rows, run.config.step_len)
+        losses.append([])
+        for _ in range(20):
+            before = run.meter["loss"]
+            dnc_gpt2.train_step(run, run.model, rows)
+            losses[-1].append(run.meter["loss"] - before)
+    assert losses[0][-1] < losses[0][0] - 0.1  # something was learnt
+    np.testing.assert_allclose(losses[1], losses[0], rtol=1e-4)
+
+
 @pytest.mark.parametrize("broken", ["loss", "gradient"])
 def test_training_stops_before_a_non_finite_step_changes_anything(start, corpus, broken):
     run = start("dnc")
