@@ -113,17 +113,14 @@ class Config:
     arm_list = property(lambda self: self.arms.replace(" ", "").split(","))
 
     def __post_init__(self) -> None:
-        for name, types in field_types(type(self)).items():  # a bool is no int here
-            value = getattr(self, name)
-            holds = type(value) in types and (type(value) is not float or math.isfinite(value))
-            require(holds, name, value, "a finite " + " or ".join(kind.__name__ for kind in types))
+        check_types(self)
         arms, heads, batch, gpus = self.arm_list, self.num_heads, self.batch_size, self.num_gpus
         choices = {"memory": ("dnc", "none"), "lr_schedule": ("cosine", "constant"),
                    "routing": ("kl", "benefit"), "num_gpus": ("auto", 0, 1, 2),
                    "precision": ("auto", "bf16", "float32"), "scan": ("auto", "eager", "fused"),
                    "compile_mode": (
                        "default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")}
-        for names, fits, requirement in (
+        check_values(self, (
             ("hidden_size num_layers num_heads mem_slots mem_width num_reads bptt_segments epochs "
              "batch_size seq_len lr memory_lr grad_clip routing_fraction eval_tokens "
              "log_every_steps save_every_steps", lambda x: x > 0, "above 0"),
@@ -142,15 +139,10 @@ class Config:
             ("bptt_segments", lambda x: batch % x == 0, f"a divisor of batch_size ({batch})"),
             ("sharpen_links", lambda x: self.use_links or not x,
              "False without links; set use_links True as well"),
-            ("text", lambda x: x.strip() and not re.search("[\ud800-\udfff]", x),
-             "UTF-8, with at least one word"),
+            ("text", lambda x: x.strip() and not re.search("[\ud800-\udfff]", x), "words in UTF-8"),
             ("num_gpus", lambda x: x != 2 or batch >= 2 * self.bptt_segments,
-             f"at most the rows of the stream, batch_size / bptt_segments = {batch} / "
-             f"{self.bptt_segments}; set num_gpus=1 or a smaller bptt_segments"),
-            ("use_compile", lambda x: not x or gpus != 2, "False on two GPUs; set num_gpus=1"),
-        ):
-            for name in names.split():
-                require(fits(getattr(self, name)), name, getattr(self, name), requirement)
+             f"at most batch_size / bptt_segments = {batch} / {self.bptt_segments} rows"),
+            ("use_compile", lambda x: not x or gpus != 2, "False on two GPUs; set num_gpus=1")))
 
 # "full" repeats the shipped values of Config: a field edited away from them wins over "small".
 PRESETS: dict[str, dict] = {
@@ -162,15 +154,28 @@ PRESETS: dict[str, dict] = {
                   log_every_steps=10, save_every_steps=300),
 }
 
-def require(condition: bool, field: str, value: object, requirement: str) -> None:
+def require(holds: bool, field: str, value: object, requirement: str) -> None:
     """Raise ValueError, naming field, value and requirement, unless the condition holds."""
-    if not condition:
+    if not holds:
         raise ValueError(f"{field} = {value!r}: must be {requirement}")
 
 def field_types(cls: type) -> dict[str, tuple[type, ...]]:
     """The types that each field of a Config class takes; one of float takes an int as well."""
     return {f.name: (float, int) if f.type is float else get_args(f.type) or (f.type,)
             for f in dataclasses.fields(cls)}
+
+def check_types(config) -> None:
+    """Raise ValueError unless every field of a Config has its type; a bool is no int here."""
+    for name, types in field_types(type(config)).items():
+        value, wanted = getattr(config, name), " or ".join(kind.__name__ for kind in types)
+        require(type(value) in types and math.isfinite(value if type(value) is float else 0),
+                name, value, "a finite " + wanted)
+
+def check_values(config, rules) -> None:
+    """Raise ValueError unless the fields named in each rule (names, fits, requirement) fit it."""
+    for names, fits, requirement in rules:
+        for name in names.split():
+            require(fits(getattr(config, name)), name, getattr(config, name), requirement)
 
 def parse_value(name: str, text: str, types: tuple[type, ...]) -> int | float | bool | str:
     """Read one command-line value as the first of `types` that it fits. Raises ValueError."""
@@ -205,12 +210,12 @@ def make_config(cls: type, overrides: dict, presets: dict[str, dict], cuda: bool
         values.pop("max_steps", None)
     return cls(**{**values, **overrides}), f"{chosen} ({why if preset == 'auto' else 'as asked'})"
 
-def print_help(cls: type, doc: str, small: dict) -> None:
+def print_help(cls: type, doc: str, small: dict, heading: str = "full and (small)") -> None:
     """Print the usage, then every field with its default and its comment, read from the source."""
-    print(doc.split("\n\nRead downward")[0] + "\n\nFields with their defaults, full and (small):")
+    print(doc.split("\n\nRead downward")[0] + f"\n\nFields with their defaults, {heading}:")
     for line in inspect.getsource(cls).split("# derived")[0].splitlines():
-        if heading := re.fullmatch(r"    # (\w+)", line):
-            print(f"\n  {heading[1]}")
+        if group := re.fullmatch(r"    # (\w+)", line):
+            print(f"\n  {group[1]}")
         elif field := re.fullmatch(r"    (\w+): [\w| ]+ = (.+?)  # (.+)", line):
             other = str(small.get(field[1], field[2]))
             default = field[2] if other == field[2] else f"{field[2]} ({other})"
@@ -569,16 +574,19 @@ class DNCMemory(nn.Module):
     """DNC over hidden states, a pure function of (h, state): h + read_proj(reads).
     departs from Graves: the controller never sees its reads (there those of step t-1 enter at step
     t), so the interface of all T tokens, from LN(h), is one matrix product. `read_proj` has no bias
-    and starts at zero: step 0 is the baseline, zeroed reads are the model without memory."""
+    and starts at zero: step 0 is the baseline, zeroed reads are the model without memory.
+    `biases` are added to the initial biases of parts of the interface, by their names."""
 
     def __init__(self, hidden_size: int, slots: int, width: int, reads: int,
-                 options: DNCOptions = DNCOptions(), scan: str = "auto"):
+                 options: DNCOptions = DNCOptions(), scan: str = "auto", biases=None):
         super().__init__()
         self.slots, self.width, self.reads, self.options = slots, width, reads, options
         self.scan = scan
         self.norm = nn.LayerNorm(hidden_size)
         sizes = interface_sizes(width, reads, options)
         self.interface = nn.Linear(hidden_size, sum(sizes.values()))
+        added = [torch.full((n,), (biases or {}).get(part, 0.0)) for part, n in sizes.items()]
+        self.interface.bias.data += torch.cat(added)
         self.read_proj = nn.Linear(reads * width, hidden_size, bias=False)
         nn.init.zeros_(self.read_proj.weight)
 
