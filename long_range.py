@@ -1,0 +1,1133 @@
+#!/usr/bin/env python3
+"""At which distance does each memory stop remembering?  Synthetic tasks, trained short, tested far.
+
+    python long_range.py                       generate, train, compare, plot: a few tasks, one seed
+    python long_range.py --full                every task and seed; a run that is stopped goes on
+    python long_range.py generate|train|compare|plot    one part, on what the part before left
+    python long_range.py --tasks mqar --arms window,dnc --seeds 0,1,2 --lengths 64,288,4128
+    python long_range.py --help                every Config field, its default and its comment
+
+Read downward; each section uses only what stands above it.
+A row is a study part, filler, and a quiz part: what the quiz asks stands in the study part.
+Attention, but for that of `full`, stays inside blocks of one window; the distance from a question
+to its answer is counted in windows. Letters: B rows, L tokens of a row, T tokens of a segment,
+C hidden width, V vocabulary, Q questions of a row, N memory slots, W word width, n stored tokens.
+"""
+
+import concurrent.futures
+import contextlib
+import dataclasses
+import functools
+import hashlib
+import json
+import math
+import multiprocessing
+import os
+import platform
+import shlex
+import signal
+import sys
+import textwrap
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from dnc_gpt2 import (
+    LINE,
+    RULE,
+    DNCMemory,
+    DNCOptions,
+    check_folder,
+    check_types,
+    check_values,
+    count_parameters,
+    dark_figure,
+    learning_rate,
+    map_state,
+    parse_overrides,
+    pick_scan,
+    print_help,
+    require,
+)
+
+ARMS = ("window", "knn_store", "dnc", "full")
+MEMORY_ARMS = ("knn_store", "dnc")
+COMMANDS = ("generate", "train", "compare", "plot")
+
+# ══ Config ═══════════════════════════════════════════════════════════════════════════════════════
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Every constant of a run. Edit here, or override as `--name value`."""
+
+    # what
+    tasks: str = "copy,mqar,random"  # of those that --help lists
+    arms: str = "window,knn_store,dnc,full"  # of these
+    seeds: str = "0"  # weights and order of the data, one run each
+    lengths: str = "32,64,96,160,288,544,4128"  # tokens of a tested row, multiples of window
+    # data
+    window: int = 32  # tokens of a block, which attention never leaves; a multiple of 8
+    symbols: int = 1024  # of copy, repeat_copy, associative_recall; of mqar, half keys, half values
+    alphabet: int = 64  # symbols of repeats and random
+    kinds: int = 8  # kinds of brackets: chance is 1 / kinds
+    items: int = 24  # symbols of copy's pattern; other tasks have what their docstrings say
+    pairs: int = 32  # key-value pairs of mqar in a long row
+    train_lengths: str = "64,32,128,192,256"  # of the training rows; the first alone at first
+    mqar_train: str = "64:4,128:8,256:16,256:32"  # length:pairs of mqar's training groups
+    mqar_test: str = "64:4,64:16,128:32,256:64,512:128,1024:256"  # Zoology's own test
+    train_rows: int = 4000  # of every training group; of the first, five times as many
+    valid_rows: int = 32  # of every training group, for the choice of the learning rate
+    test_rows: int = 64  # of every tested length
+    data_seed: int = 0  # of the data
+    # model
+    hidden_size: int = 64  # C
+    num_layers: int = 2  # transformer blocks
+    num_heads: int = 2  # attention heads; divides hidden_size
+    mlp_width: int = 128  # of the arm with most parameters; the others are widened to match
+    # memory
+    mem_slots: int = 64  # N of the DNC; where a test asks for more pairs, twice the pairs
+    mem_width: int = 64  # W of the DNC
+    num_reads: int = 1  # R of the DNC
+    strength_bias: float = 16.0  # initial strength about 17; at 1.7 addressing is not learned
+    free_bias: float = -4.0  # free gates start at 0.02: reading does not free what was written
+    allocation_bias: float = 4.0  # allocation gates start at 0.98: writes go to free slots
+    use_links: bool = False  # temporal links of the DNC
+    knn_width: int = 64  # of the keys of knn_store
+    knn_top_k: int = 16  # keys that a query of knn_store reads
+    # training
+    steps: int = 400  # of every run
+    batch_tokens: int = 4096  # tokens a step
+    curriculum: float = 0.35  # share of the steps on the first training group alone
+    lr_grid: str = "0.01,0.03"  # of Muon; the best on validation at the first seed is used for all
+    adam_lr: float = 0.15  # rate of AdamW (embeddings, biases, norms), as a share of Muon's
+    lr_schedule: str = "cosine"  # cosine (to a tenth of the peak) | constant
+    lr_warmup: float = 0.06  # share of all steps with a linearly rising rate
+    grad_clip: float = 1.0  # global gradient norm
+    log_every_steps: int = 100  # a row of the history, with accuracy on validation
+    # hardware
+    workers: int | str = "auto"  # runs at once, a thread each; auto = all cores, with CUDA 1
+    scan: str = "auto"  # the DNC's recurrence: auto | eager | fused
+    data_dir: str = "data/"  # what generate writes
+    save_dir: str = "checkpoints/"  # what train writes
+    plot_dir: str = "plots/"  # what compare and plot write
+
+    # derived
+    task_list = property(lambda self: words(self.tasks))
+    arm_list = property(lambda self: words(self.arms))
+    seed_list = property(lambda self: numbers("seeds", self.seeds, int))
+    length_list = property(lambda self: sorted(numbers("lengths", self.lengths, int)))
+    rates = property(lambda self: numbers("lr_grid", self.lr_grid, float))
+    longest = property(lambda self: max(length for length, _ in train_groups(self)))
+
+    def __post_init__(self) -> None:
+        check_types(self)
+        w, lengths, heads = self.window, self.length_list, self.num_heads
+        trained = numbers("train_lengths", self.train_lengths, int)
+        check_values(self, (
+            ("window symbols alphabet kinds items pairs train_rows valid_rows hidden_size "
+             "num_layers num_heads mlp_width mem_slots mem_width num_reads knn_width knn_top_k "
+             "steps batch_tokens adam_lr grad_clip log_every_steps", lambda x: x > 0, "above 0"),
+            ("test_rows", lambda x: x >= 2, "2 or more, to swap memories between rows"),
+            ("data_seed", lambda x: 0 <= x < 2**32, "from 0 to 2**32 - 1"),
+            ("curriculum lr_warmup", lambda x: 0 <= x <= 1, "from 0 to 1"),
+            ("tasks", lambda _: set(self.task_list) <= set(TASKS) and self.task_list,
+             "a comma-separated choice of " + ", ".join(TASKS)),
+            ("arms", lambda _: set(self.arm_list) <= set(ARMS) and self.arm_list,
+             "a comma-separated choice of " + ", ".join(ARMS)),
+            ("seeds", lambda _: all(0 <= s < 2**32 for s in self.seed_list), "0 or more"),
+            ("lr_grid", lambda _: all(rate > 0 for rate in self.rates), "above 0"),
+            ("window", lambda x: x % 8 == 0, "a multiple of 8: then no pair straddles a block"),
+            ("hidden_size", lambda x: x % heads == 0, f"divisible by num_heads ({heads})"),
+            ("lengths", lambda _: all(x % w == 0 and x >= w for x in lengths),
+             f"multiples of window ({w}), at least {w}, the minimum of every task"),
+            ("lengths", lambda _: max(lengths) <= 32_000, "at most 32000"),
+            ("train_lengths", lambda _: all(x % w == 0 and w <= x <= 32_000 for x in trained),
+             f"multiples of window ({w}), from {w} to 32000"),
+            ("symbols", lambda x: 2 * self.pairs <= x <= 32_000 and x % 2 == 0,
+             f"even, at least twice pairs ({self.pairs}), at most 32000"),
+            ("kinds", lambda x: x <= 1000, "at most 1000"),
+            ("lr_schedule", ("cosine", "constant").__contains__, "cosine or constant"),
+            ("scan", ("auto", "eager", "fused").__contains__, "auto, eager or fused"),
+            ("workers", lambda x: x == "auto" or type(x) is int and x > 0, "auto, or above 0")))
+        for name in ("mqar_train", "mqar_test"):
+            for length, count in specs(name, getattr(self, name)):
+                require(length % w == 0 and 0 < 4 * count <= length <= 32_000
+                        and 2 * count <= self.symbols, name, f"{length}:{count}",
+                        f"a multiple of window ({w}) that holds the pairs (two tokens each) and "
+                        "as many questions with room between: length >= 4 * pairs")
+
+# What --full changes: every task, every seed, Zoology's 8,192 symbols and number of rows.
+FULL = dict(
+    tasks="copy,associative_recall,mqar,repeat_copy,brackets,repeats,random", seeds="0,1,2,3,4",
+    symbols=8192, mqar_train="64:4,128:8,256:16,256:32,256:64", train_rows=20_000, steps=900)
+
+def words(text: str) -> list[str]:
+    """ "a, b" -> ["a", "b"]."""
+    return list(dict.fromkeys(text.replace(" ", "").split(","))) if text.strip() else []
+
+def numbers(field: str, text: str, kind: type) -> list:
+    """ "1,2" -> [1, 2]. Raises ValueError naming the field."""
+    try:
+        found = [kind(word) for word in words(text)]
+    except ValueError:
+        found = []
+    require(bool(found) and all(map(math.isfinite, found)), field, text,
+            "a comma-separated list of " + ("numbers" if kind is float else "whole numbers"))
+    return found
+
+def specs(field: str, text: str) -> list[tuple[int, int]]:
+    """ "64:4,128:8" -> [(64, 4), (128, 8)]. Raises ValueError naming the field."""
+    try:
+        return [tuple(int(x) for x in word.split(":", 1)) for word in words(text) if ":" in word or
+                int(word + ":")]
+    except ValueError:
+        raise ValueError(f"{field} = {text!r}: must be length:pairs, as in 64:4,128:8") from None
+
+# ══ Tasks ════════════════════════════════════════════════════════════════════════════════════════
+# Tokens below FIRST are the same in every task. Filler is random, so that it is no blank: a memory
+# that stores it fills up.
+FILLERS = 16
+START, RECALL, ITEM, QUERY, END, LAST, COUNT, CLOSE = range(16, 24)
+ONCE = 24  # the answer "once" of repeats; then twice, three and four times
+FIRST = 32  # the first symbol
+
+class Rows(NamedTuple):
+    """Rows of one task and one length; int16, as they are on disk."""
+    inputs: np.ndarray  # (n, L) tokens
+    at: np.ndarray  # (n, Q) scored positions, rising
+    answers: np.ndarray  # (n, Q) what should be predicted there
+    source: np.ndarray  # (n, Q) where the last token stands that the answer needs; -1 nowhere
+
+def vocabulary(task: str, config: Config) -> int:
+    """V of a task: fillers and markers, then its symbols."""
+    sizes = {"brackets": 2 * config.kinds, "repeats": config.alphabet, "random": config.alphabet}
+    return FIRST + sizes.get(task, config.symbols)
+
+def spans(length: int, config: Config) -> tuple[int, int, int]:
+    """Start of the quiz part, size of the study part, size of the quiz part. In rows of one block
+    they are its halves, else the first block and the last."""
+    w = config.window
+    return (w // 2, w // 2, w // 2) if length == w else (length - w, w, w)
+
+def put(inputs, start, tokens) -> np.ndarray:
+    """Write tokens (n, k) into inputs (n, L) from column start (n,) on; returns the columns."""
+    columns = start[:, None] + np.arange(tokens.shape[1])  # (n, k)
+    np.put_along_axis(inputs, columns, tokens, axis=1)
+    return columns
+
+def blank(rng, n: int, length: int) -> np.ndarray:
+    return rng.integers(0, FILLERS, (n, length))  # (n, L)
+
+def distinct(rng, n: int, count: int, high: int) -> np.ndarray:
+    """(n, count) numbers below high, none twice in a row."""
+    return np.stack([rng.choice(high, count, replace=False) for _ in range(n)])
+
+def copy(rng, n: int, length: int, config: Config, pairs: int = 0) -> Rows:
+    """A pattern, filler, the pattern again; each symbol is predicted from the one before it.
+    The pattern has `items` symbols, at most three quarters of what its part of the row holds.
+
+        inputs   START a b c . . . . . RECALL a b c . .
+        answers                        a      b c        scored at RECALL, a, b
+    """
+    quiz, study_size, quiz_size = spans(length, config)
+    count = min(config.items, study_size * 3 // 4)
+    inputs = blank(rng, n, length)
+    pattern = rng.integers(FIRST, FIRST + config.symbols, (n, count))
+    first = rng.integers(0, study_size - count, n)  # the block holds marker and pattern whole
+    again = quiz + rng.integers(0, quiz_size - count, n)
+    put(inputs, first, np.full((n, 1), START))
+    source = put(inputs, first + 1, pattern)
+    put(inputs, again, np.full((n, 1), RECALL))
+    return Rows(inputs, put(inputs, again + 1, pattern) - 1, pattern, source)
+
+def repeat_copy(rng, n: int, length: int, config: Config, pairs: int = 0) -> Rows:
+    """A pattern of items / 2 symbols and up to three copies, each in a block of its own, so that
+    not even the copy before is within the window. departs from NTM: the number of copies is shown
+    by the markers, not asked for; within a window it could be counted.
+
+        inputs   START a b . . RECALL a b . . RECALL a b . .
+        answers                a      b       a      b       scored at RECALL, a of each copy
+    """
+    quiz, study_size, quiz_size = spans(length, config)
+    blocks = length // config.window
+    count, copies = min(config.items // 2 or 1, study_size * 3 // 8), max(1, min(3, blocks - 1))
+    inputs = blank(rng, n, length)
+    pattern = rng.integers(FIRST, FIRST + config.symbols, (n, count))
+    first = rng.integers(0, study_size - count, n)
+    put(inputs, first, np.full((n, 1), START))
+    source, at, before = put(inputs, first + 1, pattern), [], []
+    for i in range(1, copies + 1):
+        block = quiz if i == copies else round((blocks - 1) * i / copies) * config.window
+        again = block + rng.integers(0, quiz_size - count, n)
+        put(inputs, again, np.full((n, 1), RECALL))
+        before.append(source)
+        source = put(inputs, again + 1, pattern)
+        at.append(source - 1)
+    at, before = np.concatenate(at, axis=1), np.concatenate(before, axis=1)  # (n, copies * count)
+    return Rows(inputs, at, np.tile(pattern, copies), before)
+
+def associative_recall(rng, n: int, length: int, config: Config, pairs: int = 0) -> Rows:
+    """Items of three symbols; each question is an item, its answer the item that followed it. Three
+    questions a row (one in rows of one block), about pairs of items that do not overlap, so that
+    no answer has been shown before in the quiz part.
+
+        inputs   ITEM a b c ITEM d e f . . . QUERY a b c d e f .
+        answers                                        d e f     scored at c, d, e
+    """
+    quiz, study_size, quiz_size = spans(length, config)
+    count, questions = study_size // 4, min((study_size // 4 - 1) // 2, quiz_size // 7)
+    require(questions > 0, "window", config.window, "at least 32 for associative_recall")
+    inputs = blank(rng, n, length)
+    items = rng.integers(FIRST, FIRST + config.symbols, (n, count, 3))
+    shown = np.concatenate([np.full((n, count, 1), ITEM), items], axis=2)  # (n, count, 4)
+    inputs[:, : 4 * count] = shown.reshape(n, -1)
+    pairs_of = distinct(rng, n, questions, (count - 1) // 2)
+    asked = 2 * pairs_of + rng.integers(0, 2, (n, 1))  # (n, questions) items; (0, 1) or (1, 2), …
+    rows, steps, at, source = np.arange(n)[:, None], np.arange(3), [], []
+    start = quiz + rng.integers(0, quiz_size - 7 * questions + 1, n)
+    for i in range(questions):
+        question, answer = items[rows[:, 0], asked[:, i]], items[rows[:, 0], asked[:, i] + 1]
+        marker = np.full((n, 1), QUERY)
+        columns = put(inputs, start + 7 * i, np.concatenate([marker, question, answer], axis=1))
+        at.append(columns[:, 3:6])
+        source.append(4 * (asked[:, i : i + 1] + 1) + 1 + steps)  # (n, 3)
+    at, source = np.concatenate(at, axis=1), np.concatenate(source, axis=1)  # (n, 3 * questions)
+    return Rows(inputs, at, inputs[rows, source], source)
+
+def mqar(rng, n: int, length: int, config: Config, pairs: int = 0) -> Rows:
+    """Multi-query associative recall (Zoology, Arora et al. 2023, arXiv 2312.04927): key-value
+    pairs, then every key once; keys and values are halves of the symbols. With `pairs` the
+    questions lie anywhere behind the pairs, uniformly; without, in the last block, and there are
+    `config.pairs`, fewer in short rows. A pair starts at an even position: no block divides it.
+
+        inputs   k v l w m x . . l . k . . m        answers at l: w, at k: v, at m: x
+    """
+    w, blocks = config.window, length // config.window
+    room = w // 8 if blocks == 1 else w // 4 if blocks == 2 else w // 2 * ((blocks - 1) // 2)
+    count = pairs or min(config.pairs, room, w)
+    start = 2 * count if pairs else spans(length, config)[0]
+    half = config.symbols // 2
+    inputs = blank(rng, n, length)
+    keys, values = distinct(rng, n, count, half), distinct(rng, n, count, half) + half
+    inputs[:, : 2 * count] = np.stack([keys, values], axis=2).reshape(n, -1) + FIRST
+    order = rng.permuted(np.tile(np.arange(count), (n, 1)), axis=1)
+    at = start + np.sort(distinct(rng, n, count, length - start), axis=1)
+    np.put_along_axis(inputs, at, np.take_along_axis(keys, order, axis=1) + FIRST, axis=1)
+    return Rows(inputs, at, np.take_along_axis(values, order, axis=1) + FIRST, 2 * order + 1)
+
+def repeats(rng, n: int, length: int, config: Config, pairs: int = 0) -> Rows:
+    """Some elements, each one to four times, in any order; which came last, how often was each?
+    LAST is asked first, when no element has been shown again; answers are never shown.
+
+        inputs   a b a c a b END . . . LAST b COUNT c COUNT a COUNT
+        answers                        b      2       1       3
+    """
+    quiz, study_size, quiz_size = spans(length, config)
+    count = min((study_size - 1) // 4, (quiz_size - 1) // 2, 6, config.alphabet)
+    inputs = blank(rng, n, length)
+    elements = distinct(rng, n, count, config.alphabet) + FIRST
+    often = rng.integers(1, 5, (n, count))
+    at, answers, source = (np.zeros((n, count + 1), dtype=int) for _ in range(3))
+    start = quiz + rng.integers(0, quiz_size - 2 * count, n)
+    for row in range(n):
+        shown = rng.permutation(np.repeat(elements[row], often[row]))
+        begin = rng.integers(0, study_size - len(shown))
+        inputs[row, begin : begin + len(shown)] = shown
+        inputs[row, begin + len(shown)] = END
+        order = rng.permutation(count)
+        last = {token: begin + i for i, token in enumerate(shown)}
+        inputs[row, start[row]] = LAST
+        inputs[row, start[row] + 1 :][: 2 * count] = np.stack(
+            [elements[row, order], np.full(count, COUNT)], axis=1).ravel()
+        at[row] = start[row] + 2 * np.arange(count + 1)
+        answers[row] = [shown[-1], *(ONCE - 1 + often[row, order])]
+        source[row] = [begin + len(shown) - 1, *(last[token] for token in elements[row, order])]
+    return Rows(inputs, at, answers, source)
+
+def brackets(rng, n: int, length: int, config: Config, pairs: int = 0) -> Rows:
+    """Dyck-k: a word that leaves eight brackets open (at most two pairs closed on the way, depth at
+    most ten, length at most half a block), filler, and the eight closing brackets, innermost first.
+
+        inputs   START ( [ ] { . . . . CLOSE } ) .
+        answers                        }     )       scored at CLOSE, }
+    """
+    quiz, study_size, quiz_size = spans(length, config)
+    count = min(8, study_size // 2, quiz_size - 1)
+    inner = min(2, (study_size - 1 - count) // 2)
+    inputs = blank(rng, n, length)
+    at, answers, source = (np.zeros((n, count), dtype=int) for _ in range(3))
+    start = quiz + rng.integers(0, quiz_size - count, n)
+    for row in range(n):
+        walk = [1] * count  # +1 opens, -1 closes
+        for _ in range(inner):
+            where = rng.integers(0, len(walk) + 1)
+            walk[where:where] = [1, -1]
+        begin, stack = rng.integers(0, study_size - len(walk)), []
+        inputs[row, begin] = START
+        for place, step in enumerate(walk, begin + 1):
+            if step > 0:
+                stack.append((int(rng.integers(config.kinds)), place))
+            kind = stack[-1][0] if step > 0 else stack.pop()[0] + config.kinds
+            inputs[row, place] = FIRST + kind
+        answers[row] = [FIRST + config.kinds + kind for kind, _ in reversed(stack)]
+        source[row] = [place for _, place in reversed(stack)]
+        inputs[row, start[row] :][: count + 1] = [CLOSE, *answers[row]]
+        at[row] = start[row] + np.arange(count)
+    return Rows(inputs, at, answers, source)
+
+def random(rng, n: int, length: int, config: Config, pairs: int = 0) -> Rows:
+    """Random tokens, the control on which nothing may help: the next token in the last half block.
+
+        inputs   d a c c b a d b        answers at the third last: a, d, b
+    """
+    inputs = rng.integers(FIRST, FIRST + config.alphabet, (n, length + 1))
+    at = np.tile(np.arange(length - config.window // 2, length), (n, 1))
+    return Rows(inputs[:, :-1], at, np.take_along_axis(inputs, at + 1, axis=1), at * 0 - 1)
+
+TASKS = {task.__name__: task for task in (
+    copy, associative_recall, mqar, repeat_copy, brackets, repeats, random)}
+
+def train_groups(config: Config, task: str = "mqar") -> list[tuple[int, int]]:
+    """(length, pairs) of the training groups of a task; pairs is 0 but for mqar."""
+    if task == "mqar":
+        return specs("mqar_train", config.mqar_train)
+    return [(length, 0) for length in numbers("train_lengths", config.train_lengths, int)]
+
+def context_free(train: list[dict], test: dict) -> tuple[float, float]:
+    """Accuracy and loss (nats) on a test group of the best predictor that knows no context: the
+    frequencies of the answers in training to each kind of question, that is by the marker at which
+    it is asked, if one, else in common. One is added to each count, so that no loss is infinite."""
+    counts = {}
+    for group in train:
+        asked = group["inputs"].gather(1, group["at"].long()).clamp_max(FIRST)
+        for kind in asked.unique().tolist():
+            found = torch.bincount(group["answers"][asked == kind].long(), minlength=2**15)
+            counts[kind] = counts.get(kind, 0) + found
+    asked = test["inputs"].gather(1, test["at"].long()).clamp_max(FIRST)
+    right = loss = 0.0
+    for kind in asked.unique().tolist():
+        answers, seen = test["answers"][asked == kind].long(), counts[kind]
+        right += (answers == seen.argmax()).sum().item()
+        p = (seen + 1) / (seen + (seen > 0)).sum()
+        loss -= p[answers].log().sum().item()
+    return right / asked.numel(), loss / asked.numel()
+
+# ══ Data on disk ═════════════════════════════════════════════════════════════════════════════════
+SHAPING = ("window", "symbols", "alphabet", "kinds", "items", "pairs", "data_seed")
+FIELDS = {"train": (*SHAPING, "train_lengths", "mqar_train", "train_rows", "valid_rows"),
+          "test": (*SHAPING, "train_lengths", "mqar_train", "train_rows", "lengths", "mqar_test",
+                   "test_rows")}
+
+def data_fields(config: Config, part: str) -> dict:
+    """The fields that the data of a part, train (with validation) or test, depend on."""
+    return {name: getattr(config, name) for name in FIELDS[part]}
+
+def content_hash(groups: list[dict]) -> str:
+    """sha256 over lengths and tokens of groups, whatever the container."""
+    digest = hashlib.sha256()
+    for group in groups:
+        digest.update(repr((group["split"], group["length"], group["pairs"])).encode())
+        for name in Rows._fields:
+            digest.update(group[name].numpy().tobytes())
+    return digest.hexdigest()
+
+def make_group(task: str, split: str, length: int, pairs: int, rows: int, config: Config) -> dict:
+    """One group of rows as tensors; its seed is of data_seed, task, split, length and pairs."""
+    place = [config.data_seed, [*TASKS].index(task), ("train", "valid", "test").index(split)]
+    rng = np.random.default_rng([*place, length, pairs])
+    made = TASKS[task](rng, rows, length, config, pairs)
+    tensors = {name: torch.from_numpy(x.astype(np.int16)) for name, x in made._asdict().items()}
+    return {"split": split, "length": length, "pairs": pairs} | tensors
+
+def save(payload: dict, path: Path) -> None:
+    """torch.save under a temporary name, then renamed. Raises ValueError when it cannot be."""
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            torch.save(payload, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:  # torch.save reports a full disk as RuntimeError
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise ValueError(f"{path}: cannot be written ({error}); free some space, then run the same "
+                         "command again: what is finished is kept") from None
+
+def load(path: Path, missing: str) -> dict:
+    """torch.load of plain values. Raises ValueError for a file that is missing or damaged."""
+    require(path.is_file(), "file", str(path), f"there; {missing}")
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception:  # torch.load raises a dozen kinds on what it did not write
+        raise ValueError(f"{path}: truncated or not written by long_range.py; delete it, then "
+                         f"{missing}") from None
+
+def data_path(config: Config, task: str, part: str) -> Path:
+    return Path(config.data_dir) / f"long_range_{task}_{part}.pt"
+
+@functools.lru_cache(maxsize=4)
+def load_data(config: Config, task: str, part: str) -> tuple[list[dict], str]:
+    """Groups of one part of a task's data, and their sha256. Raises ValueError when they are
+    missing, of another configuration, or not what their hash says."""
+    path = data_path(config, task, part)
+    found = load(path, f"run: python long_range.py generate --tasks {task}")
+    require(isinstance(found, dict) and {"fields", "sha256", "groups"} <= found.keys(), "file",
+            str(path), "data of long_range.py; delete it and generate again")
+    for name, value in data_fields(config, part).items():
+        if (saved := found["fields"].get(name)) != value:
+            raise ValueError(f"{path}: was generated with {name} = {saved!r}, this run has "
+                             f"{value!r}; set --{name} {saved}, or generate again")
+    actual = content_hash(found["groups"])
+    if actual != found["sha256"]:
+        raise ValueError(f"{path}: its rows have sha256 {actual[:16]}…, generated were "
+                         f"{found['sha256'][:16]}…: altered; delete it and generate again")
+    return found["groups"], actual
+
+def generate(config: Config) -> None:
+    """Write the data of every task that is not on disk yet as this configuration wants it."""
+    check_folder(config, "data_dir", 200)
+    for task in config.task_list:
+        for part in FIELDS:
+            path = data_path(config, task, part)
+            try:
+                groups, digest = load_data(config, task, part)
+                print(f"  kept   {path}, sha256 {digest[:12]}")
+                continue
+            except ValueError as error:
+                if path.exists() and "was generated with" not in str(error):
+                    raise
+            groups = train_part(config, task) if part == "train" else test_part(config, task)
+            fields, digest = data_fields(config, part), content_hash(groups)
+            save({"fields": fields, "sha256": digest, "groups": groups}, path)
+            rows = sum(len(group["inputs"]) for group in groups)
+            print(f"  wrote  {path}, {rows:,} rows, sha256 {digest[:12]}", flush=True)
+
+def train_part(config: Config, task: str) -> list[dict]:
+    """Training and validation groups of a task."""
+    rows = config.train_rows
+    return [make_group(task, split, length, pairs, count, config)
+            for split in ("train", "valid") for i, (length, pairs) in
+            enumerate(train_groups(config, task))
+            for count in [config.valid_rows if split == "valid" else rows if i else 5 * rows]]
+
+def test_part(config: Config, task: str) -> list[dict]:
+    """Test groups of a task, with the distance to the answers (mean and least, in windows) and the
+    accuracy and loss of chance."""
+    train = [group for group in load_data(config, task, "train")[0] if group["split"] == "train"]
+    cells = [(length, 0) for length in config.length_list]
+    cells += specs("mqar_test", config.mqar_test) if task == "mqar" else []
+    groups = []
+    for length, pairs in cells:
+        group = make_group(task, "test", length, pairs, config.test_rows, config)
+        chance, chance_loss = context_free(train, group)
+        gap = (group["at"] - group["source"]).double() / config.window  # (n, Q)
+        gap = gap * 0 + max(0.5, length / config.window - 1) if task == "random" else gap
+        groups.append(group | {"chance": chance, "chance_loss": chance_loss,
+                               "distance": gap.mean().item(), "least": gap.min().item()})
+    return groups
+
+# ══ Model: one trunk, and behind it nothing, a key-value store or a DNC ══════════════════════════
+class KNNState(NamedTuple):
+    """What knn_store keeps of every token so far; it grows. One row a sequence."""
+    keys: torch.Tensor  # (B, n, D) of norm one
+    values: torch.Tensor  # (B, n, C) hidden states
+
+class KNNTrace(NamedTuple):
+    """What was stored at each token."""
+    write_gate: torch.Tensor  # (B, T), one: every token is stored
+    write_slots: torch.Tensor  # (B, T), the place of each
+
+class KNNStore(nn.Module):
+    """Every token's representation (key) and hidden state (value); a query reads the softmax over
+    its nearest `top_k` keys by cosine, of the tokens before it. Soft, because choosing the nearest
+    alone has no gradient into the keys. Adds h + read_proj(read); read_proj starts at zero."""
+
+    def __init__(self, hidden_size: int, width: int, top_k: int):
+        super().__init__()
+        self.top_k, self.width = top_k, width
+        self.norm = nn.LayerNorm(hidden_size)
+        self.query, self.key = nn.Linear(hidden_size, width), nn.Linear(hidden_size, width)
+        self.log_strength = nn.Parameter(torch.tensor(math.log(8.0)))
+        self.read_proj = nn.Linear(hidden_size, hidden_size, bias=False)
+        nn.init.zeros_(self.read_proj.weight)
+
+    def init_state(self, batch_size: int) -> KNNState:
+        weight = self.read_proj.weight
+        return KNNState(weight.new_zeros(batch_size, 0, self.width),
+                        weight.new_zeros(batch_size, 0, len(weight)))
+
+    def forward(self, h: torch.Tensor, state: KNNState) -> tuple[torch.Tensor, KNNState, KNNTrace]:
+        """h (B, T, C), state of n tokens -> h_out (B, T, C), state of n + T tokens, trace."""
+        z, (B, T, _), n = self.norm(h), h.shape, state.keys.shape[1]
+        query = F.normalize(self.query(z), dim=-1, eps=1e-6)  # (B, T, D)
+        keys = torch.cat([state.keys, F.normalize(self.key(z), dim=-1, eps=1e-6)], 1)
+        values = torch.cat([state.values, z], dim=1)  # (B, n+T, C)
+        scores = self.log_strength.exp() * (query @ keys.transpose(1, 2))  # (B, T, n+T)
+        earlier = torch.ones(T, n + T, dtype=torch.bool, device=h.device).tril(n - 1)
+        scores = scores.masked_fill(~earlier, -torch.inf)
+        kth = scores.topk(min(self.top_k, n + T), dim=-1).values[..., -1:]  # (B, T, 1)
+        scores = scores.masked_fill(scores < kth, -torch.inf)
+        first = torch.arange(T, device=h.device).unsqueeze(1) + n == 0  # (T, 1), nothing is stored
+        weights = scores.masked_fill(first, 0.0).softmax(-1).masked_fill(first, 0.0)
+        slots = torch.arange(n, n + T, device=h.device).expand(B, T)
+        trace = KNNTrace(torch.ones_like(slots, dtype=h.dtype), slots)
+        return h + self.read_proj(weights @ values), KNNState(keys, values), trace
+
+class LongRangeModel(nn.Module):
+    """GPT2Model over blocks, then a memory or none, then an output map and the head tied to the
+    embedding. Every arm is this class, built from the same seed."""
+
+    def __init__(self, config: Config, task: str, arm: str, seed: int, mlp_width: int):
+        from transformers import GPT2Config, GPT2Model
+        super().__init__()
+        self.arm, C = arm, config.hidden_size
+        self.block = config.longest if arm == "full" else config.window
+        torch.manual_seed(seed)
+        self.controller = GPT2Model(GPT2Config(
+            vocab_size=vocabulary(task, config), n_positions=self.block, n_embd=C,
+            n_layer=config.num_layers, n_head=config.num_heads, n_inner=mlp_width, resid_pdrop=0.0,
+            embd_pdrop=0.0, attn_pdrop=0.0, use_cache=False, bos_token_id=None, eos_token_id=None))
+        # Random codes of about norm 4 for the symbols, waves for the positions: "the token before"
+        # is then a linear map, where from GPT-2's 0.02 both codes would first have to be learned.
+        nn.init.normal_(self.controller.wte.weight, std=0.5)
+        self.controller.wpe.weight.data = 0.5 * waves(self.block, C)
+        self.output = nn.Linear(C, C, bias=False)
+        nn.init.normal_(self.output.weight, std=0.02)
+        self.memory = None
+        if arm == "knn_store":
+            self.memory = KNNStore(C, config.knn_width, config.knn_top_k)
+        elif arm == "dnc":
+            strength = config.strength_bias
+            biases = {"write_strength": strength, "read_strengths": strength,
+                      "free_gates": config.free_bias, "allocation_gate": config.allocation_bias}
+            self.memory = DNCMemory(C, config.mem_slots, config.mem_width, config.num_reads,
+                                    DNCOptions(config.use_links), config.scan, biases)
+
+    def init_state(self, rows: int, slots: int = 0):
+        """The empty memory of so many rows; of a DNC with at least so many slots."""
+        if self.arm == "dnc":
+            state = self.memory.init_state(rows)
+            more = max(0, slots - self.memory.slots)
+            pads = {"memory": (0, 0, 0, more), "link": (0, more, 0, more)}
+            return state if not more else type(state)(*(
+                x if 0 in x.shape else F.pad(x, pads.get(name, (0, more)))
+                for name, x in state._asdict().items()))
+        return None if self.memory is None else self.memory.init_state(rows)
+
+    def hidden(self, tokens: torch.Tensor, state):
+        """tokens (B, L), L at most one block or a multiple of it -> (B, L, C), the state."""
+        B, L = tokens.shape
+        blocks = tokens.reshape(-1, min(self.block, L))  # (B * blocks, block)
+        h = self.controller(input_ids=blocks).last_hidden_state.reshape(B, L, -1)  # (B, L, C)
+        if self.memory is not None:
+            h, state, _ = self.memory(h, state)
+        return h, state
+
+    def logits(self, h: torch.Tensor) -> torch.Tensor:
+        """h (M, C) of the scored positions -> (M, V)."""
+        return self.output(h) @ self.controller.wte.weight.T
+
+def waves(positions: int, width: int) -> torch.Tensor:
+    """Sines and cosines of each position (Vaswani et al. 2017): (positions, width)."""
+    rates = torch.exp(-math.log(10_000.0) * torch.arange(0, width, 2) / width)
+    angles = torch.arange(positions).unsqueeze(1) * rates  # (positions, width / 2, rounded up)
+    return torch.stack([angles.sin(), angles.cos()], dim=-1).flatten(1)[:, :width]
+
+@functools.lru_cache(maxsize=64)
+def mlp_widths(config: Config, task: str) -> dict[str, int]:
+    """Feed-forward width of every arm: all have about as many parameters as the largest."""
+    sizes = {arm: count_parameters(LongRangeModel(config, task, arm, 0, config.mlp_width))
+             for arm in ARMS}
+    unit = config.num_layers * (2 * config.hidden_size + 1)  # parameters of one more
+    return {arm: config.mlp_width + round((max(sizes.values()) - size) / unit)
+            for arm, size in sizes.items()}
+
+def build_model(config: Config, task: str, arm: str, seed: int) -> LongRangeModel:
+    return LongRangeModel(config, task, arm, seed, mlp_widths(config, task)[arm]).to(device())
+
+def device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+# ══ Training ═════════════════════════════════════════════════════════════════════════════════════
+class Job(NamedTuple):
+    """One run: its checkpoint's name says all of it."""
+    task: str
+    arm: str
+    seed: int
+    lr: float
+
+    def path(self, config: Config) -> Path:
+        name = f"long_range_{self.task}_{self.arm}_seed{self.seed}_lr{self.lr:g}.pt"
+        return Path(config.save_dir) / name
+
+# May differ between a checkpoint and the run that reads it.
+FREE_FIELDS = {"tasks", "arms", "seeds", "lengths", "mqar_test", "test_rows", "lr_grid", "workers",
+               "scan", "data_dir", "save_dir", "plot_dir", "log_every_steps"}
+
+def load_checkpoint(config: Config, job: Job) -> dict:
+    """A finished run. Raises ValueError when it is missing, damaged, or of other fields or data."""
+    path = job.path(config)
+    found = load(path, "run: python long_range.py train, with the same fields")
+    require(isinstance(found, dict) and {"config", "data", "model_state_dict"} <= found.keys(),
+            "checkpoint", str(path), "of long_range.py; delete it, or set another save_dir")
+    for name, value in dataclasses.asdict(config).items():
+        if name not in FREE_FIELDS and (saved := found["config"].get(name)) != value:
+            raise ValueError(f"checkpoint {path}: was trained with {name} = {saved!r}, this run "
+                             f"has {value!r}; set --{name} {saved}, or another --save_dir")
+    digest = load_data(config, job.task, "train")[1]
+    require(found["data"] == digest, "checkpoint", str(path), f"trained on these data (sha256 "
+            f"{digest[:12]}, not {found['data'][:12]}); delete it, or set another --save_dir")
+    return found
+
+def optimizers(model: LongRangeModel, config: Config, lr: float) -> list[torch.optim.Optimizer]:
+    """Muon on the matrices, AdamW on embeddings, biases and norms. With AdamW alone nothing was
+    learned in ten times the steps: docs/lab-notes.md."""
+    require(hasattr(torch.optim, "Muon"), "torch", torch.__version__, "2.9 or newer for its Muon "
+            "optimizer: pip install 'torch>=2.9,<=2.13.0'")
+    tables = {id(model.controller.wte.weight), id(model.controller.wpe.weight)}
+    matrices = [p for p in model.parameters() if p.dim() == 2 and id(p) not in tables]
+    others = [p for p in model.parameters() if p.dim() != 2 or id(p) in tables]
+    return [torch.optim.Muon(matrices, lr=lr, momentum=0.9, weight_decay=0.0),
+            torch.optim.AdamW(others, lr=lr * config.adam_lr, betas=(0.9, 0.99), weight_decay=0.0)]
+
+def batches(groups: list[dict], config: Config, seed: int):
+    """For each step a group and the rows of it: the same for every arm. The first group alone for
+    the first share of the steps, then all in equal parts; each group's rows in a random order."""
+    rng = np.random.default_rng(seed)
+    queues = [np.empty(0, dtype=int) for _ in groups]
+    for step in range(config.steps):
+        i = 0 if step < config.curriculum * config.steps else rng.integers(len(groups))
+        count = max(1, config.batch_tokens // groups[i]["length"])
+        while len(queues[i]) < count:
+            queues[i] = np.concatenate([queues[i], rng.permutation(len(groups[i]["inputs"]))])
+        rows, queues[i] = np.split(queues[i], [count])
+        yield groups[i], torch.from_numpy(rows)
+
+def train_run(config: Config, job: Job) -> str:
+    """Train one arm on one task from one seed and save it; returns a line about it."""
+    groups, digest = load_data(config, job.task, "train")
+    train = [group for group in groups if group["split"] == "train"]
+    valid = [group for group in groups if group["split"] == "valid"]
+    model = build_model(config, job.task, job.arm, job.seed)
+    both, history, began, run_loss = optimizers(model, config, job.lr), [], time.time(), 0.0
+    schedule = dataclasses.make_dataclass("Rate", ("lr", "lr_warmup", "lr_schedule"))(
+        1.0, config.lr_warmup, config.lr_schedule)
+    peaks = [group["lr"] for optimizer in both for group in optimizer.param_groups]
+    for step, (group, rows) in enumerate(batches(train, config, job.seed)):
+        for param_group, peak in zip((g for o in both for g in o.param_groups), peaks, strict=True):
+            param_group["lr"] = peak * learning_rate(step, config.steps, schedule)
+        tokens, at, answers = (group[name][rows].long().to(device())
+                               for name in ("inputs", "at", "answers"))  # (B, L), (B, Q), (B, Q)
+        h, _ = model.hidden(tokens, model.init_state(len(tokens)))
+        picked = h.gather(1, at.unsqueeze(2).expand(-1, -1, h.shape[2]))  # (B, Q, C)
+        loss = F.cross_entropy(model.logits(picked.flatten(0, 1)), answers.flatten())
+        for optimizer in both:
+            optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip)
+        for optimizer in both:
+            optimizer.step()
+        run_loss += loss.item() / config.log_every_steps
+        if (step + 1) % config.log_every_steps == 0 or step + 1 == config.steps:
+            found = [score(model, group, config) for group in valid]
+            history.append({"step": step + 1, "loss": run_loss} | {
+                k: sum(f[k] for f in found) / len(found) for k in ("accuracy", "val_loss")})
+            run_loss = 0.0
+    seconds, last = time.time() - began, history[-1]
+    rows = sum(len(group["inputs"]) for group in train)
+    seen = config.steps * config.batch_tokens / sum(group["inputs"].numel() for group in train)
+    save({"job": job._asdict(), "config": dataclasses.asdict(config), "data": digest,
+          "model_state_dict": model.state_dict(), "global_step": config.steps, "epoch": seen,
+          "val_accuracy": last["accuracy"], "val_loss": last["val_loss"],
+          "val_ppl": math.exp(min(700, last["val_loss"])), "history": history, "seconds": seconds,
+          "rows": rows}, job.path(config))
+    return (f"{job.task:<18} {job.arm:<9} seed {job.seed} lr {job.lr:<5g} {seconds:5.0f} s, "
+            f"validation: accuracy {last['accuracy']:7.2%}, loss {last['val_loss']:.3f}")
+
+def set_up_worker() -> None:
+    """One thread a run: the result does not depend on how many run at once."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides
+    torch.set_num_threads(1)
+
+def run_all(function, config: Config, jobs: list, what: str) -> list:
+    """function(config, job) of every job, several at once; prints the lines that come back."""
+    from tqdm import tqdm
+    workers = config.workers if config.workers != "auto" else (
+        1 if torch.cuda.is_available() else len(os.sched_getaffinity(0)) if hasattr(
+            os, "sched_getaffinity") else os.cpu_count() or 1)
+    results = {}
+    pool = concurrent.futures.ProcessPoolExecutor(
+        max(1, min(workers, len(jobs))), multiprocessing.get_context("spawn"), set_up_worker)
+    with tqdm(total=len(jobs), desc=what, dynamic_ncols=True, disable=not jobs) as bar:
+        try:
+            running = {pool.submit(function, config, job): job for job in jobs}
+            for done in concurrent.futures.as_completed(running):
+                results[running[done]] = done.result()
+                bar.update()
+                if isinstance(results[running[done]], str):
+                    bar.write(f"  {results[running[done]]}", file=sys.stdout)
+        except BaseException:
+            for process in (pool._processes or {}).values():  # else they finish their runs first
+                process.terminate()
+            raise
+        finally:
+            pool.shutdown(cancel_futures=True)
+    return [results[job] for job in jobs]
+
+def first_jobs(config: Config) -> list[Job]:
+    """The runs that choose the learning rates: every rate, at the first seed."""
+    return [Job(task, arm, config.seed_list[0], lr) for task in config.task_list
+            for arm in config.arm_list for lr in config.rates]
+
+def chosen_jobs(config: Config) -> list[Job]:
+    """The runs that are compared: of each task and arm the rate that was best on validation."""
+    chosen = []
+    for task in config.task_list:
+        for arm in config.arm_list:
+            found = {}
+            for job in first_jobs(config):
+                if (job.task, job.arm) == (task, arm):
+                    payload = load_checkpoint(config, job)
+                    found[-payload["val_accuracy"], payload["val_loss"], job.lr] = job.lr
+            chosen += [Job(task, arm, seed, found[min(found)]) for seed in config.seed_list]
+    return chosen
+
+def train(config: Config) -> None:
+    """Train what is not on disk yet: first every rate at the first seed, then the other seeds."""
+    check_folder(config, "save_dir", 64)
+    for task in config.task_list:  # what cannot run is said before hours of training
+        load_data(config, task, "train")
+        model = build_model(config, task, "dnc", 0)
+        if "dnc" in config.arm_list:
+            pick_scan(config.scan, model.init_state(1), model.memory.options)
+    for what in (first_jobs, chosen_jobs):
+        jobs = what(config)
+        missing = [job for job in jobs if not job.path(config).exists()]
+        for job in set(jobs) - set(missing):
+            load_checkpoint(config, job)
+        if len(missing) < len(jobs):
+            print(f"  {len(jobs) - len(missing)} of {len(jobs)} runs are finished in "
+                  f"{config.save_dir}")
+        # The slowest first, so that no core waits for a last long run.
+        missing.sort(key=lambda job: (job.arm != "dnc", job.arm != "knn_store"))
+        run_all(train_run, config, missing, "train")
+
+# ══ Evaluation ═══════════════════════════════════════════════════════════════════════════════════
+EVAL_ROWS = 16  # at once
+
+@torch.no_grad()
+def score(model: LongRangeModel, group: dict, config: Config, swap: bool = False) -> dict:
+    """Accuracy and val_loss of a group of rows, memory carried from segment to segment, with
+    tokens_per_s. With `swap` each row meets the last window with the memory of the row before it;
+    only that window is scored then."""
+    L, w = group["length"], config.window
+    long = config.longest if model.block == w else L  # the full arm sees the row whole
+    cuts = sorted({*range(0, L - w, long), max(0, L - w), L}) if model.block == w else [0, L]
+    right = loss = count = 0
+    began = time.perf_counter()
+    rows_at_once = torch.arange(len(group["inputs"])).split(EVAL_ROWS)
+    if len(rows_at_once) > 1 and len(rows_at_once[-1]) == 1:  # a row alone cannot be swapped
+        rows_at_once = (*rows_at_once[:-2], torch.cat(rows_at_once[-2:]))
+    for rows in rows_at_once:
+        tokens, at, answers = (group[name][rows].long().to(device())
+                               for name in ("inputs", "at", "answers"))
+        state = model.init_state(len(rows), 2 * group["pairs"])
+        for start, end in zip(cuts, cuts[1:], strict=False):
+            if swap and end == L:
+                state = map_state(lambda tensor: tensor.roll(1, 0), state)
+            h, state = model.hidden(tokens[:, start:end], state)
+            row, question = ((at >= start) & (at < end)).nonzero(as_tuple=True)
+            if len(row) and (end == L or not swap):
+                logits = model.logits(h[row, at[row, question] - start])  # (M, V)
+                target = answers[row, question]
+                loss += F.cross_entropy(logits, target, reduction="sum").item()
+                right += (logits.argmax(-1) == target).sum().item()
+                count += len(row)
+    seconds = time.perf_counter() - began
+    carried = 0 if state is None else sum(x.numel() * x.element_size() for x in state) // len(rows)
+    return {"accuracy": right / count, "val_loss": loss / count, "memory_bytes": carried,
+            "tokens_per_s": group["inputs"].numel() / seconds}
+
+def measure_run(config: Config, job: Job) -> list[dict]:
+    """The rows of plots/long_range.json of one run: every test group that its arm can read."""
+    payload = load_checkpoint(config, job)
+    model = build_model(config, job.task, job.arm, job.seed)
+    model.load_state_dict(payload["model_state_dict"])
+    model.eval()
+    rows, parameters = [], count_parameters(model)
+    for group in load_data(config, job.task, "test")[0]:
+        L = group["length"]
+        if job.arm == "full" and L > model.block:
+            continue  # its positions end where training ended
+        found = score(model, group, config)
+        swapped = score(model, group, config, swap=True)["accuracy"] if (
+            model.memory is not None and L > config.window) else None
+        context = 2 * config.num_layers * config.hidden_size * 4 * min(L, model.block)
+        rows.append({
+            "task": job.task, "arm": job.arm, "seed": job.seed, "length": L, "distance_windows":
+            round(group["distance"], 3), "accuracy": found["accuracy"], "loss": found["val_loss"],
+            "chance": group["chance"], "parameters": parameters,
+            "tokens_per_s": round(found["tokens_per_s"]), "chance_loss": group["chance_loss"],
+            "least_distance_windows": round(group["least"], 3), "pairs": group["pairs"],
+            "questions": group["at"].shape[1], "swapped_accuracy": swapped, "lr": job.lr,
+            "val_accuracy": payload["val_accuracy"], "memory_bytes": found["memory_bytes"],
+            "attention_bytes": context, "train_seconds": round(payload["seconds"], 1)})
+    return rows
+
+def measure(config: Config) -> list[dict]:
+    """Rows of every compared run: those of plots/long_range.json that are of these very weights and
+    test data, the others evaluated now; the file then holds them all."""
+    check_folder(config, "plot_dir")
+    path, old = Path(config.plot_dir) / "long_range.json", {}
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+        old = {run["id"]: run for run in json.loads(path.read_text(encoding="utf-8"))["runs"]}
+    ids, jobs = {}, chosen_jobs(config)
+    for job in jobs:
+        stamp = hashlib.sha256(job.path(config).read_bytes())
+        stamp.update(load_data(config, job.task, "test")[1].encode())
+        ids[job] = stamp.hexdigest()
+    missing = [job for job in jobs if ids[job] not in old]
+    missing.sort(key=lambda job: (job.arm != "dnc", job.arm != "knn_store"))
+    runs = {ids[job]: rows for job, rows in zip(
+        missing, run_all(measure_run, config, missing, "evaluate"), strict=True)}
+    rows = [row for job in jobs
+            for row in (runs[ids[job]] if ids[job] in runs else old[ids[job]]["rows"])]
+    kept = [{"id": ids[job], "rows": [row for row in rows if (
+        row["task"], row["arm"], row["seed"]) == (job.task, job.arm, job.seed)]} for job in jobs]
+    about = {"config": dataclasses.asdict(config), "torch": torch.__version__,
+             "device": device_name(), "confidence": "95 %, Student's t over seeds"}
+    text = json.dumps({"about": about, "rows": rows, "runs": kept}, indent=1)
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)
+    print(f"wrote {path}")
+    return rows
+
+def device_name() -> str:
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    return f"{platform.processor() or platform.machine()}, one thread a run"
+
+# ══ Comparison and plot ══════════════════════════════════════════════════════════════════════════
+# 97.5 % points of Student's t for 1, 2, … degrees of freedom; beyond, the normal's.
+STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
+CELL = 11
+
+def mean_and_half(values: list[float]) -> tuple[float, float]:
+    """Mean and half the width of its 95 % interval over seeds; NaN where there is one seed."""
+    mean, free = sum(values) / len(values), len(values) - 1
+    if not free:
+        return mean, math.nan
+    spread = math.sqrt(sum((x - mean) ** 2 for x in values) / free / len(values))
+    return mean, spread * (STUDENT[free - 1] if free <= len(STUDENT) else 1.96)
+
+def effective_context(distances: list[float], accuracy: list[float], chance: list[float]) -> str:
+    """The distance (windows) at which accuracy is half-way from that at the least distance down to
+    chance, interpolated in its logarithm; "> d" where it never is; "—" if nothing was learned."""
+    share = [(a - c) / max(1e-9, 1 - c) for a, c in zip(accuracy, chance, strict=True)]
+    if share[0] < 0.1:
+        return "—"
+    for i in range(1, len(share)):
+        if share[i] <= share[0] / 2:
+            way = (share[i - 1] - share[0] / 2) / (share[i - 1] - share[i])
+            near, far = math.log(distances[i - 1]), math.log(distances[i])
+            return f"{math.exp(near + way * (far - near)):.1f}"
+    return f"> {distances[-1]:.0f}"
+
+def cells_of(rows: list[dict], **fields) -> list[dict]:
+    return [row for row in rows if all(row[name] == value for name, value in fields.items())]
+
+def print_task(task: str, rows: list[dict], config: Config) -> None:
+    """One task: accuracy by length and distance, every arm, chance, memory swapped."""
+    print(f"\n{RULE}\n  {task} — accuracy on scored tokens in %, by distance\n{RULE}")
+    mine = cells_of(rows, task=task, pairs=0)
+    lengths = sorted({row["length"] for row in mine})
+    by_length = {length: cells_of(mine, length=length)[0] for length in lengths}
+    head = "".join(f"{length:>{CELL},}" for length in lengths)
+    far = "".join(f"{row['distance_windows']:>{CELL}.1f}" for row in by_length.values())
+    print(f"  {'length, tokens':<20}{head}   effective\n  {'distance, windows':<20}{far}   context")
+    print(LINE[:2] + "─" * (20 + CELL * len(lengths) + 12))
+    for arm in config.arm_list:
+        found = [[row["accuracy"] for row in cells_of(mine, arm=arm, length=x)] for x in lengths]
+        known = [(by_length[x], mean_and_half(values)[0])
+                 for x, values in zip(lengths, found, strict=True) if values]
+        reach = effective_context([row["distance_windows"] for row, _ in known],
+                                  [mean for _, mean in known], [row["chance"] for row, _ in known])
+        print(f"  {arm:<20}" + "".join(map(percent, found)) + f"   {reach}")
+        if arm in MEMORY_ARMS:
+            swapped = [[row["swapped_accuracy"] for row in cells_of(mine, arm=arm, length=x)
+                        if row["swapped_accuracy"] is not None] for x in lengths]
+            print(f"  {'  another row’s':<20}" + "".join(map(percent, swapped)))
+    print(f"  {'chance':<20}" + "".join(percent([row["chance"]]) for row in by_length.values()))
+    if zoology := [row for row in cells_of(rows, task=task) if row["pairs"]]:
+        print_zoology(zoology, config)
+
+def percent(values: list[float]) -> str:
+    """One cell: mean ± half of the interval, in per cent; an em dash where nothing is known."""
+    if not values:
+        return f"{'—':>{CELL}}"
+    mean, half = mean_and_half(values)
+    text = f"{100 * mean:.1f}" + ("" if math.isnan(half) else f"±{100 * half:.1f}")
+    return f"{text:>{CELL}}"
+
+def print_zoology(rows: list[dict], config: Config) -> None:
+    """Zoology's own test: questions anywhere behind the pairs, as many slots as twice the pairs."""
+    cells = list(dict.fromkeys((row["length"], row["pairs"]) for row in rows))
+    print("\n  Zoology's test: questions anywhere behind the pairs; DNC slots at least 2 x pairs")
+    print(f"  {'length:pairs':<20}" + "".join(f"{f'{a}:{b}':>{CELL}}" for a, b in cells))
+    for arm in config.arm_list:
+        found = [[row["accuracy"] for row in cells_of(rows, arm=arm, length=a, pairs=b)]
+                 for a, b in cells]
+        print(f"  {arm:<20}" + "".join(map(percent, found)))
+
+def print_costs(rows: list[dict], config: Config) -> None:
+    """What each arm costs by length: tokens a second, and what a row has to keep."""
+    rows = cells_of(rows, pairs=0)
+    lengths = sorted({row["length"] for row in rows})
+    print(f"\n{RULE}\n  Cost by length: evaluation tokens/s; KiB a row keeps (attention, memory)\n"
+          f"{RULE}\n  {'length, tokens':<20}" + "".join(f"{x:>{CELL},}" for x in lengths))
+    for arm in config.arm_list:
+        cells = [cells_of(rows, arm=arm, length=length) for length in lengths]
+        speed = [np.median([row["tokens_per_s"] for row in cell]) if cell else None
+                 for cell in cells]
+        kept = [(cell[0]["attention_bytes"] + cell[0]["memory_bytes"]) / 1024 if cell else None
+                for cell in cells]
+        for label, values in ((f"{arm} tokens/s", speed), (f"{arm} KiB", kept)):
+            print(f"  {label:<20}" + "".join(
+                f"{'—':>{CELL}}" if x is None else f"{x:>{CELL},.0f}" for x in values))
+
+def compare(config: Config) -> None:
+    """Print every table."""
+    rows = measure(config)
+    for task in config.task_list:
+        print_task(task, rows, config)
+    print_costs(rows, config)
+    print(f"\n{LINE}\n  chance: the best predictor without context, its frequencies counted in\n"
+          "  the training data. another row's: memory swapped before the last window. effective\n"
+          "  context: the distance, in windows, at which accuracy is half-way down to chance.")
+    if len(config.seed_list) > 1:
+        print(f"  ±: half of the 95 % interval over {len(config.seed_list)} seeds.")
+    else:
+        print("  One seed: no interval. --seeds 0,1,2 gives one.")
+
+def plot(config: Config) -> None:
+    """Draw plots/long_range.png: accuracy above, loss below, a column a task; costs at the end."""
+    rows, path = measure(config), Path(config.plot_dir) / "long_range.png"
+    colors = dict(zip(ARMS, ("#4fc3f7", "#aed581", "#ff8a65", "#ce93d8"), strict=True))
+    tasks = config.task_list
+    size = (3.6 * (len(tasks) + 1), 7)
+    with dark_figure(path, 2, len(tasks) + 1, size, squeeze=False) as (figure, axes):
+        for column, task in enumerate(tasks):
+            mine = cells_of(rows, task=task, pairs=0)
+            for axis, key in zip(axes[:, column], ("accuracy", "loss"), strict=True):
+                for arm in config.arm_list:
+                    draw(axis, cells_of(mine, arm=arm), key, colors[arm], arm)
+                flat = sorted({(row["length"], row["chance" if key == "accuracy" else
+                                                    "chance_loss"]) for row in mine})
+                axis.plot(*zip(*flat, strict=True), color="white", ls=":", lw=1, label="chance")
+                axis.axvline(config.longest, color="gray", lw=0.8, ls="--")
+                axis.set(xscale="log", xlabel="length, tokens")
+                axis.grid(alpha=0.2)
+            axes[0, column].set(title=task, ylim=(-0.03, 1.03))
+            axes[1, column].set(ylim=(0, None))
+        axes[0, 0].set(ylabel="accuracy on scored tokens")
+        axes[1, 0].set(ylabel="loss (nats / scored token)")
+        axes[0, 0].legend(fontsize=8)
+        costs = [row | {"kept": (row["attention_bytes"] + row["memory_bytes"]) / 1024}
+                 for row in cells_of(rows, task=tasks[0], pairs=0)]
+        for axis, key, label in ((axes[0, -1], "tokens_per_s", "evaluation tokens/s"),
+                                 (axes[1, -1], "kept", "KiB that a row keeps")):
+            for arm in config.arm_list:
+                draw(axis, cells_of(costs, arm=arm), key, colors[arm], arm)
+            axis.set(xscale="log", yscale="log", xlabel="length, tokens", title=label)
+            axis.grid(alpha=0.2)
+        figure.suptitle(f"Trained to {config.longest} tokens (dashed), window {config.window}, "
+                        f"{len(config.seed_list)} seed(s); band: 95 % over seeds", fontsize=11)
+
+def draw(axis, rows: list[dict], key: str, color: str, label: str) -> None:
+    """Mean over seeds against length, with its interval where there is one."""
+    lengths = sorted({row["length"] for row in rows})
+    stats = [mean_and_half([row[key] for row in cells_of(rows, length=x)]) for x in lengths]
+    means = np.array([mean for mean, _ in stats])
+    halves = np.nan_to_num(np.array([half for _, half in stats]))
+    axis.plot(lengths, means, color=color, marker="o", ms=3.5, lw=1.5, label=label)
+    axis.fill_between(lengths, means - halves, means + halves, color=color, alpha=0.2, lw=0)
+
+# ══ Main ═════════════════════════════════════════════════════════════════════════════════════════
+def print_banner(config: Config, full: bool) -> None:
+    """Print what is run, and what is left out of it."""
+    import transformers
+    left_out = [task for task in TASKS if task not in config.task_list]
+    print(f"{RULE}\n  long_range: at which distance does each memory stop remembering?\n{RULE}\n"
+          f"  tasks     {', '.join(config.task_list)}\n"
+          f"  arms      {', '.join(config.arm_list)}; seeds {config.seeds}; "
+          f"learning rates {config.lr_grid}\n"
+          f"  lengths   trained to {config.longest}, tested at {config.lengths}; window "
+          f"{config.window}\n"
+          f"  device    {device_name()}, float32\n"
+          f"  versions  Python {platform.python_version()}, torch {torch.__version__}, "
+          f"transformers {transformers.__version__}")
+    if not full:
+        print(f"  reduced   {config.symbols:,} symbols, {config.steps} steps a run, without "
+              f"{', '.join(left_out) or 'nothing'};\n            --full: all tasks, five seeds, "
+              "8,192 symbols, 900 steps")
+    fields = [f"{key}={value}" for key, value in dataclasses.asdict(config).items()]
+    print(textwrap.fill(" ".join(fields), 96, initial_indent="  config    ",
+                        subsequent_indent=" " * 12, break_long_words=False))
+    for task in config.task_list:
+        sizes = {arm: count_parameters(build_model(config, task, arm, 0))
+                 for arm in config.arm_list}
+        print(f"  {task:<18} parameters (feed-forward width): " + ", ".join(
+            f"{arm} {size:,} ({mlp_widths(config, task)[arm]})" for arm, size in sizes.items()))
+        require(max(sizes.values()) <= 1.02 * min(sizes.values()), "mlp_width", config.mlp_width,
+                "such that the arms' parameters match within 2 %; a larger one does")
+
+def run(config: Config, commands: tuple[str, ...], full: bool) -> None:
+    """The parts asked for, in order."""
+    print_banner(config, full)
+    for command in commands:
+        if command in ("generate", "train"):
+            print(f"\n{command}", flush=True)
+        {"generate": generate, "train": train, "compare": compare, "plot": plot}[command](config)
+
+def main(argv: list[str]) -> int:
+    """Run a command line -> exit code: 0, 2 a user's mistake, 130 or 143 stopped by a signal."""
+    if {"-h", "--help"} & set(argv):
+        print_help(Config, __doc__, FULL, "default and (--full)")
+        print("\n  tasks: " + ", ".join(TASKS))
+        return 0
+
+    def stop(number, frame):
+        raise KeyboardInterrupt(number)
+
+    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        commands = (argv[0],) if argv[:1] and not argv[0].startswith("-") else COMMANDS
+        require(set(commands) <= set(COMMANDS), "command", commands[0],
+                "one of " + ", ".join(COMMANDS))
+        rest = argv[len(commands) == 1:]
+        full = "--full" in rest
+        overrides = parse_overrides(Config, [word for word in rest if word != "--full"])
+        torch.set_num_threads(1)
+        run(Config(**{**(FULL if full else {}), **overrides}), commands, full)
+    except KeyboardInterrupt as stopped:
+        number = int(str(stopped) or signal.SIGINT)
+        print("\nstopped; finished runs are kept. The same command goes on:\n"
+              "  python long_range.py " + shlex.join(argv), file=sys.stderr)
+        return 128 + number
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    return 0
+
+if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="replace")
+    sys.exit(main(sys.argv[1:]))
