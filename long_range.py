@@ -71,14 +71,15 @@ class Config:
     lengths: str = "32,64,96,160,288,544,4128"  # tokens of a tested row, multiples of window
     # data
     window: int = 32  # tokens of a block, which attention never leaves; a multiple of 8
-    symbols: int = 1024  # of copy, repeat_copy, associative_recall; of mqar, half keys, half values
+    symbols: int = 1024  # of copy, repeat_copy and associative_recall
+    mqar_symbols: int = 1024  # half of them keys, half values
     alphabet: int = 64  # symbols of repeats and random
     kinds: int = 8  # kinds of brackets: chance is 1 / kinds
     items: int = 24  # symbols of copy's pattern; other tasks have what their docstrings say
     pairs: int = 32  # key-value pairs of mqar in a long row
-    train_lengths: str = "64,32,128,192,256"  # of the training rows; the first alone at first
+    train: str = "64:4,64:12,32,128,192,256"  # length[:at most so many items] of training groups
     mqar_train: str = "64:4,128:8,256:16,256:32"  # length:pairs of mqar's training groups
-    mqar_test: str = "64:4,64:16,128:32,256:64,512:128,1024:256"  # Zoology's own test
+    mqar_test: str = "64:4,64:16,128:32,256:64,512:128,1024:256"  # Zoology's own test, length:pairs
     train_rows: int = 4000  # of every training group; of the first, five times as many
     valid_rows: int = 32  # of every training group, for the choice of the learning rate
     test_rows: int = 64  # of every tested length
@@ -101,11 +102,12 @@ class Config:
     # training
     steps: int = 400  # of every run
     batch_tokens: int = 4096  # tokens a step
-    curriculum: float = 0.35  # share of the steps on the first training group alone
-    lr_grid: str = "0.01,0.03"  # of Muon; the best on validation at the first seed is used for all
+    curriculum: float = 0.35  # share of the steps on the first training group alone, few items
+    lr_grid: str = "0.01,0.02"  # of Muon; the best on validation at the first seed is used for all
     adam_lr: float = 0.15  # rate of AdamW (embeddings, biases, norms), as a share of Muon's
     lr_schedule: str = "cosine"  # cosine (to a tenth of the peak) | constant
     lr_warmup: float = 0.06  # share of all steps with a linearly rising rate
+    lambda_gate: float = 1.0  # cost of undecided write gates; rises from 0 in the second half
     grad_clip: float = 1.0  # global gradient norm
     log_every_steps: int = 100  # a row of the history, with accuracy on validation
     # hardware
@@ -121,16 +123,19 @@ class Config:
     seed_list = property(lambda self: numbers("seeds", self.seeds, int))
     length_list = property(lambda self: sorted(numbers("lengths", self.lengths, int)))
     rates = property(lambda self: numbers("lr_grid", self.lr_grid, float))
-    longest = property(lambda self: max(length for length, _ in train_groups(self)))
+    longest = property(lambda self: max(length for task in TASKS
+                                        for length, _ in train_groups(self, task)))
 
     def __post_init__(self) -> None:
         check_types(self)
         w, lengths, heads = self.window, self.length_list, self.num_heads
-        trained = numbers("train_lengths", self.train_lengths, int)
+        trained = specs("train", self.train)
         check_values(self, (
-            ("window symbols alphabet kinds items pairs train_rows valid_rows hidden_size "
-             "num_layers num_heads mlp_width mem_slots mem_width num_reads knn_width knn_top_k "
-             "steps batch_tokens adam_lr grad_clip log_every_steps", lambda x: x > 0, "above 0"),
+            ("window symbols mqar_symbols alphabet kinds items pairs train_rows valid_rows "
+             "hidden_size num_layers num_heads mlp_width mem_slots mem_width num_reads knn_width "
+             "knn_top_k steps batch_tokens adam_lr grad_clip log_every_steps",
+             lambda x: x > 0, "above 0"),
+            ("lambda_gate", lambda x: x >= 0, "0 or more"),
             ("test_rows", lambda x: x >= 2, "2 or more, to swap memories between rows"),
             ("data_seed", lambda x: 0 <= x < 2**32, "from 0 to 2**32 - 1"),
             ("curriculum lr_warmup", lambda x: 0 <= x <= 1, "from 0 to 1"),
@@ -140,15 +145,19 @@ class Config:
              "a comma-separated choice of " + ", ".join(ARMS)),
             ("seeds", lambda _: all(0 <= s < 2**32 for s in self.seed_list), "0 or more"),
             ("lr_grid", lambda _: all(rate > 0 for rate in self.rates), "above 0"),
-            ("window", lambda x: x % 8 == 0, "a multiple of 8: then no pair straddles a block"),
+            ("window", lambda x: x % 8 == 0 and x > 8, "a multiple of 8, and at least 16"),
+            ("alphabet", lambda x: x <= 32_000, "at most 32000"),
             ("hidden_size", lambda x: x % heads == 0, f"divisible by num_heads ({heads})"),
             ("lengths", lambda _: all(x % w == 0 and x >= w for x in lengths),
              f"multiples of window ({w}), at least {w}, the minimum of every task"),
             ("lengths", lambda _: max(lengths) <= 32_000, "at most 32000"),
-            ("train_lengths", lambda _: all(x % w == 0 and w <= x <= 32_000 for x in trained),
-             f"multiples of window ({w}), from {w} to 32000"),
-            ("symbols", lambda x: 2 * self.pairs <= x <= 32_000 and x % 2 == 0,
+            ("train", lambda _: all(x % w == 0 and w <= x <= 32_000 and items >= 0
+                                    for x, items in trained),
+             f"multiples of window ({w}), from {w} to 32000, each with :items or without"),
+            ("mqar_symbols", lambda x: 2 * self.pairs <= x <= 32_000 and x % 2 == 0,
              f"even, at least twice pairs ({self.pairs}), at most 32000"),
+            ("symbols", lambda x: max(self.items, w) <= x <= 32_000,
+             f"from {max(self.items, w)} to 32000: those of a pattern differ"),
             ("kinds", lambda x: x <= 1000, "at most 1000"),
             ("lr_schedule", ("cosine", "constant").__contains__, "cosine or constant"),
             ("scan", ("auto", "eager", "fused").__contains__, "auto, eager or fused"),
@@ -156,14 +165,14 @@ class Config:
         for name in ("mqar_train", "mqar_test"):
             for length, count in specs(name, getattr(self, name)):
                 require(length % w == 0 and 0 < 4 * count <= length <= 32_000
-                        and 2 * count <= self.symbols, name, f"{length}:{count}",
+                        and 2 * count <= self.mqar_symbols, name, f"{length}:{count}",
                         f"a multiple of window ({w}) that holds the pairs (two tokens each) and "
                         "as many questions with room between: length >= 4 * pairs")
 
 # What --full changes: every task, every seed, Zoology's 8,192 symbols and number of rows.
 FULL = dict(
     tasks="copy,associative_recall,mqar,repeat_copy,brackets,repeats,random", seeds="0,1,2,3,4",
-    symbols=8192, mqar_train="64:4,128:8,256:16,256:32,256:64", train_rows=20_000, steps=900)
+    mqar_symbols=8192, mqar_train="64:4,128:8,256:16,256:32,256:64", train_rows=20_000, steps=1100)
 
 def words(text: str) -> list[str]:
     """ "a, b" -> ["a", "b"]."""
@@ -180,12 +189,14 @@ def numbers(field: str, text: str, kind: type) -> list:
     return found
 
 def specs(field: str, text: str) -> list[tuple[int, int]]:
-    """ "64:4,128:8" -> [(64, 4), (128, 8)]. Raises ValueError naming the field."""
+    """ "64:4,128" -> [(64, 4), (128, 0)]: lengths and items. Raises ValueError naming the field."""
     try:
-        return [tuple(int(x) for x in word.split(":", 1)) for word in words(text) if ":" in word or
-                int(word + ":")]
+        pairs = [(word if ":" in word else word + ":0").split(":") for word in words(text)]
+        found = [(int(length), int(items)) for length, items in pairs]
     except ValueError:
-        raise ValueError(f"{field} = {text!r}: must be length:pairs, as in 64:4,128:8") from None
+        found = []
+    require(bool(found), field, text, "lengths, each with :items or without, as in 64:4,128:8")
+    return found
 
 # ══ Tasks ════════════════════════════════════════════════════════════════════════════════════════
 # Tokens below FIRST are the same in every task. Filler is random, so that it is no blank: a memory
@@ -204,7 +215,8 @@ class Rows(NamedTuple):
 
 def vocabulary(task: str, config: Config) -> int:
     """V of a task: fillers and markers, then its symbols."""
-    sizes = {"brackets": 2 * config.kinds, "repeats": config.alphabet, "random": config.alphabet}
+    sizes = {"mqar": config.mqar_symbols, "brackets": 2 * config.kinds, "repeats": config.alphabet,
+             "random": config.alphabet}
     return FIRST + sizes.get(task, config.symbols)
 
 def spans(length: int, config: Config) -> tuple[int, int, int]:
@@ -226,17 +238,18 @@ def distinct(rng, n: int, count: int, high: int) -> np.ndarray:
     """(n, count) numbers below high, none twice in a row."""
     return np.stack([rng.choice(high, count, replace=False) for _ in range(n)])
 
-def copy(rng, n: int, length: int, config: Config, pairs: int = 0) -> Rows:
-    """A pattern, filler, the pattern again; each symbol is predicted from the one before it.
-    The pattern has `items` symbols, at most three quarters of what its part of the row holds.
+def copy(rng, n: int, length: int, config: Config, items: int = 0) -> Rows:
+    """A pattern, filler, the pattern again; each symbol is predicted from the one before it. It has
+    `items` symbols, at most three quarters of what its part of the row holds, none twice: the
+    symbol before decides what follows.
 
         inputs   START a b c . . . . . RECALL a b c . .
         answers                        a      b c        scored at RECALL, a, b
     """
     quiz, study_size, quiz_size = spans(length, config)
-    count = min(config.items, study_size * 3 // 4)
+    count = min(items or config.items, study_size * 3 // 4)
     inputs = blank(rng, n, length)
-    pattern = rng.integers(FIRST, FIRST + config.symbols, (n, count))
+    pattern = FIRST + distinct(rng, n, count, config.symbols)
     first = rng.integers(0, study_size - count, n)  # the block holds marker and pattern whole
     again = quiz + rng.integers(0, quiz_size - count, n)
     put(inputs, first, np.full((n, 1), START))
@@ -244,7 +257,7 @@ def copy(rng, n: int, length: int, config: Config, pairs: int = 0) -> Rows:
     put(inputs, again, np.full((n, 1), RECALL))
     return Rows(inputs, put(inputs, again + 1, pattern) - 1, pattern, source)
 
-def repeat_copy(rng, n: int, length: int, config: Config, pairs: int = 0) -> Rows:
+def repeat_copy(rng, n: int, length: int, config: Config, items: int = 0) -> Rows:
     """A pattern of items / 2 symbols and up to three copies, each in a block of its own, so that
     not even the copy before is within the window. departs from NTM: the number of copies is shown
     by the markers, not asked for; within a window it could be counted.
@@ -254,9 +267,10 @@ def repeat_copy(rng, n: int, length: int, config: Config, pairs: int = 0) -> Row
     """
     quiz, study_size, quiz_size = spans(length, config)
     blocks = length // config.window
-    count, copies = min(config.items // 2 or 1, study_size * 3 // 8), max(1, min(3, blocks - 1))
+    count = min(items or config.items // 2 or 1, study_size * 3 // 8)
+    copies = max(1, min(3, blocks - 1))
     inputs = blank(rng, n, length)
-    pattern = rng.integers(FIRST, FIRST + config.symbols, (n, count))
+    pattern = FIRST + distinct(rng, n, count, config.symbols)
     first = rng.integers(0, study_size - count, n)
     put(inputs, first, np.full((n, 1), START))
     source, at, before = put(inputs, first + 1, pattern), [], []
@@ -270,27 +284,28 @@ def repeat_copy(rng, n: int, length: int, config: Config, pairs: int = 0) -> Row
     at, before = np.concatenate(at, axis=1), np.concatenate(before, axis=1)  # (n, copies * count)
     return Rows(inputs, at, np.tile(pattern, copies), before)
 
-def associative_recall(rng, n: int, length: int, config: Config, pairs: int = 0) -> Rows:
-    """Items of three symbols; each question is an item, its answer the item that followed it. Three
-    questions a row (one in rows of one block), about pairs of items that do not overlap, so that
-    no answer has been shown before in the quiz part.
+def associative_recall(rng, n: int, length: int, config: Config, items: int = 0) -> Rows:
+    """Items of three symbols, none twice; each question is an item, its answer the item that
+    followed it. Three questions a row (one in rows of one block), about pairs of items that do not
+    overlap, so that no answer has been shown before in the quiz part.
 
         inputs   ITEM a b c ITEM d e f . . . QUERY a b c d e f .
         answers                                        d e f     scored at c, d, e
     """
     quiz, study_size, quiz_size = spans(length, config)
-    count, questions = study_size // 4, min((study_size // 4 - 1) // 2, quiz_size // 7)
+    count = min(max(3, items or study_size), study_size // 4)
+    questions = min((count - 1) // 2, quiz_size // 7)
     require(questions > 0, "window", config.window, "at least 32 for associative_recall")
     inputs = blank(rng, n, length)
-    items = rng.integers(FIRST, FIRST + config.symbols, (n, count, 3))
-    shown = np.concatenate([np.full((n, count, 1), ITEM), items], axis=2)  # (n, count, 4)
+    drawn = FIRST + distinct(rng, n, 3 * count, config.symbols).reshape(n, count, 3)
+    shown = np.concatenate([np.full((n, count, 1), ITEM), drawn], axis=2)  # (n, count, 4)
     inputs[:, : 4 * count] = shown.reshape(n, -1)
     pairs_of = distinct(rng, n, questions, (count - 1) // 2)
     asked = 2 * pairs_of + rng.integers(0, 2, (n, 1))  # (n, questions) items; (0, 1) or (1, 2), …
     rows, steps, at, source = np.arange(n)[:, None], np.arange(3), [], []
     start = quiz + rng.integers(0, quiz_size - 7 * questions + 1, n)
     for i in range(questions):
-        question, answer = items[rows[:, 0], asked[:, i]], items[rows[:, 0], asked[:, i] + 1]
+        question, answer = drawn[rows[:, 0], asked[:, i]], drawn[rows[:, 0], asked[:, i] + 1]
         marker = np.full((n, 1), QUERY)
         columns = put(inputs, start + 7 * i, np.concatenate([marker, question, answer], axis=1))
         at.append(columns[:, 3:6])
@@ -298,9 +313,9 @@ def associative_recall(rng, n: int, length: int, config: Config, pairs: int = 0)
     at, source = np.concatenate(at, axis=1), np.concatenate(source, axis=1)  # (n, 3 * questions)
     return Rows(inputs, at, inputs[rows, source], source)
 
-def mqar(rng, n: int, length: int, config: Config, pairs: int = 0) -> Rows:
+def mqar(rng, n: int, length: int, config: Config, items: int = 0) -> Rows:
     """Multi-query associative recall (Zoology, Arora et al. 2023, arXiv 2312.04927): key-value
-    pairs, then every key once; keys and values are halves of the symbols. With `pairs` the
+    pairs, then every key once; keys and values are halves of the symbols. With `items` the
     questions lie anywhere behind the pairs, uniformly; without, in the last block, and there are
     `config.pairs`, fewer in short rows. A pair starts at an even position: no block divides it.
 
@@ -308,9 +323,9 @@ def mqar(rng, n: int, length: int, config: Config, pairs: int = 0) -> Rows:
     """
     w, blocks = config.window, length // config.window
     room = w // 8 if blocks == 1 else w // 4 if blocks == 2 else w // 2 * ((blocks - 1) // 2)
-    count = pairs or min(config.pairs, room, w)
-    start = 2 * count if pairs else spans(length, config)[0]
-    half = config.symbols // 2
+    count = items or min(config.pairs, room, w)
+    start = 2 * count if items else spans(length, config)[0]
+    half = config.mqar_symbols // 2
     inputs = blank(rng, n, length)
     keys, values = distinct(rng, n, count, half), distinct(rng, n, count, half) + half
     inputs[:, : 2 * count] = np.stack([keys, values], axis=2).reshape(n, -1) + FIRST
@@ -319,7 +334,7 @@ def mqar(rng, n: int, length: int, config: Config, pairs: int = 0) -> Rows:
     np.put_along_axis(inputs, at, np.take_along_axis(keys, order, axis=1) + FIRST, axis=1)
     return Rows(inputs, at, np.take_along_axis(values, order, axis=1) + FIRST, 2 * order + 1)
 
-def repeats(rng, n: int, length: int, config: Config, pairs: int = 0) -> Rows:
+def repeats(rng, n: int, length: int, config: Config, items: int = 0) -> Rows:
     """Some elements, each one to four times, in any order; which came last, how often was each?
     LAST is asked first, when no element has been shown again; answers are never shown.
 
@@ -327,7 +342,7 @@ def repeats(rng, n: int, length: int, config: Config, pairs: int = 0) -> Rows:
         answers                        b      2       1       3
     """
     quiz, study_size, quiz_size = spans(length, config)
-    count = min((study_size - 1) // 4, (quiz_size - 1) // 2, 6, config.alphabet)
+    count = min((study_size - 1) // 4, (quiz_size - 1) // 2, items or 6, 6, config.alphabet)
     inputs = blank(rng, n, length)
     elements = distinct(rng, n, count, config.alphabet) + FIRST
     often = rng.integers(1, 5, (n, count))
@@ -348,7 +363,7 @@ def repeats(rng, n: int, length: int, config: Config, pairs: int = 0) -> Rows:
         source[row] = [begin + len(shown) - 1, *(last[token] for token in elements[row, order])]
     return Rows(inputs, at, answers, source)
 
-def brackets(rng, n: int, length: int, config: Config, pairs: int = 0) -> Rows:
+def brackets(rng, n: int, length: int, config: Config, items: int = 0) -> Rows:
     """Dyck-k: a word that leaves eight brackets open (at most two pairs closed on the way, depth at
     most ten, length at most half a block), filler, and the eight closing brackets, innermost first.
 
@@ -356,7 +371,7 @@ def brackets(rng, n: int, length: int, config: Config, pairs: int = 0) -> Rows:
         answers                        }     )       scored at CLOSE, }
     """
     quiz, study_size, quiz_size = spans(length, config)
-    count = min(8, study_size // 2, quiz_size - 1)
+    count = min(items or 8, 8, study_size // 2, quiz_size - 1)
     inner = min(2, (study_size - 1 - count) // 2)
     inputs = blank(rng, n, length)
     at, answers, source = (np.zeros((n, count), dtype=int) for _ in range(3))
@@ -379,7 +394,7 @@ def brackets(rng, n: int, length: int, config: Config, pairs: int = 0) -> Rows:
         at[row] = start[row] + np.arange(count)
     return Rows(inputs, at, answers, source)
 
-def random(rng, n: int, length: int, config: Config, pairs: int = 0) -> Rows:
+def random(rng, n: int, length: int, config: Config, items: int = 0) -> Rows:
     """Random tokens, the control on which nothing may help: the next token in the last half block.
 
         inputs   d a c c b a d b        answers at the third last: a, d, b
@@ -391,11 +406,10 @@ def random(rng, n: int, length: int, config: Config, pairs: int = 0) -> Rows:
 TASKS = {task.__name__: task for task in (
     copy, associative_recall, mqar, repeat_copy, brackets, repeats, random)}
 
-def train_groups(config: Config, task: str = "mqar") -> list[tuple[int, int]]:
-    """(length, pairs) of the training groups of a task; pairs is 0 but for mqar."""
-    if task == "mqar":
-        return specs("mqar_train", config.mqar_train)
-    return [(length, 0) for length in numbers("train_lengths", config.train_lengths, int)]
+def train_groups(config: Config, task: str) -> list[tuple[int, int]]:
+    """(length, items) of the training groups of a task; items 0 is as many as the task has."""
+    return specs("mqar_train", config.mqar_train) if task == "mqar" else specs(
+        "train", config.train)
 
 def context_free(train: list[dict], test: dict) -> tuple[float, float]:
     """Accuracy and loss (nats) on a test group of the best predictor that knows no context: the
@@ -417,9 +431,9 @@ def context_free(train: list[dict], test: dict) -> tuple[float, float]:
     return right / asked.numel(), loss / asked.numel()
 
 # ══ Data on disk ═════════════════════════════════════════════════════════════════════════════════
-SHAPING = ("window", "symbols", "alphabet", "kinds", "items", "pairs", "data_seed")
-FIELDS = {"train": (*SHAPING, "train_lengths", "mqar_train", "train_rows", "valid_rows"),
-          "test": (*SHAPING, "train_lengths", "mqar_train", "train_rows", "lengths", "mqar_test",
+SHAPING = ("window", "symbols", "mqar_symbols", "alphabet", "kinds", "items", "pairs", "data_seed")
+FIELDS = {"train": (*SHAPING, "train", "mqar_train", "train_rows", "valid_rows"),
+          "test": (*SHAPING, "train", "mqar_train", "train_rows", "lengths", "mqar_test",
                    "test_rows")}
 
 def data_fields(config: Config, part: str) -> dict:
@@ -430,18 +444,18 @@ def content_hash(groups: list[dict]) -> str:
     """sha256 over lengths and tokens of groups, whatever the container."""
     digest = hashlib.sha256()
     for group in groups:
-        digest.update(repr((group["split"], group["length"], group["pairs"])).encode())
+        digest.update(repr((group["split"], group["length"], group["items"])).encode())
         for name in Rows._fields:
             digest.update(group[name].numpy().tobytes())
     return digest.hexdigest()
 
-def make_group(task: str, split: str, length: int, pairs: int, rows: int, config: Config) -> dict:
-    """One group of rows as tensors; its seed is of data_seed, task, split, length and pairs."""
+def make_group(task: str, split: str, length: int, items: int, rows: int, config: Config) -> dict:
+    """One group of rows as tensors; its seed is of data_seed, task, split, length and items."""
     place = [config.data_seed, [*TASKS].index(task), ("train", "valid", "test").index(split)]
-    rng = np.random.default_rng([*place, length, pairs])
-    made = TASKS[task](rng, rows, length, config, pairs)
+    rng = np.random.default_rng([*place, length, items])
+    made = TASKS[task](rng, rows, length, config, items)
     tensors = {name: torch.from_numpy(x.astype(np.int16)) for name, x in made._asdict().items()}
-    return {"split": split, "length": length, "pairs": pairs} | tensors
+    return {"split": split, "length": length, "items": items} | tensors
 
 def save(payload: dict, path: Path) -> None:
     """torch.save under a temporary name, then renamed. Raises ValueError when it cannot be."""
@@ -510,8 +524,8 @@ def generate(config: Config) -> None:
 def train_part(config: Config, task: str) -> list[dict]:
     """Training and validation groups of a task."""
     rows = config.train_rows
-    return [make_group(task, split, length, pairs, count, config)
-            for split in ("train", "valid") for i, (length, pairs) in
+    return [make_group(task, split, length, items, count, config)
+            for split in ("train", "valid") for i, (length, items) in
             enumerate(train_groups(config, task))
             for count in [config.valid_rows if split == "valid" else rows if i else 5 * rows]]
 
@@ -522,8 +536,8 @@ def test_part(config: Config, task: str) -> list[dict]:
     cells = [(length, 0) for length in config.length_list]
     cells += specs("mqar_test", config.mqar_test) if task == "mqar" else []
     groups = []
-    for length, pairs in cells:
-        group = make_group(task, "test", length, pairs, config.test_rows, config)
+    for length, items in cells:
+        group = make_group(task, "test", length, items, config.test_rows, config)
         chance, chance_loss = context_free(train, group)
         gap = (group["at"] - group["source"]).double() / config.window  # (n, Q)
         gap = gap * 0 + max(0.5, length / config.window - 1) if task == "random" else gap
@@ -543,9 +557,9 @@ class KNNTrace(NamedTuple):
     write_slots: torch.Tensor  # (B, T), the place of each
 
 class KNNStore(nn.Module):
-    """Every token's representation (key) and hidden state (value); a query reads the softmax over
-    its nearest `top_k` keys by cosine, of the tokens before it. Soft, because choosing the nearest
-    alone has no gradient into the keys. Adds h + read_proj(read); read_proj starts at zero."""
+    """Every token's representation (key) and hidden state, normalised (value); a query reads the
+    softmax over its nearest `top_k` keys by cosine, of the tokens before it. Soft, because choosing
+    the nearest has no gradient into the keys. Adds h + read_proj(read); it starts at zero."""
 
     def __init__(self, hidden_size: int, width: int, top_k: int):
         super().__init__()
@@ -587,17 +601,22 @@ class LongRangeModel(nn.Module):
         super().__init__()
         self.arm, C = arm, config.hidden_size
         self.block = config.longest if arm == "full" else config.window
-        torch.manual_seed(seed)
         self.controller = GPT2Model(GPT2Config(
             vocab_size=vocabulary(task, config), n_positions=self.block, n_embd=C,
             n_layer=config.num_layers, n_head=config.num_heads, n_inner=mlp_width, resid_pdrop=0.0,
             embd_pdrop=0.0, attn_pdrop=0.0, use_cache=False, bos_token_id=None, eos_token_id=None))
+        self.output = nn.Linear(C, C, bias=False)
         # Random codes of about norm 4 for the symbols, waves for the positions: "the token before"
         # is then a linear map, where from GPT-2's 0.02 both codes would first have to be learned.
-        nn.init.normal_(self.controller.wte.weight, std=0.5)
+        # A generator for each parameter: other widths must not shift the weights that arms share.
+        for i, (name, weight) in enumerate(self.named_parameters()):
+            if weight.dim() == 2:
+                std = 0.5 if "wte" in name else 0.02 / math.sqrt(
+                    2 * config.num_layers if "c_proj" in name else 1)
+                own = torch.Generator().manual_seed(1000 * seed + i)
+                weight.data.normal_(0, std, generator=own)
         self.controller.wpe.weight.data = 0.5 * waves(self.block, C)
-        self.output = nn.Linear(C, C, bias=False)
-        nn.init.normal_(self.output.weight, std=0.02)
+        torch.manual_seed(seed)
         self.memory = None
         if arm == "knn_store":
             self.memory = KNNStore(C, config.knn_width, config.knn_top_k)
@@ -620,13 +639,11 @@ class LongRangeModel(nn.Module):
         return None if self.memory is None else self.memory.init_state(rows)
 
     def hidden(self, tokens: torch.Tensor, state):
-        """tokens (B, L), L at most one block or a multiple of it -> (B, L, C), the state."""
+        """tokens (B, L), L at most one block or a multiple of it -> (B, L, C), state, trace."""
         B, L = tokens.shape
         blocks = tokens.reshape(-1, min(self.block, L))  # (B * blocks, block)
         h = self.controller(input_ids=blocks).last_hidden_state.reshape(B, L, -1)  # (B, L, C)
-        if self.memory is not None:
-            h, state, _ = self.memory(h, state)
-        return h, state
+        return (h, None, None) if self.memory is None else self.memory(h, state)
 
     def logits(self, h: torch.Tensor) -> torch.Tensor:
         """h (M, C) of the scored positions -> (M, V)."""
@@ -723,16 +740,23 @@ def train_run(config: Config, job: Job) -> str:
             param_group["lr"] = peak * learning_rate(step, config.steps, schedule)
         tokens, at, answers = (group[name][rows].long().to(device())
                                for name in ("inputs", "at", "answers"))  # (B, L), (B, Q), (B, Q)
-        h, _ = model.hidden(tokens, model.init_state(len(tokens)))
+        h, _, trace = model.hidden(tokens, model.init_state(len(tokens)))
         picked = h.gather(1, at.unsqueeze(2).expand(-1, -1, h.shape[2]))  # (B, Q, C)
         loss = F.cross_entropy(model.logits(picked.flatten(0, 1)), answers.flatten())
+        run_loss += loss.item() / config.log_every_steps
+        if job.arm == "dnc":
+            # Short rows never punish what writing a little at each filler does to long ones. Late:
+            # a cost that comes before recall is learned closes the gate for good. Of being
+            # undecided: a cost of writing is evaded by small gates and large vectors, and the
+            # slots so written count as free.
+            cost = config.lambda_gate * max(0.0, 2 * step / config.steps - 1)
+            loss = loss + cost * (trace.write_gate * (1 - trace.write_gate)).mean()
         for optimizer in both:
             optimizer.zero_grad(set_to_none=True)
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip)
         for optimizer in both:
             optimizer.step()
-        run_loss += loss.item() / config.log_every_steps
         if (step + 1) % config.log_every_steps == 0 or step + 1 == config.steps:
             found = [score(model, group, config) for group in valid]
             history.append({"step": step + 1, "loss": run_loss} | {
@@ -836,11 +860,11 @@ def score(model: LongRangeModel, group: dict, config: Config, swap: bool = False
     for rows in rows_at_once:
         tokens, at, answers = (group[name][rows].long().to(device())
                                for name in ("inputs", "at", "answers"))
-        state = model.init_state(len(rows), 2 * group["pairs"])
+        state = model.init_state(len(rows), 2 * group["items"])
         for start, end in zip(cuts, cuts[1:], strict=False):
             if swap and end == L:
                 state = map_state(lambda tensor: tensor.roll(1, 0), state)
-            h, state = model.hidden(tokens[:, start:end], state)
+            h, state, _ = model.hidden(tokens[:, start:end], state)
             row, question = ((at >= start) & (at < end)).nonzero(as_tuple=True)
             if len(row) and (end == L or not swap):
                 logits = model.logits(h[row, at[row, question] - start])  # (M, V)
@@ -860,7 +884,9 @@ def measure_run(config: Config, job: Job) -> list[dict]:
     model.load_state_dict(payload["model_state_dict"])
     model.eval()
     rows, parameters = [], count_parameters(model)
-    for group in load_data(config, job.task, "test")[0]:
+    groups = load_data(config, job.task, "test")[0]
+    score(model, groups[0], config)  # compiles what is compiled: not to be timed
+    for group in groups:
         L = group["length"]
         if job.arm == "full" and L > model.block:
             continue  # its positions end where training ended
@@ -873,7 +899,7 @@ def measure_run(config: Config, job: Job) -> list[dict]:
             round(group["distance"], 3), "accuracy": found["accuracy"], "loss": found["val_loss"],
             "chance": group["chance"], "parameters": parameters,
             "tokens_per_s": round(found["tokens_per_s"]), "chance_loss": group["chance_loss"],
-            "least_distance_windows": round(group["least"], 3), "pairs": group["pairs"],
+            "least_distance_windows": round(group["least"], 3), "items": group["items"],
             "questions": group["at"].shape[1], "swapped_accuracy": swapped, "lr": job.lr,
             "val_accuracy": payload["val_accuracy"], "memory_bytes": found["memory_bytes"],
             "attention_bytes": context, "train_seconds": round(payload["seconds"], 1)})
@@ -914,7 +940,7 @@ def device_name() -> str:
     return f"{platform.processor() or platform.machine()}, one thread a run"
 
 # ══ Comparison and plot ══════════════════════════════════════════════════════════════════════════
-# 97.5 % points of Student's t for 1, 2, … degrees of freedom; beyond, the normal's.
+# 97.5 % points of Student's t for 1 to 9 degrees of freedom; beyond, the last, which is too wide.
 STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 CELL = 11
 
@@ -924,7 +950,7 @@ def mean_and_half(values: list[float]) -> tuple[float, float]:
     if not free:
         return mean, math.nan
     spread = math.sqrt(sum((x - mean) ** 2 for x in values) / free / len(values))
-    return mean, spread * (STUDENT[free - 1] if free <= len(STUDENT) else 1.96)
+    return mean, spread * STUDENT[min(free, len(STUDENT)) - 1]
 
 def effective_context(distances: list[float], accuracy: list[float], chance: list[float]) -> str:
     """The distance (windows) at which accuracy is half-way from that at the least distance down to
@@ -937,7 +963,7 @@ def effective_context(distances: list[float], accuracy: list[float], chance: lis
             way = (share[i - 1] - share[0] / 2) / (share[i - 1] - share[i])
             near, far = math.log(distances[i - 1]), math.log(distances[i])
             return f"{math.exp(near + way * (far - near)):.1f}"
-    return f"> {distances[-1]:.0f}"
+    return f"> {distances[-1]:.3g}"
 
 def cells_of(rows: list[dict], **fields) -> list[dict]:
     return [row for row in rows if all(row[name] == value for name, value in fields.items())]
@@ -945,7 +971,7 @@ def cells_of(rows: list[dict], **fields) -> list[dict]:
 def print_task(task: str, rows: list[dict], config: Config) -> None:
     """One task: accuracy by length and distance, every arm, chance, memory swapped."""
     print(f"\n{RULE}\n  {task} — accuracy on scored tokens in %, by distance\n{RULE}")
-    mine = cells_of(rows, task=task, pairs=0)
+    mine = cells_of(rows, task=task, items=0)
     lengths = sorted({row["length"] for row in mine})
     by_length = {length: cells_of(mine, length=length)[0] for length in lengths}
     head = "".join(f"{length:>{CELL},}" for length in lengths)
@@ -964,7 +990,7 @@ def print_task(task: str, rows: list[dict], config: Config) -> None:
                         if row["swapped_accuracy"] is not None] for x in lengths]
             print(f"  {'  another row’s':<20}" + "".join(map(percent, swapped)))
     print(f"  {'chance':<20}" + "".join(percent([row["chance"]]) for row in by_length.values()))
-    if zoology := [row for row in cells_of(rows, task=task) if row["pairs"]]:
+    if zoology := [row for row in cells_of(rows, task=task) if row["items"]]:
         print_zoology(zoology, config)
 
 def percent(values: list[float]) -> str:
@@ -977,17 +1003,17 @@ def percent(values: list[float]) -> str:
 
 def print_zoology(rows: list[dict], config: Config) -> None:
     """Zoology's own test: questions anywhere behind the pairs, as many slots as twice the pairs."""
-    cells = list(dict.fromkeys((row["length"], row["pairs"]) for row in rows))
+    cells = list(dict.fromkeys((row["length"], row["items"]) for row in rows))
     print("\n  Zoology's test: questions anywhere behind the pairs; DNC slots at least 2 x pairs")
     print(f"  {'length:pairs':<20}" + "".join(f"{f'{a}:{b}':>{CELL}}" for a, b in cells))
     for arm in config.arm_list:
-        found = [[row["accuracy"] for row in cells_of(rows, arm=arm, length=a, pairs=b)]
+        found = [[row["accuracy"] for row in cells_of(rows, arm=arm, length=a, items=b)]
                  for a, b in cells]
         print(f"  {arm:<20}" + "".join(map(percent, found)))
 
 def print_costs(rows: list[dict], config: Config) -> None:
     """What each arm costs by length: tokens a second, and what a row has to keep."""
-    rows = cells_of(rows, pairs=0)
+    rows = cells_of(rows, items=0)
     lengths = sorted({row["length"] for row in rows})
     print(f"\n{RULE}\n  Cost by length: evaluation tokens/s; KiB a row keeps (attention, memory)\n"
           f"{RULE}\n  {'length, tokens':<20}" + "".join(f"{x:>{CELL},}" for x in lengths))
@@ -1023,7 +1049,7 @@ def plot(config: Config) -> None:
     size = (3.6 * (len(tasks) + 1), 7)
     with dark_figure(path, 2, len(tasks) + 1, size, squeeze=False) as (figure, axes):
         for column, task in enumerate(tasks):
-            mine = cells_of(rows, task=task, pairs=0)
+            mine = cells_of(rows, task=task, items=0)
             for axis, key in zip(axes[:, column], ("accuracy", "loss"), strict=True):
                 for arm in config.arm_list:
                     draw(axis, cells_of(mine, arm=arm), key, colors[arm], arm)
@@ -1031,23 +1057,29 @@ def plot(config: Config) -> None:
                                                     "chance_loss"]) for row in mine})
                 axis.plot(*zip(*flat, strict=True), color="white", ls=":", lw=1, label="chance")
                 axis.axvline(config.longest, color="gray", lw=0.8, ls="--")
-                axis.set(xscale="log", xlabel="length, tokens")
-                axis.grid(alpha=0.2)
+                label_lengths(axis, [length for length, _ in flat])
             axes[0, column].set(title=task, ylim=(-0.03, 1.03))
             axes[1, column].set(ylim=(0, None))
         axes[0, 0].set(ylabel="accuracy on scored tokens")
         axes[1, 0].set(ylabel="loss (nats / scored token)")
         axes[0, 0].legend(fontsize=8)
         costs = [row | {"kept": (row["attention_bytes"] + row["memory_bytes"]) / 1024}
-                 for row in cells_of(rows, task=tasks[0], pairs=0)]
+                 for row in cells_of(rows, task=tasks[0], items=0)]
         for axis, key, label in ((axes[0, -1], "tokens_per_s", "evaluation tokens/s"),
                                  (axes[1, -1], "kept", "KiB that a row keeps")):
             for arm in config.arm_list:
                 draw(axis, cells_of(costs, arm=arm), key, colors[arm], arm)
-            axis.set(xscale="log", yscale="log", xlabel="length, tokens", title=label)
-            axis.grid(alpha=0.2)
+            axis.set(yscale="log", title=label)
+            label_lengths(axis, sorted({row["length"] for row in costs}))
         figure.suptitle(f"Trained to {config.longest} tokens (dashed), window {config.window}, "
                         f"{len(config.seed_list)} seed(s); band: 95 % over seeds", fontsize=11)
+
+def label_lengths(axis, lengths: list[int]) -> None:
+    """A logarithmic axis of lengths, with the lengths themselves as its ticks."""
+    axis.set_xscale("log", base=2)
+    axis.set_xticks(lengths, [str(length) for length in lengths], fontsize=7, rotation=45)
+    axis.set_xlabel("length, tokens")
+    axis.grid(alpha=0.2)
 
 def draw(axis, rows: list[dict], key: str, color: str, label: str) -> None:
     """Mean over seeds against length, with its interval where there is one."""
@@ -1073,9 +1105,10 @@ def print_banner(config: Config, full: bool) -> None:
           f"  versions  Python {platform.python_version()}, torch {torch.__version__}, "
           f"transformers {transformers.__version__}")
     if not full:
-        print(f"  reduced   {config.symbols:,} symbols, {config.steps} steps a run, without "
-              f"{', '.join(left_out) or 'nothing'};\n            --full: all tasks, five seeds, "
-              "8,192 symbols, 900 steps")
+        print(f"  reduced   mqar of {config.mqar_symbols:,} symbols, {config.steps} steps a run, "
+              f"without {', '.join(left_out) or 'nothing'};\n"
+              f"            --full: all tasks, five seeds, mqar of {FULL['mqar_symbols']:,}, "
+              f"{FULL['steps']:,} steps")
     fields = [f"{key}={value}" for key, value in dataclasses.asdict(config).items()]
     print(textwrap.fill(" ".join(fields), 96, initial_indent="  config    ",
                         subsequent_indent=" " * 12, break_long_words=False))
@@ -1120,8 +1153,8 @@ def main(argv: list[str]) -> int:
         print("\nstopped; finished runs are kept. The same command goes on:\n"
               "  python long_range.py " + shlex.join(argv), file=sys.stderr)
         return 128 + number
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+    except (ValueError, OSError, MemoryError) as error:
+        print(f"error: {error or 'out of memory'}", file=sys.stderr)
         return 2
     finally:
         for number, handler in before.items():
