@@ -32,8 +32,9 @@ import long_range as lr
 # Every field that a test relies on, so that other defaults change no test. Three steps a run.
 TINY = {
     "tasks": "copy,mqar", "arms": "window,knn_store,dnc,full", "seeds": "0",
-    "lengths": "32,64,96", "window": 32, "symbols": 64, "alphabet": 16, "kinds": 4, "items": 6,
-    "pairs": 8, "train": "64:3,64,32", "mqar_train": "64:4,32:2", "mqar_test": "64:4,96:12",
+    "lengths": "32,64,96", "window": 32, "symbols": 64, "mqar_symbols": 64, "alphabet": 16,
+    "kinds": 4, "items": 6, "pairs": 8, "train": "64:3,64,32", "mqar_train": "64:4,32:2",
+    "mqar_test": "64:4,96:12",
     "train_rows": 32, "valid_rows": 8, "test_rows": 6, "data_seed": 0, "hidden_size": 16,
     "num_layers": 1, "num_heads": 2, "mlp_width": 32, "mem_slots": 16, "mem_width": 16,
     "num_reads": 1, "use_links": False, "knn_width": 16, "knn_top_k": 4, "steps": 3,
@@ -155,7 +156,7 @@ def test_task_depends_on_its_seed_alone(task):
 @every_task
 def test_task_largest_vocabulary_fits_int16(task):
     """Values as they go to disk are those that were drawn: nothing wraps around."""
-    config = large(32, symbols=32_000, kinds=1000, alphabet=32_000)
+    config = large(32, symbols=32_000, mqar_symbols=32_000, kinds=1000, alphabet=32_000)
     V = lr.vocabulary(task, config)
     assert V <= 2**15
     group = lr.make_group(task, "train", 64, 0, 200, config)
@@ -237,7 +238,7 @@ def test_associative_recall_answers_are_the_next_item(w, L, items):
 def test_mqar_answers_are_in_the_dictionary(w, L, pairs):
     config = large(w)
     rows = made("mqar", L, config, items=pairs)
-    half = config.symbols // 2
+    half = config.mqar_symbols // 2
     for tokens, at, answers, source in zip(*rows, strict=True):
         store, i = {}, 0
         while tokens[i] >= lr.FIRST and tokens[i + 1] >= lr.FIRST + half:
@@ -469,7 +470,7 @@ def test_load_data_names_the_field_that_differs(copy_data, name, value, part):
 
 @pytest.mark.parametrize("task", ["repeats", "brackets", "copy", "mqar", "random"])
 def test_context_free_equals_a_naive_count(task):
-    config = tiny(alphabet=4, symbols=24)
+    config = tiny(alphabet=4, symbols=32, mqar_symbols=24)
     train = [lr.make_group(task, "train", L, 0, 60, config) for L in (64, 32)]
     test = lr.make_group(task, "test", 96, 0, 30, config)
     counts: dict[int, Counter] = {}
@@ -1237,7 +1238,7 @@ MISTAKES = {
     "workers": (["--workers", "0"], "workers = 0"),
     "scan": (["--scan", "gpu"], "scan = 'gpu'"),
     "one test row": (["--test_rows", "1"], "test_rows = 1"),
-    "schedule": (["--lr_schedule", "step"], "lr_schedule = 'step'"),
+    "schedule": (["--lr_decay", "2"], "lr_decay = 2"),
 }  # fmt: skip
 
 
