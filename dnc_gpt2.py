@@ -141,7 +141,7 @@ class Config:
              "False without links; set use_links True as well"),
             ("text", lambda x: x.strip() and not re.search("[\ud800-\udfff]", x), "words in UTF-8"),
             ("num_gpus", lambda x: x != 2 or batch >= 2 * self.bptt_segments,
-             f"at most batch_size / bptt_segments = {batch} / {self.bptt_segments} rows"),
+             f"at most the rows, batch_size ({batch}) / bptt_segments; set num_gpus=1"),
             ("use_compile", lambda x: not x or gpus != 2, "False on two GPUs; set num_gpus=1")))
 
 # "full" repeats the shipped values of Config: a field edited away from them wins over "small".

@@ -67,7 +67,7 @@ class Config:
     tasks: str = "copy,mqar,random"  # of those that --help lists
     arms: str = "window,knn_store,dnc,full"  # of these
     seeds: str = "0"  # weights and order of the data, one run each
-    lengths: str = "32,64,96,160,288,544,4128"  # tokens of a tested row, multiples of window
+    lengths: str = "32,64,96,160,256,288,544,4128"  # tokens of a tested row, multiples of window
     # data
     window: int = 32  # tokens of a block, which attention never leaves; a multiple of 8
     symbols: int = 1024  # of copy, repeat_copy and associative_recall
@@ -76,9 +76,9 @@ class Config:
     kinds: int = 8  # kinds of brackets: chance is 1 / kinds
     items: int = 24  # symbols of copy's pattern; other tasks have what their docstrings say
     pairs: int = 32  # key-value pairs of mqar in a long row
-    train: str = "64:4,64:12,32,128,192,256"  # length[:at most so many items] of training groups
+    train: str = "64:4,32,64,96,160,256"  # length[:at most so many items] of training groups
     mqar_train: str = "64:4,128:8,256:16,256:32"  # length:pairs of mqar's training groups
-    mqar_test: str = "64:4,64:16,128:32,256:64,512:128,1024:256"  # Zoology's own test, length:pairs
+    mqar_test: str = "64:4,64:8,64:16,128:32,256:64,512:128,1024:256"  # as Zoology tests
     train_rows: int = 4000  # of every training group; of the first, five times as many
     valid_rows: int = 32  # of every training group, for the choice of the learning rate
     test_rows: int = 64  # of every tested length
@@ -100,14 +100,15 @@ class Config:
     knn_width: int = 64  # of the keys of knn_store
     knn_top_k: int = 16  # keys that a query of knn_store reads
     # training
-    steps: int = 400  # of every run
+    steps: int = 400  # of every run but those of mqar
+    mqar_steps: int = 400  # more symbols, more steps
     batch_tokens: int = 4096  # tokens a step
     curriculum: float = 0.35  # share of the steps on the first training group alone, few items
     lr_grid: str = "0.01,0.015"  # of Muon; the best on validation at the first seed is used for all
     adam_lr: float = 0.15  # rate of AdamW (embeddings, biases, norms), as a share of Muon's
     lr_warmup: float = 0.05  # share of all steps with a linearly rising rate
     lr_decay: float = 0.6  # share of the last steps, in which the rate falls linearly to zero
-    lambda_gate: float = 1.0  # cost of undecided write gates; rises from 0 in the second half
+    lambda_gate: float = 1.0  # cost of write gates, then of undecided ones; in the second half
     grad_clip: float = 1.0  # global gradient norm
     log_every_steps: int = 100  # a row of the history, with accuracy on validation
     # hardware
@@ -123,8 +124,6 @@ class Config:
     seed_list = property(lambda self: numbers("seeds", self.seeds, int))
     length_list = property(lambda self: sorted(numbers("lengths", self.lengths, int)))
     rates = property(lambda self: numbers("lr_grid", self.lr_grid, float))
-    longest = property(lambda self: max(length for task in TASKS
-                                        for length, _ in train_groups(self, task)))
 
     def __post_init__(self) -> None:
         check_types(self)
@@ -133,7 +132,7 @@ class Config:
         check_values(self, (
             ("window symbols mqar_symbols alphabet kinds items pairs train_rows valid_rows "
              "hidden_size num_layers num_heads mlp_width mem_slots mem_width num_reads knn_width "
-             "knn_top_k steps batch_tokens adam_lr grad_clip log_every_steps",
+             "knn_top_k steps mqar_steps batch_tokens adam_lr grad_clip log_every_steps",
              lambda x: x > 0, "above 0"),
             ("lambda_gate", lambda x: x >= 0, "0 or more"),
             ("test_rows", lambda x: x >= 2, "2 or more, to swap memories between rows"),
@@ -159,19 +158,27 @@ class Config:
             ("symbols", lambda x: max(self.items, w) <= x <= 32_000,
              f"from {max(self.items, w)} to 32000: those of a pattern differ"),
             ("kinds", lambda x: x <= 1000, "at most 1000"),
+            ("pairs", lambda x: x <= w, f"at most window ({w}): that many fit its quiz part"),
+            ("items", lambda x: x <= w * 3 // 4, f"at most three quarters of window ({w})"),
             ("scan", ("auto", "eager", "fused").__contains__, "auto, eager or fused"),
             ("workers", lambda x: x == "auto" or type(x) is int and x > 0, "auto, or above 0")))
         for name in ("mqar_train", "mqar_test"):
             for length, count in specs(name, getattr(self, name)):
                 require(length % w == 0 and 0 < 4 * count <= length <= 32_000
                         and 2 * count <= self.mqar_symbols, name, f"{length}:{count}",
-                        f"a multiple of window ({w}) that holds the pairs (two tokens each) and "
-                        "as many questions with room between: length >= 4 * pairs")
+                        f"a multiple of window ({w}) with room for the pairs (two tokens each) and "
+                        "the questions, length >= 4 * pairs, and mqar_symbols >= 2 * pairs")
+        for task in self.task_list if "full" in self.arm_list else ():
+            require(lengths[0] <= longest(self, task), "lengths", self.lengths, "with one of at "
+                    f"most {longest(self, task)}, where the positions of full end in {task}; or "
+                    "leave full out of --arms")
 
 # What --full changes: every task, every seed, Zoology's 8,192 symbols and number of rows.
 FULL = dict(
     tasks="copy,associative_recall,mqar,repeat_copy,brackets,repeats,random", seeds="0,1,2,3,4",
-    mqar_symbols=8192, mqar_train="64:4,128:8,256:16,256:32,256:64", train_rows=20_000, steps=1100)
+    mqar_symbols=8192, mqar_train="64:4,128:8,256:16,256:32,256:64", train_rows=20_000, steps=1100,
+    mqar_steps=2000, lr_grid="0.01,0.02", data_dir="data/full/", save_dir="checkpoints/full/",
+    plot_dir="plots/full/")
 
 def words(text: str) -> list[str]:
     """ "a, b" -> ["a", "b"]."""
@@ -315,15 +322,17 @@ def associative_recall(rng, n: int, length: int, config: Config, items: int = 0)
 def mqar(rng, n: int, length: int, config: Config, items: int = 0) -> Rows:
     """Multi-query associative recall (Zoology, Arora et al. 2023, arXiv 2312.04927): key-value
     pairs, then every key once; keys and values are halves of the symbols. With `items` the
-    questions lie anywhere behind the pairs, uniformly; without, in the last block, and there are
-    `config.pairs`, fewer in short rows. A pair starts at an even position: no block divides it.
+    questions lie anywhere behind the pairs, uniformly; without, in the last block (from five blocks
+    on in the last two), and there are `config.pairs`, fewer in shorter rows. A pair starts at an
+    even position: no block divides it. departs from Zoology: uniform distances, not a power law;
+    what is neither pair nor question is filler of 16 tokens, not one blank token.
 
         inputs   k v l w m x . . l . k . . m        answers at l: w, at k: v, at m: x
     """
     w, blocks = config.window, length // config.window
     room = w // 8 if blocks == 1 else w // 4 if blocks == 2 else w // 2 * ((blocks - 1) // 2)
     count = items or min(config.pairs, room, w)
-    start = 2 * count if items else spans(length, config)[0]
+    start = 2 * count if items else spans(length, config)[0] - w * (blocks > 4)
     half = config.mqar_symbols // 2
     inputs = blank(rng, n, length)
     keys, values = distinct(rng, n, count, half), distinct(rng, n, count, half) + half
@@ -410,22 +419,27 @@ def train_groups(config: Config, task: str) -> list[tuple[int, int]]:
     return specs("mqar_train", config.mqar_train) if task == "mqar" else specs(
         "train", config.train)
 
-def context_free(train: list[dict], test: dict) -> tuple[float, float]:
+def longest(config: Config, task: str) -> int:
+    """Tokens of the longest training row of a task."""
+    return max(length for length, _ in train_groups(config, task))
+
+def context_free(train: list[dict], test: dict, symbols: int) -> tuple[float, float]:
     """Accuracy and loss (nats) on a test group of the best predictor that knows no context: the
     frequencies of the answers in training to each kind of question, that is by the marker at which
-    it is asked, if one, else in common. One is added to each count, so that no loss is infinite."""
+    it is asked, if one, else in common. One is added to the count of each of V symbols."""
     counts = {}
     for group in train:
         asked = group["inputs"].gather(1, group["at"].long()).clamp_max(FIRST)
         for kind in asked.unique().tolist():
-            found = torch.bincount(group["answers"][asked == kind].long(), minlength=2**15)
+            found = torch.bincount(group["answers"][asked == kind].long(), minlength=symbols)
             counts[kind] = counts.get(kind, 0) + found
     asked = test["inputs"].gather(1, test["at"].long()).clamp_max(FIRST)
     right = loss = 0.0
     for kind in asked.unique().tolist():
-        answers, seen = test["answers"][asked == kind].long(), counts[kind]
+        answers = test["answers"][asked == kind].long()
+        seen = counts.get(kind, torch.zeros(symbols, dtype=torch.long))
         right += (answers == seen.argmax()).sum().item()
-        p = (seen + 1) / (seen + (seen > 0)).sum()
+        p = (seen + 1) / (seen.sum() + symbols)
         loss -= p[answers].log().sum().item()
     return right / asked.numel(), loss / asked.numel()
 
@@ -446,6 +460,8 @@ def content_hash(groups: list[dict]) -> str:
         digest.update(repr((group["split"], group["length"], group["items"])).encode())
         for name in Rows._fields:
             digest.update(group[name].numpy().tobytes())
+        for name in sorted(group.keys() - {"split", "length", "items", *Rows._fields}):
+            digest.update(f"{name}={group[name]!r}".encode())
     return digest.hexdigest()
 
 def make_group(task: str, split: str, length: int, items: int, rows: int, config: Config) -> dict:
@@ -509,16 +525,17 @@ def generate(config: Config) -> None:
             path = data_path(config, task, part)
             try:
                 groups, digest = load_data(config, task, part)
-                print(f"  kept   {path}, sha256 {digest[:12]}")
+                print(f"  kept     {path}, sha256 {digest[:12]}")
                 continue
             except ValueError as error:
                 if path.exists() and "was generated with" not in str(error):
                     raise
+            verb = "replaced" if path.exists() else "wrote"
             groups = train_part(config, task) if part == "train" else test_part(config, task)
             fields, digest = data_fields(config, part), content_hash(groups)
             save({"fields": fields, "sha256": digest, "groups": groups}, path)
             rows = sum(len(group["inputs"]) for group in groups)
-            print(f"  wrote  {path}, {rows:,} rows, sha256 {digest[:12]}", flush=True)
+            print(f"  {verb:<8} {path}, {rows:,} rows, sha256 {digest[:12]}", flush=True)
 
 def train_part(config: Config, task: str) -> list[dict]:
     """Training and validation groups of a task."""
@@ -530,18 +547,20 @@ def train_part(config: Config, task: str) -> list[dict]:
 
 def test_part(config: Config, task: str) -> list[dict]:
     """Test groups of a task, with the distance to the answers (mean and least, in windows) and the
-    accuracy and loss of chance."""
+    accuracy and loss of chance, and the share of questions in the block of their answer."""
     train = [group for group in load_data(config, task, "train")[0] if group["split"] == "train"]
     cells = [(length, 0) for length in config.length_list]
     cells += specs("mqar_test", config.mqar_test) if task == "mqar" else []
     groups = []
     for length, items in cells:
         group = make_group(task, "test", length, items, config.test_rows, config)
-        chance, chance_loss = context_free(train, group)
+        chance, chance_loss = context_free(train, group, vocabulary(task, config))
         gap = (group["at"] - group["source"]).double() / config.window  # (n, Q)
         gap = gap * 0 + max(0.5, length / config.window - 1) if task == "random" else gap
+        within = group["at"] // config.window == group["source"] // config.window
         groups.append(group | {"chance": chance, "chance_loss": chance_loss,
-                               "distance": gap.mean().item(), "least": gap.min().item()})
+                               "distance": gap.mean().item(), "least": gap.min().item(),
+                               "within": within.double().mean().item()})
     return groups
 
 # ══ Model: one trunk, and behind it nothing, a key-value store or a DNC ══════════════════════════
@@ -599,7 +618,8 @@ class LongRangeModel(nn.Module):
         from transformers import GPT2Config, GPT2Model
         super().__init__()
         self.arm, C = arm, config.hidden_size
-        self.block = config.longest if arm == "full" else config.window
+        self.block = longest(config, task) if arm == "full" else config.window
+        self.segment = longest(config, task)  # tokens between which a memory is carried
         self.controller = GPT2Model(GPT2Config(
             vocab_size=vocabulary(task, config), n_positions=self.block, n_embd=C,
             n_layer=config.num_layers, n_head=config.num_heads, n_inner=mlp_width, resid_pdrop=0.0,
@@ -690,13 +710,16 @@ def load_checkpoint(config: Config, job: Job) -> dict:
     """A finished run. Raises ValueError when it is missing, damaged, or of other fields or data."""
     path = job.path(config)
     found = load(path, "run: python long_range.py train, with the same fields")
-    require(isinstance(found, dict) and {"config", "data", "model_state_dict"} <= found.keys(),
+    require(isinstance(found, dict)
+            and {"job", "config", "data", "model_state_dict"} <= found.keys(),
             "checkpoint", str(path), "of long_range.py; delete it, or set another save_dir")
+    free = FREE_FIELDS | {"steps" if job.task == "mqar" else "mqar_steps"}
     for name, value in dataclasses.asdict(config).items():
-        if name not in FREE_FIELDS and (saved := found["config"].get(name)) != value:
+        if name not in free and (saved := found["config"].get(name)) != value:
             raise ValueError(f"checkpoint {path}: was trained with {name} = {saved!r}, this run "
                              f"has {value!r}; set --{name} {saved}, or another --save_dir")
     digest = load_data(config, job.task, "train")[1]
+    require(found["job"] == job._asdict(), "checkpoint", str(path), f"of {job}; it was renamed")
     require(found["data"] == digest, "checkpoint", str(path), f"trained on these data (sha256 "
             f"{digest[:12]}, not {found['data'][:12]}); delete it, or set another --save_dir")
     return found
@@ -704,27 +727,25 @@ def load_checkpoint(config: Config, job: Job) -> dict:
 def optimizers(model: LongRangeModel, config: Config, lr: float) -> list[torch.optim.Optimizer]:
     """Muon on the matrices, AdamW on embeddings, biases and norms. With AdamW alone nothing was
     learned in ten times the steps: docs/lab-notes.md."""
-    require(hasattr(torch.optim, "Muon"), "torch", torch.__version__, "2.9 or newer for its Muon "
-            "optimizer: pip install 'torch>=2.9,<=2.13.0'")
     tables = {id(model.controller.wte.weight), id(model.controller.wpe.weight)}
     matrices = [p for p in model.parameters() if p.dim() == 2 and id(p) not in tables]
     others = [p for p in model.parameters() if p.dim() != 2 or id(p) in tables]
     return [torch.optim.Muon(matrices, lr=lr, momentum=0.9, weight_decay=0.0),
             torch.optim.AdamW(others, lr=lr * config.adam_lr, betas=(0.9, 0.99), weight_decay=0.0)]
 
-def rate_share(progress: float, config: Config) -> float:
-    """Share of the peak rate at a progress in [0, 1). Down to zero: the size of Muon's steps does
-    not shrink with the gradient, so that what is left of the rate is left as noise."""
-    rise = (progress + 1 / config.steps) / max(config.lr_warmup, 1e-9)
-    return min(1.0, rise, (1 - progress) / max(config.lr_decay, 1e-9))
+def rate_share(step: int, steps: int, config: Config) -> float:
+    """Share of the peak rate at a step. Down to zero: the size of Muon's steps does not shrink with
+    the gradient, so that what is left of the rate is left as noise."""
+    return min(1.0, (step + 1) / max(config.lr_warmup * steps, 1e-9),
+               (1 - step / steps) / max(config.lr_decay, 1e-9))
 
-def batches(groups: list[dict], config: Config, seed: int):
+def batches(groups: list[dict], config: Config, steps: int, seed: int):
     """For each step a group and the rows of it: the same for every arm. The first group alone for
     the first share of the steps, then all in equal parts; each group's rows in a random order."""
     rng = np.random.default_rng(seed)
     queues = [np.empty(0, dtype=int) for _ in groups]
-    for step in range(config.steps):
-        i = 0 if step < config.curriculum * config.steps else rng.integers(len(groups))
+    for step in range(steps):
+        i = 0 if step < config.curriculum * steps else rng.integers(len(groups))
         count = max(1, config.batch_tokens // groups[i]["length"])
         while len(queues[i]) < count:
             queues[i] = np.concatenate([queues[i], rng.permutation(len(groups[i]["inputs"]))])
@@ -737,40 +758,44 @@ def train_run(config: Config, job: Job) -> str:
     train = [group for group in groups if group["split"] == "train"]
     valid = [group for group in groups if group["split"] == "valid"]
     model = build_model(config, job.task, job.arm, job.seed)
-    both, history, began, run_loss = optimizers(model, config, job.lr), [], time.time(), 0.0
+    both, history, losses, began = optimizers(model, config, job.lr), [], [], time.time()
     peaks = [group["lr"] for optimizer in both for group in optimizer.param_groups]
-    for step, (group, rows) in enumerate(batches(train, config, job.seed)):
+    steps = config.mqar_steps if job.task == "mqar" else config.steps
+    for step, (group, rows) in enumerate(batches(train, config, steps, job.seed)):
         for param_group, peak in zip((g for o in both for g in o.param_groups), peaks, strict=True):
-            param_group["lr"] = peak * rate_share(step / config.steps, config)
+            param_group["lr"] = peak * rate_share(step, steps, config)
         tokens, at, answers = (group[name][rows].long().to(device())
                                for name in ("inputs", "at", "answers"))  # (B, L), (B, Q), (B, Q)
         h, _, trace = model.hidden(tokens, model.init_state(len(tokens)))
         picked = h.gather(1, at.unsqueeze(2).expand(-1, -1, h.shape[2]))  # (B, Q, C)
         loss = F.cross_entropy(model.logits(picked.flatten(0, 1)), answers.flatten())
-        run_loss += loss.item() / config.log_every_steps
+        losses.append(loss.item())
         if job.arm == "dnc":
             # Short rows never punish what writing a little at each filler does to long ones. Late:
-            # a cost that comes before recall is learned closes the gate for good. Of being
-            # undecided: a cost of writing is evaded by small gates and large vectors, and the
-            # slots so written count as free.
-            cost = config.lambda_gate * max(0.0, 2 * step / config.steps - 1)
-            loss = loss + cost * (trace.write_gate * (1 - trace.write_gate)).mean()
+            # a cost that comes before recall is learned closes the gate for good. First of the gate
+            # (and of being undecided), so that fillers fall to 0; in the end of being undecided
+            # alone: small gates with large vectors evade a cost of the gate, and the slots so
+            # written count as free.
+            late, g = max(0.0, 2 * step / steps - 1), trace.write_gate  # late: 0 to 1
+            loss = loss + config.lambda_gate * late * (g * (1 - g) + (1 - late) * g).mean()
         for optimizer in both:
             optimizer.zero_grad(set_to_none=True)
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip)
         for optimizer in both:
             optimizer.step()
-        if (step + 1) % config.log_every_steps == 0 or step + 1 == config.steps:
+        if (step + 1) % config.log_every_steps == 0 or step + 1 == steps:
             found = [score(model, group, config) for group in valid]
-            history.append({"step": step + 1, "loss": run_loss} | {
+            history.append({"step": step + 1, "loss": sum(losses) / len(losses)} | {
                 k: sum(f[k] for f in found) / len(found) for k in ("accuracy", "val_loss")})
-            run_loss = 0.0
+            losses.clear()
     seconds, last = time.time() - began, history[-1]
+    if not math.isfinite(last["val_loss"]):
+        raise ValueError(f"{job}: its loss is not finite; lower rates in --lr_grid help")
     rows = sum(len(group["inputs"]) for group in train)
-    seen = config.steps * config.batch_tokens / sum(group["inputs"].numel() for group in train)
+    seen = steps * config.batch_tokens / sum(group["inputs"].numel() for group in train)
     save({"job": job._asdict(), "config": dataclasses.asdict(config), "data": digest,
-          "model_state_dict": model.state_dict(), "global_step": config.steps, "epoch": seen,
+          "model_state_dict": model.state_dict(), "global_step": steps, "epoch": seen,
           "val_accuracy": last["accuracy"], "val_loss": last["val_loss"],
           "val_ppl": math.exp(min(700, last["val_loss"])), "history": history, "seconds": seconds,
           "rows": rows}, job.path(config))
@@ -828,11 +853,15 @@ def chosen_jobs(config: Config) -> list[Job]:
 def train(config: Config) -> None:
     """Train what is not on disk yet: first every rate at the first seed, then the other seeds."""
     check_folder(config, "save_dir", 64)
+    require(hasattr(torch.optim, "Muon"), "torch", torch.__version__, "2.9 or newer for its Muon "
+            "optimizer: pip install 'torch>=2.9,<=2.13.0'")
     for task in config.task_list:  # what cannot run is said before hours of training
         load_data(config, task, "train")
         model = build_model(config, task, "dnc", 0)
         if "dnc" in config.arm_list:
-            pick_scan(config.scan, model.init_state(1), model.memory.options)
+            most = max([0, *(pairs for _, pairs in specs("mqar_test", config.mqar_test))])
+            for slots in (0, 2 * most if task == "mqar" else 0):
+                pick_scan(config.scan, model.init_state(1, slots), model.memory.options)
     for what in (first_jobs, chosen_jobs):
         jobs = what(config)
         missing = [job for job in jobs if not job.path(config).exists()]
@@ -846,25 +875,28 @@ def train(config: Config) -> None:
         run_all(train_run, config, missing, "train")
 
 # ══ Evaluation ═══════════════════════════════════════════════════════════════════════════════════
-EVAL_ROWS = 16  # at once
+EVAL_TOKENS = 4096  # at once
 
 @torch.no_grad()
 def score(model: LongRangeModel, group: dict, config: Config, swap: bool = False) -> dict:
-    """Accuracy and val_loss of a group of rows, memory carried from segment to segment, with
-    tokens_per_s. With `swap` each row meets the last window with the memory of the row before it;
-    only that window is scored then."""
+    """Accuracy and val_loss of a group of rows (NaN where nothing is asked), memory carried from
+    segment to segment, with tokens_per_s. With `swap` each row meets the last window with the
+    memory of the row before it; only that window is scored then."""
     L, w = group["length"], config.window
-    long = config.longest if model.block == w else L  # the full arm sees the row whole
-    cuts = sorted({*range(0, L - w, long), max(0, L - w), L}) if model.block == w else [0, L]
+    # The full arm sees the row whole.
+    cuts = sorted({*range(0, L - w, model.segment), max(0, L - w), L}) if model.block == w else [
+        0, L]
+    slots = 2 * group["items"] if group["split"] == "test" else 0
     right = loss = count = 0
     began = time.perf_counter()
-    rows_at_once = torch.arange(len(group["inputs"])).split(EVAL_ROWS)
+    rows_at_once = torch.arange(len(group["inputs"])).split(
+        max(2, EVAL_TOKENS // min(L, model.segment)))
     if len(rows_at_once) > 1 and len(rows_at_once[-1]) == 1:  # a row alone cannot be swapped
         rows_at_once = (*rows_at_once[:-2], torch.cat(rows_at_once[-2:]))
     for rows in rows_at_once:
         tokens, at, answers = (group[name][rows].long().to(device())
                                for name in ("inputs", "at", "answers"))
-        state = model.init_state(len(rows), 2 * group["items"])
+        state = model.init_state(len(rows), slots)
         for start, end in zip(cuts, cuts[1:], strict=False):
             if swap and end == L:
                 state = map_state(lambda tensor: tensor.roll(1, 0), state)
@@ -878,6 +910,7 @@ def score(model: LongRangeModel, group: dict, config: Config, swap: bool = False
                 count += len(row)
     seconds = time.perf_counter() - began
     carried = 0 if state is None else sum(x.numel() * x.element_size() for x in state) // len(rows)
+    count = count or math.nan
     return {"accuracy": right / count, "val_loss": loss / count, "memory_bytes": carried,
             "tokens_per_s": group["inputs"].numel() / seconds}
 
@@ -888,15 +921,15 @@ def measure_run(config: Config, job: Job) -> list[dict]:
     model.load_state_dict(payload["model_state_dict"])
     model.eval()
     rows, parameters = [], count_parameters(model)
-    groups = load_data(config, job.task, "test")[0]
-    score(model, groups[0], config)  # compiles what is compiled: not to be timed
+    groups = [group for group in load_data(config, job.task, "test")[0]
+              if job.arm != "full" or group["length"] <= model.block]  # its positions end there
+    for group in groups[:1]:
+        score(model, group, config)  # compiles what is compiled: not to be timed
     for group in groups:
-        L = group["length"]
-        if job.arm == "full" and L > model.block:
-            continue  # its positions end where training ended
+        L, swapped = group["length"], math.nan
         found = score(model, group, config)
-        swapped = score(model, group, config, swap=True)["accuracy"] if (
-            model.memory is not None and L > config.window) else None
+        if model.memory is not None and L > config.window:
+            swapped = score(model, group, config, swap=True)["accuracy"]
         context = 2 * config.num_layers * config.hidden_size * 4 * min(L, model.block)
         rows.append({
             "task": job.task, "arm": job.arm, "seed": job.seed, "length": L, "distance_windows":
@@ -904,7 +937,8 @@ def measure_run(config: Config, job: Job) -> list[dict]:
             "chance": group["chance"], "parameters": parameters,
             "tokens_per_s": round(found["tokens_per_s"]), "chance_loss": group["chance_loss"],
             "least_distance_windows": round(group["least"], 3), "items": group["items"],
-            "questions": group["at"].shape[1], "swapped_accuracy": swapped, "lr": job.lr,
+            "questions": group["at"].shape[1], "within_block": group["within"], "lr": job.lr,
+            "swapped_accuracy": None if math.isnan(swapped) else swapped,
             "val_accuracy": payload["val_accuracy"], "memory_bytes": found["memory_bytes"],
             "attention_bytes": context, "train_seconds": round(payload["seconds"], 1)})
     return rows
@@ -920,6 +954,7 @@ def measure(config: Config) -> list[dict]:
     for job in jobs:
         stamp = hashlib.sha256(job.path(config).read_bytes())
         stamp.update(load_data(config, job.task, "test")[1].encode())
+        stamp.update(f"{device_name()} {torch.__version__} {config.scan}".encode())
         ids[job] = stamp.hexdigest()
     missing = [job for job in jobs if ids[job] not in old]
     missing.sort(key=lambda job: (job.arm != "dnc", job.arm != "knn_store"))
@@ -946,7 +981,7 @@ def device_name() -> str:
 # ══ Comparison and plot ══════════════════════════════════════════════════════════════════════════
 # 97.5 % points of Student's t for 1 to 9 degrees of freedom; beyond, the last, which is too wide.
 STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
-CELL = 11
+CELL = 10
 
 def mean_and_half(values: list[float]) -> tuple[float, float]:
     """Mean and half the width of its 95 % interval over seeds; NaN where there is one seed."""
@@ -956,80 +991,86 @@ def mean_and_half(values: list[float]) -> tuple[float, float]:
     spread = math.sqrt(sum((x - mean) ** 2 for x in values) / free / len(values))
     return mean, spread * STUDENT[min(free, len(STUDENT)) - 1]
 
-def effective_context(distances: list[float], accuracy: list[float], chance: list[float]) -> str:
-    """The distance (windows) at which accuracy is half-way from that at the least distance down to
-    chance, interpolated in its logarithm; "> d" where it never is; "—" if nothing was learned."""
-    share = [(a - c) / max(1e-9, 1 - c) for a, c in zip(accuracy, chance, strict=True)]
-    if share[0] < 0.1:
+def effective_context(rows: list[tuple[float, float, float]]) -> str:
+    """The distance (windows) at which accuracy falls half-way from 100 % to chance, interpolated in
+    its logarithm, from (distance, accuracy, chance) of rising distance; "< d" or "> d" where it has
+    fallen at the least or never falls; "—" where nothing is known."""
+    share = [(accuracy - chance) / max(1e-9, 1 - chance) for _, accuracy, chance in rows]
+    if not share:
         return "—"
+    if share[0] <= 0.5:
+        return f"< {rows[0][0]:.3g}"
     for i in range(1, len(share)):
-        if share[i] <= share[0] / 2:
-            way = (share[i - 1] - share[0] / 2) / (share[i - 1] - share[i])
-            near, far = math.log(distances[i - 1]), math.log(distances[i])
-            return f"{math.exp(near + way * (far - near)):.1f}"
-    return f"> {distances[-1]:.3g}"
+        if share[i] <= 0.5:
+            way = (share[i - 1] - 0.5) / (share[i - 1] - share[i])
+            near, far = math.log(rows[i - 1][0]), math.log(rows[i][0])
+            return f"{math.exp(near + way * (far - near)):.3g}"
+    return f"> {rows[-1][0]:.3g}"
 
-def cells_of(rows: list[dict], **fields) -> list[dict]:
-    return [row for row in rows if all(row[name] == value for name, value in fields.items())]
-
-def print_task(task: str, rows: list[dict], config: Config) -> None:
-    """One task: accuracy by length and distance, every arm, chance, memory swapped."""
-    print(f"\n{RULE}\n  {task} — accuracy on scored tokens in %, by distance\n{RULE}")
-    mine = cells_of(rows, task=task, items=0)
-    lengths = sorted({row["length"] for row in mine})
-    by_length = {length: cells_of(mine, length=length)[0] for length in lengths}
-    head = "".join(f"{length:>{CELL},}" for length in lengths)
-    far = "".join(f"{row['distance_windows']:>{CELL}.1f}" for row in by_length.values())
-    print(f"  {'length, tokens':<20}{head}   effective\n  {'distance, windows':<20}{far}   context")
-    print(LINE[:2] + "─" * (20 + CELL * len(lengths) + 12))
-    for arm in config.arm_list:
-        found = [[row["accuracy"] for row in cells_of(mine, arm=arm, length=x)] for x in lengths]
-        known = [(by_length[x], mean_and_half(values)[0])
-                 for x, values in zip(lengths, found, strict=True) if values]
-        reach = effective_context([row["distance_windows"] for row, _ in known],
-                                  [mean for _, mean in known], [row["chance"] for row, _ in known])
-        print(f"  {arm:<20}" + "".join(map(percent, found)) + f"   {reach}")
-        if arm in MEMORY_ARMS:
-            swapped = [[row["swapped_accuracy"] for row in cells_of(mine, arm=arm, length=x)
-                        if row["swapped_accuracy"] is not None] for x in lengths]
-            print(f"  {'  another row’s':<20}" + "".join(map(percent, swapped)))
-    print(f"  {'chance':<20}" + "".join(percent([row["chance"]]) for row in by_length.values()))
-    if zoology := [row for row in cells_of(rows, task=task) if row["items"]]:
-        print_zoology(zoology, config)
-
-def percent(values: list[float]) -> str:
+def percent(values: list[float | None]) -> str:
     """One cell: mean ± half of the interval, in per cent; an em dash where nothing is known."""
+    values = [x for x in values if x is not None and math.isfinite(x)]
     if not values:
         return f"{'—':>{CELL}}"
     mean, half = mean_and_half(values)
-    text = f"{100 * mean:.1f}" + ("" if math.isnan(half) else f"±{100 * half:.1f}")
+    text = f"{100 * mean:.1f}" + ("" if math.isnan(half) else f"±{min(99.9, 100 * half):.1f}")
     return f"{text:>{CELL}}"
 
-def print_zoology(rows: list[dict], config: Config) -> None:
-    """Zoology's own test: questions anywhere behind the pairs, as many slots as twice the pairs."""
-    cells = list(dict.fromkeys((row["length"], row["items"]) for row in rows))
-    print("\n  Zoology's test: questions anywhere behind the pairs; DNC slots at least 2 x pairs")
-    print(f"  {'length:pairs':<20}" + "".join(f"{f'{a}:{b}':>{CELL}}" for a, b in cells))
+def cells_of(rows: list[dict], **fields) -> list[dict]:
+    """Those of rows that have these values."""
+    return [row for row in rows if all(row[name] == value for name, value in fields.items())]
+
+def print_rows(rows: list[dict], config: Config) -> None:
+    """Accuracy by length, one column an arm, and for a memory one with another row's."""
+    columns = [(arm, key) for arm in config.arm_list for key in ("accuracy", "swapped_accuracy")
+               if key == "accuracy" or arm in MEMORY_ARMS]
+    heads = [arm if key == "accuracy" else "swapped" for arm, key in columns]
+    print(f"  {'length':>6}{'dist.':>7}{'asked':>6}" + "".join(
+        f"{head:>{CELL}}" for head in (*heads, "chance")))
+    for length, items in sorted({(row["length"], row["items"]) for row in rows}):
+        cell = cells_of(rows, length=length, items=items)
+        values = [percent([row[key] for row in cells_of(cell, arm=arm)]) for arm, key in columns]
+        print(f"  {length:>6}{cell[0]['distance_windows']:>7.1f}{cell[0]['questions']:>6}"
+              + "".join(values) + percent([cell[0]["chance"]]))
+
+def print_task(task: str, rows: list[dict], config: Config) -> None:
+    """One task: accuracy by length and distance, every arm, chance, memory swapped."""
+    print(f"\n{RULE}\n  {task} — accuracy on scored tokens in %, by length and distance\n{RULE}")
+    mine = cells_of(rows, task=task, items=0)
+    print_rows(mine, config)
+    most = max(row["questions"] for row in mine)  # distances are compared at equal load
     for arm in config.arm_list:
-        found = [[row["accuracy"] for row in cells_of(rows, arm=arm, length=a, items=b)]
-                 for a, b in cells]
-        print(f"  {arm:<20}" + "".join(map(percent, found)))
+        found = cells_of(mine, arm=arm)
+        cells = [cells_of(found, length=x)
+                 for x in sorted({row["length"] for row in found if row["questions"] == most})]
+        reach = effective_context([
+            (cell[0]["distance_windows"], mean_and_half([row["accuracy"] for row in cell])[0],
+             cell[0]["chance"]) for cell in cells])
+        rate = found[0]["lr"]
+        edge = len(config.rates) > 1 and rate in (min(config.rates), max(config.rates))
+        print(f"  {arm:<10} effective context {reach:>6} windows; learning rate {rate:g}"
+              + ", at an edge of the grid" * edge)
+    if zoology := [row for row in cells_of(rows, task=task) if row["items"]]:
+        print("\n  As Zoology tests: as many questions as pairs, anywhere behind the pairs; the\n"
+              "  DNC has at least twice as many slots. Questions in the block of their answer: "
+              + ", ".join(f"{a}:{b} {share:.0%}" for a, b, share in sorted(
+                  {(r["length"], r["items"], r["within_block"]) for r in zoology}) if share))
+        print_rows(zoology, config)
 
 def print_costs(rows: list[dict], config: Config) -> None:
     """What each arm costs by length: tokens a second, and what a row has to keep."""
     rows = cells_of(rows, items=0)
-    lengths = sorted({row["length"] for row in rows})
-    print(f"\n{RULE}\n  Cost by length: evaluation tokens/s; KiB a row keeps (attention, memory)\n"
-          f"{RULE}\n  {'length, tokens':<20}" + "".join(f"{x:>{CELL},}" for x in lengths))
-    for arm in config.arm_list:
-        cells = [cells_of(rows, arm=arm, length=length) for length in lengths]
-        speed = [np.median([row["tokens_per_s"] for row in cell]) if cell else None
-                 for cell in cells]
-        kept = [(cell[0]["attention_bytes"] + cell[0]["memory_bytes"]) / 1024 if cell else None
-                for cell in cells]
-        for label, values in ((f"{arm} tokens/s", speed), (f"{arm} KiB", kept)):
-            print(f"  {label:<20}" + "".join(
-                f"{'—':>{CELL}}" if x is None else f"{x:>{CELL},.0f}" for x in values))
+    print(f"\n{RULE}\n  Cost by length: evaluation tokens/s; KiB that a row keeps\n{RULE}")
+    print(f"  {'length':>6}" + "".join(f"{arm:>14}" + f"{'KiB':>9}" for arm in config.arm_list))
+    for length in sorted({row["length"] for row in rows}):
+        cells = [cells_of(rows, arm=arm, length=length) for arm in config.arm_list]
+        print(f"  {length:>6}" + "".join(
+            f"{np.median([row['tokens_per_s'] for row in cell]):>14,.0f}{kept(cell[0]):>9,.1f}"
+            if cell else f"{'—':>14}{'—':>9}" for cell in cells))
+
+def kept(row: dict) -> float:
+    """KiB that a row of that length keeps: keys and values of attention, and the memory."""
+    return (row["attention_bytes"] + row["memory_bytes"]) / 1024
 
 def compare(config: Config) -> None:
     """Print every table."""
@@ -1037,9 +1078,10 @@ def compare(config: Config) -> None:
     for task in config.task_list:
         print_task(task, rows, config)
     print_costs(rows, config)
-    print(f"\n{LINE}\n  chance: the best predictor without context, its frequencies counted in\n"
-          "  the training data. another row's: memory swapped before the last window. effective\n"
-          "  context: the distance, in windows, at which accuracy is half-way down to chance.")
+    print(f"\n{LINE}\n  dist.: windows from a question back to its answer, the mean. chance: the\n"
+          "  best predictor without context, its frequencies counted in the training data.\n"
+          "  swapped: the memory of another row in the last window. effective context: the\n"
+          "  distance at which accuracy is half-way down to chance.")
     if len(config.seed_list) > 1:
         print(f"  ±: half of the 95 % interval over {len(config.seed_list)} seeds.")
     else:
@@ -1060,22 +1102,21 @@ def plot(config: Config) -> None:
                 flat = sorted({(row["length"], row["chance" if key == "accuracy" else
                                                     "chance_loss"]) for row in mine})
                 axis.plot(*zip(*flat, strict=True), color="white", ls=":", lw=1, label="chance")
-                axis.axvline(config.longest, color="gray", lw=0.8, ls="--")
+                axis.axvline(longest(config, task), color="gray", lw=0.8, ls="--")
                 label_lengths(axis, [length for length, _ in flat])
             axes[0, column].set(title=task, ylim=(-0.03, 1.03))
             axes[1, column].set(ylim=(0, None))
         axes[0, 0].set(ylabel="accuracy on scored tokens")
         axes[1, 0].set(ylabel="loss (nats / scored token)")
         axes[0, 0].legend(fontsize=8)
-        costs = [row | {"kept": (row["attention_bytes"] + row["memory_bytes"]) / 1024}
-                 for row in cells_of(rows, task=tasks[0], items=0)]
+        costs = [row | {"kept": kept(row)} for row in cells_of(rows, task=tasks[0], items=0)]
         for axis, key, label in ((axes[0, -1], "tokens_per_s", "evaluation tokens/s"),
                                  (axes[1, -1], "kept", "KiB that a row keeps")):
             for arm in config.arm_list:
                 draw(axis, cells_of(costs, arm=arm), key, colors[arm], arm)
             axis.set(yscale="log", title=label)
             label_lengths(axis, sorted({row["length"] for row in costs}))
-        figure.suptitle(f"Trained to {config.longest} tokens (dashed), window {config.window}, "
+        figure.suptitle(f"Trained up to the dashed line, window {config.window}, "
                         f"{len(config.seed_list)} seed(s); band: 95 % over seeds", fontsize=11)
 
 def label_lengths(axis, lengths: list[int]) -> None:
@@ -1103,16 +1144,15 @@ def print_banner(config: Config, full: bool) -> None:
           f"  tasks     {', '.join(config.task_list)}\n"
           f"  arms      {', '.join(config.arm_list)}; seeds {config.seeds}; "
           f"learning rates {config.lr_grid}\n"
-          f"  lengths   trained to {config.longest}, tested at {config.lengths}; window "
-          f"{config.window}\n"
+          f"  lengths   tested at {config.lengths}; window {config.window}\n"
           f"  device    {device_name()}, float32\n"
           f"  versions  Python {platform.python_version()}, torch {torch.__version__}, "
           f"transformers {transformers.__version__}")
     if not full:
-        print(f"  reduced   mqar of {config.mqar_symbols:,} symbols, {config.steps} steps a run, "
-              f"without {', '.join(left_out) or 'nothing'};\n"
-              f"            --full: all tasks, five seeds, mqar of {FULL['mqar_symbols']:,}, "
-              f"{FULL['steps']:,} steps")
+        print(f"  reduced   {config.steps} steps a run, mqar {config.mqar_steps} with "
+              f"{config.mqar_symbols:,} symbols; without {', '.join(left_out) or 'nothing'};\n"
+              f"            --full: all tasks, five seeds, {FULL['steps']:,} steps, "
+              f"mqar {FULL['mqar_steps']:,} with {FULL['mqar_symbols']:,} symbols")
     fields = [f"{key}={value}" for key, value in dataclasses.asdict(config).items()]
     print(textwrap.fill(" ".join(fields), 96, initial_indent="  config    ",
                         subsequent_indent=" " * 12, break_long_words=False))
@@ -1157,8 +1197,9 @@ def main(argv: list[str]) -> int:
         print("\nstopped; finished runs are kept. The same command goes on:\n"
               "  python long_range.py " + shlex.join(argv), file=sys.stderr)
         return 128 + number
-    except (ValueError, OSError, MemoryError) as error:
-        print(f"error: {error or 'out of memory'}", file=sys.stderr)
+    except (ValueError, OSError, MemoryError, concurrent.futures.BrokenExecutor,
+            torch.cuda.OutOfMemoryError) as error:
+        print(f"error: {str(error) or 'out of memory'}", file=sys.stderr)
         return 2
     finally:
         for number, handler in before.items():

@@ -1,6 +1,6 @@
 """Tests of long_range.py: the answers of every task found again from the tokens alone, the data on
 disk, the key-value store against a naive loop, what each arm can see, evaluation against models
-whose results are known, the statistics, and the command on runs of three steps.
+whose results are known, the statistics, and the command on runs of a few steps.
 
 B rows, L tokens of a row, T tokens of a segment, C hidden width, D width of keys, V vocabulary,
 Q questions of a row, N memory slots, n stored tokens, w window.
@@ -8,6 +8,7 @@ Q questions of a row, N memory slots, n stored tokens, w window.
 
 from __future__ import annotations
 
+import concurrent.futures.process
 import contextlib
 import dataclasses
 import io
@@ -29,7 +30,8 @@ from conftest import ROOT, error_line, flags
 
 import long_range as lr
 
-# Every field that a test relies on, so that other defaults change no test. Three steps a run.
+# Every field that a test relies on, so that other defaults change no test. Three steps a run,
+# four of mqar.
 TINY = {
     "tasks": "copy,mqar", "arms": "window,knn_store,dnc,full", "seeds": "0",
     "lengths": "32,64,96", "window": 32, "symbols": 64, "mqar_symbols": 64, "alphabet": 16,
@@ -38,8 +40,8 @@ TINY = {
     "train_rows": 32, "valid_rows": 8, "test_rows": 6, "data_seed": 0, "hidden_size": 16,
     "num_layers": 1, "num_heads": 2, "mlp_width": 32, "mem_slots": 16, "mem_width": 16,
     "num_reads": 1, "use_links": False, "knn_width": 16, "knn_top_k": 4, "steps": 3,
-    "batch_tokens": 256, "curriculum": 0.35, "lr_grid": "0.01", "log_every_steps": 2, "workers": 1,
-    "scan": "eager",
+    "mqar_steps": 4, "batch_tokens": 256, "curriculum": 0.35, "lr_grid": "0.01",
+    "log_every_steps": 2, "workers": 1, "scan": "eager",
 }  # fmt: skip
 ARMS = ("window", "knn_store", "dnc", "full")
 KEYS = {"task", "arm", "seed", "length", "distance_windows", "accuracy", "loss", "chance",
@@ -112,6 +114,11 @@ def quiz_start(w: int, L: int) -> int:
     return w // 2 if L == w else L - w
 
 
+def mqar_start(w: int, L: int) -> int:
+    """Where the questions of mqar without items begin: from five blocks on a block earlier."""
+    return quiz_start(w, L) - (w if L > 4 * w else 0)
+
+
 def close(actual, wanted, tolerance: float = 1e-5) -> None:
     torch.testing.assert_close(actual, wanted, atol=tolerance, rtol=tolerance)
 
@@ -138,7 +145,7 @@ def test_task_rows_are_well_formed(task, w, L, items):
         if L > w and not (task == "mqar" and items):
             assert (rows.source // w < rows.at // w).all()
     if task != "repeat_copy" and not (task == "mqar" and items):  # their quiz is longer
-        assert (rows.at >= (L // 2 if L == w else L - w)).all()
+        assert (rows.at >= (mqar_start if task == "mqar" else quiz_start)(w, L)).all()
     if task in ("copy", "brackets", "repeats", "associative_recall"):  # studied in the first block
         assert (rows.source < (w // 2 if L == w else w)).all()
 
@@ -249,7 +256,7 @@ def test_mqar_answers_are_in_the_dictionary(w, L, pairs):
         if pairs or L > 3 * w:
             assert len(store) == (pairs or config.pairs)
         assert 1 <= len(store) <= (pairs or config.pairs)
-        assert i <= (i if pairs else quiz_start(w, L))
+        assert i <= (i if pairs else mqar_start(w, L)) <= at.min()
         questions = [int(p) for p in range(i, L) if tokens[p] >= lr.FIRST]
         assert at.tolist() == questions
         assert sorted(tokens[at]) == sorted(store)  # every key once; no value is shown again
@@ -257,6 +264,17 @@ def test_mqar_answers_are_in_the_dictionary(w, L, pairs):
         assert source.tolist() == [store[key][1] for key in tokens[at]]
         assert tokens[source].tolist() == answers.tolist()
         assert ((source - 1) // w == source // w).all()  # no block divides a pair
+
+
+@pytest.mark.parametrize("w, L, blocks", [
+    (32, 64, {1}), (32, 128, {3}), (32, 160, {3, 4}), (32, 288, {7, 8}), (64, 320, {3, 4})])
+def test_mqar_without_pairs_asks_in_the_last_blocks(w, L, blocks):
+    """Uniformly: of the 3200 questions about half are in each of two blocks, give or take six
+    standard deviations."""
+    rows = made("mqar", L, large(w), rows=200)
+    counts = Counter((rows.at // w).ravel().tolist())
+    assert set(counts) == blocks
+    assert len(blocks) == 1 or all(abs(count - 1600) < 170 for count in counts.values())
 
 
 def test_mqar_with_pairs_asks_uniformly_behind_them():
@@ -341,6 +359,20 @@ def test_random_answers_are_the_next_tokens(w, L):
     assert len(np.unique(rows.inputs)) == config.alphabet  # no filler, every symbol
 
 
+def test_config_takes_as_many_pairs_and_items_as_a_block_holds():
+    """One more of either is a mistake, among those of the command below."""
+    config = tiny(items=24, pairs=32)
+    assert made("copy", 64, config).at.shape[1] == 24
+    assert made("mqar", 160, config).at.shape[1] == 32
+
+
+def test_config_full_has_folders_of_its_own():
+    """Else a run of --full would be refused for what a reduced one has left, or replace it."""
+    full, reduced = lr.Config(**lr.FULL), lr.Config()
+    for name in ("data_dir", "save_dir", "plot_dir"):
+        assert getattr(full, name) != getattr(reduced, name)
+
+
 # ══ Data on disk ═════════════════════════════════════════════════════════════════════════════════
 
 
@@ -365,6 +397,27 @@ def test_data_hash_covers_every_field(copy_data, name):
     groups, digest = lr.load_data(copy_data, "copy", "test")
     groups[-1][name][-1, -1] += 1
     assert lr.content_hash(groups) != digest
+
+
+@pytest.mark.parametrize("name", ["chance", "chance_loss", "distance", "least", "within"])
+def test_data_hash_covers_every_number(copy_data, name):
+    groups, digest = lr.load_data(copy_data, "copy", "test")
+    groups[-1][name] += 0.001
+    assert lr.content_hash(groups) != digest
+
+
+def test_data_hash_is_that_of_another_process(copy_data):
+    """Whatever the order of a group's keys; that of a set of words differs between processes."""
+    groups, digest = lr.load_data(copy_data, "copy", "test")
+    assert lr.content_hash([dict(reversed(group.items())) for group in groups]) == digest
+    code = ("import sys, torch, long_range as lr\n"
+            "print(lr.content_hash(torch.load(sys.argv[1], weights_only=True)['groups']))")
+    path = lr.data_path(copy_data, "copy", "test")
+    for seed in ("1", "2"):  # words of this process may be in the order of one of them
+        done = subprocess.run(
+            [sys.executable, "-c", code, str(path)], text=True, timeout=120, capture_output=True,
+            cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONHASHSEED": seed})
+        assert done.stdout.strip() == digest, done.stderr
 
 
 def test_data_groups_have_the_rows_asked_for(copy_data):
@@ -395,6 +448,18 @@ def test_data_distance_is_from_the_source(copy_data):
         assert group["least"] == pytest.approx(min(gaps))
 
 
+def test_data_within_is_the_share_asked_in_the_block_of_its_answer(tmp_path):
+    config, found = tiny(tasks="mqar", data_dir=str(tmp_path)), {}
+    lr.generate(config)
+    for group in lr.load_data(config, "mqar", "test")[0]:
+        blocks = [(a // 32, s // 32) for a, s in zip(
+            group["at"].flatten().tolist(), group["source"].flatten().tolist(), strict=True)]
+        found[group["length"], group["items"]] = group["within"]
+        assert group["within"] == pytest.approx(sum(a == s for a, s in blocks) / len(blocks))
+    assert found[32, 0] == 1 and found[64, 0] == found[96, 0] == 0
+    assert 0 < found[64, 4] < 1 and 0 < found[96, 12] < 1
+
+
 @every_task
 def test_data_splits_share_no_row(task, tmp_path):
     config = tiny(lengths="64,32", mqar_test="64:4,32:2", test_rows=20, tasks=task)
@@ -422,7 +487,8 @@ def test_generate_twice_keeps_the_files(copy_data, tmp_path, capsys):
 def test_generate_replaces_data_of_other_fields(copy_data, tmp_path, capsys):
     other = dataclasses.replace(copy_data, items=5)
     lr.generate(other)
-    assert capsys.readouterr().out.count("wrote") == 2
+    out = capsys.readouterr().out
+    assert out.count("replaced") == 2 and "wrote" not in out and "kept" not in out
     assert lr.load_data(other, "copy", "train")[0][1]["at"].shape[1] == 5
 
 
@@ -471,6 +537,7 @@ def test_load_data_names_the_field_that_differs(copy_data, name, value, part):
 @pytest.mark.parametrize("task", ["repeats", "brackets", "copy", "mqar", "random"])
 def test_context_free_equals_a_naive_count(task):
     config = tiny(alphabet=4, symbols=32, mqar_symbols=24)
+    V = lr.vocabulary(task, config)
     train = [lr.make_group(task, "train", L, 0, 60, config) for L in (64, 32)]
     test = lr.make_group(task, "test", 96, 0, 30, config)
     counts: dict[int, Counter] = {}
@@ -487,10 +554,9 @@ def test_context_free_equals_a_naive_count(task):
             seen = counts[min(tokens[place], lr.FIRST)]
             best = [k for k, count in seen.items() if count == max(seen.values())]
             fewest, most = fewest + (best == [answer]), most + (answer in best)
-            # One is added to every count; the sum is over what training has seen.
-            loss -= math.log((seen[answer] + 1) / sum(count + 1 for count in seen.values()))
+            loss -= math.log((seen[answer] + 1) / (sum(seen.values()) + V))
             total += 1
-    accuracy, found = lr.context_free(train, test)
+    accuracy, found = lr.context_free(train, test, V)
     assert fewest / total <= accuracy <= most / total  # the same unless two are as frequent
     assert most - fewest < 0.1 * total
     assert found == pytest.approx(loss / total, rel=1e-5)
@@ -500,9 +566,31 @@ def test_context_free_of_brackets_is_one_of_the_kinds():
     config = tiny(kinds=4)
     train = [lr.make_group("brackets", "train", 64, 0, 300, config)]
     test = lr.make_group("brackets", "test", 96, 0, 300, config)
-    accuracy, loss = lr.context_free(train, test)
+    accuracy, loss = lr.context_free(train, test, lr.vocabulary("brackets", config))
     assert abs(accuracy - 1 / 4) < 4 * math.sqrt(0.25 * 0.75 / test["answers"].numel())
-    assert abs(loss - math.log(4)) < 0.02
+    assert abs(loss - math.log(4)) < 0.05  # the smoothing costs 40 / 2400 of it
+
+
+def test_context_free_counts_each_kind_of_question_apart():
+    """By hand, with 64 symbols: three questions at one marker, one at another, two at symbols,
+    which are one kind; then an answer and a kind of question that training has not seen."""
+
+    def one_row(*asked) -> dict:
+        tokens, answers = zip(*asked, strict=True)
+        return {"inputs": torch.tensor([tokens], dtype=torch.int16),
+                "at": torch.arange(len(tokens), dtype=torch.int16)[None],
+                "answers": torch.tensor([answers], dtype=torch.int16)}
+
+    a, b = lr.RECALL, lr.CLOSE
+    train = [one_row((a, 40), (a, 40), (b, 41)), one_row((a, 42), (33, 43), (34, 43))]
+    for asked, right, p in (((a, 40), 1, 3 / 67), ((a, 42), 0, 2 / 67), ((a, 41), 0, 1 / 67),
+                            ((b, 41), 1, 2 / 65), ((63, 43), 1, 3 / 66), ((33, 40), 0, 1 / 66),
+                            ((lr.QUERY, 40), 0, 1 / 64)):  # fmt: skip
+        accuracy, loss = lr.context_free(train, one_row(asked), 64)
+        assert accuracy == right and loss == pytest.approx(-math.log(p), rel=1e-5), asked
+    accuracy, loss = lr.context_free(train, one_row((a, 40), (a, 41), (b, 41), (b, 40)), 64)
+    assert accuracy == 0.5
+    assert loss == pytest.approx(-math.log(3 / 67 / 67 * 2 / 65 / 65) / 4, rel=1e-5)
 
 
 # ══ KNNStore ═════════════════════════════════════════════════════════════════════════════════════
@@ -676,10 +764,18 @@ def test_model_full_arm_sees_all_that_is_earlier():
     assert change[:40].max() < 1e-6 and (change[40:] > 1e-6).all()
 
 
-@pytest.mark.parametrize("train, mqar_train", [("64,96", "32:4"), ("32", "32:4,96:4")])
-def test_config_longest_is_that_of_every_task(train, mqar_train):
-    """Else a training row of the full arm would be cut, and its blocks mixed with other rows."""
-    assert tiny(train=train, mqar_train=mqar_train).longest == 96
+@pytest.mark.parametrize("task, L", [("copy", 96), ("mqar", 64)])
+def test_longest_is_that_of_the_task(task, L):
+    assert lr.longest(tiny(train="64,96:3,32", mqar_train="32:2,64:4"), task) == L
+
+
+@pytest.mark.parametrize("task, L", [("copy", 96), ("mqar", 64)])
+@pytest.mark.parametrize("arm", ARMS)
+def test_model_segment_is_the_longest_row_of_its_task(arm, task, L):
+    """The full arm's block too: else a training row would be cut, or its positions untrained."""
+    model = lr.build_model(tiny(train="64,96:3,32", mqar_train="32:2,64:4"), task, arm, 0)
+    assert model.segment == L and model.block == (L if arm == "full" else 32)
+    assert len(model.controller.wpe.weight) == model.block
 
 
 @pytest.mark.parametrize("L", [32, 96])
@@ -773,16 +869,16 @@ def fake_groups() -> list[dict]:
 
 
 def test_batches_are_the_same_for_every_arm():
-    config = tiny(steps=40, curriculum=0.25)
+    config = tiny(curriculum=0.25)
     one, same, other = ([(group["length"], rows.tolist())
-                         for group, rows in lr.batches(fake_groups(), config, seed)]
+                         for group, rows in lr.batches(fake_groups(), config, 40, seed)]
                         for seed in (5, 5, 6))  # fmt: skip
     assert len(one) == 40 and one == same != other
 
 
 def test_batches_begin_with_the_first_group_alone():
-    config = tiny(steps=400, curriculum=0.25)
-    lengths = [group["length"] for group, _ in lr.batches(fake_groups(), config, 0)]
+    config = tiny(curriculum=0.25)
+    lengths = [group["length"] for group, _ in lr.batches(fake_groups(), config, 400, 0)]
     assert set(lengths[:100]) == {64}
     counts = Counter(lengths[100:])
     assert set(counts) == {64, 32, 512} and all(70 < n < 130 for n in counts.values())
@@ -791,8 +887,8 @@ def test_batches_begin_with_the_first_group_alone():
 def test_batches_have_the_tokens_asked_for_and_no_row_twice():
     """As many whole rows as batch_tokens hold, at least one; each group's rows are used up in a
     random order before one comes again."""
-    config, drawn = tiny(steps=300, curriculum=0.1, batch_tokens=200), {}
-    for group, rows in lr.batches(fake_groups(), config, 0):
+    config, drawn = tiny(curriculum=0.1, batch_tokens=200), {}
+    for group, rows in lr.batches(fake_groups(), config, 300, 0):
         length = group["length"]
         assert len(rows) == {64: 3, 32: 6, 512: 1}[length]
         drawn.setdefault(length, []).extend(rows.tolist())
@@ -801,6 +897,20 @@ def test_batches_have_the_tokens_asked_for_and_no_row_twice():
         rounds = [rows[i : i + n] for i in range(0, len(rows) - n + 1, n)]
         assert len(rounds) > 5 and all(sorted(r) == list(range(n)) for r in rounds)
         assert len({tuple(r) for r in rounds}) > 1
+
+
+@pytest.mark.parametrize("step, share", [
+    (0, 0.1), (4, 0.5), (9, 1.0), (30, 1.0), (60, 1.0), (80, 0.5), (99, 0.025)])
+def test_rate_share_rises_and_falls_linearly(step, share):
+    """Of 100 steps over the first ten, and over the last forty to almost zero."""
+    config = tiny(lr_warmup=0.1, lr_decay=0.4)
+    assert lr.rate_share(step, 100, config) == pytest.approx(share)
+    assert lr.rate_share(10 * step + 9, 1000, config) == pytest.approx(share, abs=0.03)
+
+
+def test_rate_share_is_one_without_warmup_and_decay():
+    config = tiny(lr_warmup=0.0, lr_decay=0.0)
+    assert [lr.rate_share(step, 3, config) for step in range(3)] == [1.0, 1.0, 1.0]
 
 
 def test_chosen_jobs_take_the_rate_that_validates_best(monkeypatch):
@@ -845,8 +955,8 @@ class FirstToken:
 
     memory = "first token"
 
-    def __init__(self, block: int):
-        self.block, self.segments, self.asked = block, [], []
+    def __init__(self, block: int, segment: int = 64):
+        self.block, self.segment, self.segments, self.asked = block, segment, [], []
 
     def init_state(self, rows: int, slots: int = 0) -> First:
         self.asked.append((rows, slots))
@@ -875,7 +985,7 @@ def hand_group(rows: int, L: int, at: list[int], answers) -> dict:
     inputs = torch.from_numpy(rng.integers(1, 64, (rows, L)).astype(np.int16))
     inputs[:, 0] = 1 + torch.arange(rows)
     places = torch.tensor(at, dtype=torch.int16).expand(rows, -1)
-    return {"length": L, "items": 0, "inputs": inputs, "at": places,
+    return {"split": "test", "length": L, "items": 0, "inputs": inputs, "at": places,
             "answers": answers(inputs).to(torch.int16)}  # fmt: skip
 
 
@@ -885,8 +995,10 @@ def loss_of(right: float) -> float:
 
 
 @pytest.mark.parametrize("rows", [2, 6, 17, 35])
-def test_score_counts_what_is_right(rows):
-    """The token at the question is the answer to three of the four, over several segments."""
+def test_score_counts_what_is_right(rows, monkeypatch):
+    """The token at the question is the answer to three of the four, over several segments and
+    batches."""
+    monkeypatch.setattr(lr, "EVAL_TOKENS", 64 * 8)
 
     def answers(inputs):
         found = inputs[:, [5, 40, 70, 159]].clone()
@@ -901,6 +1013,26 @@ def test_score_counts_what_is_right(rows):
     assert sum(n for n, _ in model.asked) == rows
 
 
+@pytest.mark.parametrize("rows, L, segment, batches", [
+    (11, 64, 64, [4, 4, 3]), (9, 64, 64, [4, 5]),  # a row alone would be its own neighbour
+    (9, 32, 64, [9]), (8, 96, 32, [8]), (7, 96, 64, [4, 3]), (4, 512, 512, [2, 2]),
+    (5, 512, 512, [2, 3])])  # two at least, however long they are
+def test_score_reads_so_many_tokens_at_once(rows, L, segment, batches, monkeypatch):
+    monkeypatch.setattr(lr, "EVAL_TOKENS", 256)
+    model = FirstToken(32, segment)
+    group = hand_group(rows, L, [L - 1], lambda inputs: inputs[:, [0]])
+    assert lr.score(model, group, tiny())["accuracy"] == 1.0
+    assert [n for n, _ in model.asked] == batches
+
+
+def test_score_of_no_question_is_nan():
+    """Swapped, the questions before the last window are not asked."""
+    group = hand_group(4, 96, [10, 63], lambda inputs: inputs[:, [0, 0]])
+    found = lr.score(FirstToken(32), group, tiny(), swap=True)
+    assert math.isnan(found["accuracy"]) and math.isnan(found["val_loss"])
+    assert lr.score(FirstToken(32), group, tiny())["accuracy"] == 1.0
+
+
 @pytest.mark.parametrize("L, segments", [
     (32, [32]), (64, [32, 32]), (96, [64, 32]), (160, [64, 64, 32]), (192, [64, 64, 32, 32])])
 def test_score_carries_the_memory_and_ends_with_one_window(L, segments):
@@ -912,14 +1044,14 @@ def test_score_carries_the_memory_and_ends_with_one_window(L, segments):
 
 
 def test_score_full_arm_sees_the_row_whole():
-    model = FirstToken(96)
+    model = FirstToken(96, 96)
     group = hand_group(4, 96, [50, 95], lambda inputs: inputs[:, [0, 0]])
     assert lr.score(model, group, tiny())["accuracy"] == 1.0 and model.segments == [96]
 
 
 @pytest.mark.parametrize("rows", [2, 6, 17])
 def test_score_swapped_gives_the_memory_of_the_row_before(rows):
-    """Only the last window is scored then: the two wrong answers lie before it."""
+    """In one batch. Only the last window is scored: the two wrong answers lie before it."""
 
     def answers(inputs):
         before = inputs[:, 0].roll(1)
@@ -932,17 +1064,20 @@ def test_score_swapped_gives_the_memory_of_the_row_before(rows):
     assert lr.score(FirstToken(32), group, tiny())["accuracy"] == 0.0
 
 
-def test_score_swapped_leaves_no_row_its_own_memory():
+def test_score_swapped_leaves_no_row_its_own_memory(monkeypatch):
+    monkeypatch.setattr(lr, "EVAL_TOKENS", 256)  # four rows a batch, and one more
     group = hand_group(33, 64, [63], lambda inputs: inputs[:, [0]])
     assert lr.score(FirstToken(32), group, tiny())["accuracy"] == 1.0
     assert lr.score(FirstToken(32), group, tiny(), swap=True)["accuracy"] == 0.0
 
 
-def test_score_asks_for_two_slots_a_pair():
+@pytest.mark.parametrize("split, slots", [("train", 0), ("valid", 0), ("test", 18)])
+def test_score_asks_for_two_slots_a_pair_of_a_test(split, slots):
+    """In training and validation the memory is as large as the model says."""
     model = FirstToken(32)
-    group = hand_group(3, 64, [63], lambda inputs: inputs[:, [0]]) | {"items": 9}
+    group = hand_group(3, 64, [63], lambda inputs: inputs[:, [0]]) | {"items": 9, "split": split}
     lr.score(model, group, tiny())
-    assert model.asked == [(3, 18)]
+    assert model.asked == [(3, slots)]
 
 
 # ══ Statistics ═══════════════════════════════════════════════════════════════════════════════════
@@ -967,42 +1102,189 @@ def test_mean_and_half_of_one_seed_has_no_interval():
 @pytest.mark.parametrize("accuracy, chance, wanted", [
     ([1.0, 1.0, 1.0, 1.0], 0.0, "> 8"),  # never falls
     ([1.0, 0.9, 0.7, 0.6], 0.0, "> 8"),  # not half-way
-    ([1.0, 0.0, 0.0, 0.0], 0.0, "1.4"),  # at once: half-way between 1 and 2, in the logarithm
-    ([1.0, 1.0, 0.0, 0.0], 0.0, "2.8"),
-    ([1.0, 0.5, 0.0, 0.0], 0.0, "2.0"),  # exactly at 2
-    ([0.8, 0.8, 0.6, 0.2], 0.0, "5.7"),  # half of 0.8 is half-way from 0.6 to 0.2
-    ([0.8, 0.8, 0.45, 0.2], 0.0, "4.6"),  # half of its own start, not of a perfect one
-    ([1.0, 0.75, 0.5, 0.5], 0.5, "2.0"),  # half-way to chance, not to zero
-    ([1.0, 0.4, 1.0, 1.0], 0.0, "1.8"),  # 2 ** (5 / 6): the first fall counts
-    ([0.02, 0.02, 0.02, 0.02], 0.0, "—"),  # nothing was learned
-    ([0.5, 0.5, 0.5, 0.5], 0.5, "—")])  # fmt: skip
+    ([1.0, 0.0, 0.0, 0.0], 0.0, "1.41"),  # half-way between 1 and 2, in the logarithm
+    ([1.0, 1.0, 0.0, 0.0], 0.0, "2.83"),
+    ([1.0, 0.5, 0.0, 0.0], 0.0, "2"),  # exactly there
+    ([0.8, 0.8, 0.6, 0.2], 0.0, "4.76"),  # 4 * 2 ** 0.25: half of 100 %, not of its own start
+    ([0.45, 0.9, 0.9, 0.9], 0.0, "< 1"),  # has fallen at the least distance
+    ([0.5, 0.5, 0.5, 0.5], 0.0, "< 1"),
+    ([1.0, 0.75, 0.5, 0.5], 0.5, "2"),  # half-way to chance, not to zero
+    ([0.7, 0.7, 0.7, 0.7], 0.5, "< 1"),
+    ([1.0, 0.4, 1.0, 1.0], 0.0, "1.78"),  # 2 ** (5 / 6): the first fall counts
+    ([0.02, 0.02, 0.02, 0.02], 0.02, "< 1"),  # nothing was learned
+    ([1.0, 1.0, 1.0, 1.0], 1.0, "< 1")])  # nothing was asked that chance does not know
 def test_effective_context_is_half_way_to_chance(accuracy, chance, wanted):
-    assert lr.effective_context([1.0, 2.0, 4.0, 8.0], accuracy, [chance] * 4) == wanted
+    rows = [(d, a, chance) for d, a in zip((1.0, 2.0, 4.0, 8.0), accuracy, strict=True)]
+    assert lr.effective_context(rows) == wanted
+
+
+@pytest.mark.parametrize("rows, wanted", [
+    ([], "—"), ([(3.5, 0.9, 0.0)], "> 3.5"), ([(3.5, 0.1, 0.0)], "< 3.5"),
+    ([(1.0, 0.6, 0.0), (2.0, 0.6, 0.5)], "1.19"),  # shares 0.6 and 0.2: 2 ** 0.25
+    ([(0.53, 1.0, 0.0), (127.83, 1.0, 0.0)], "> 128")])  # fmt: skip
+def test_effective_context_is_of_the_rows_there_are(rows, wanted):
+    assert lr.effective_context(rows) == wanted
 
 
 @pytest.mark.parametrize("values, text", [
     ([0.5], "50.0"), ([1.0], "100.0"), ([0.5, 0.52, 0.54], "52.0±5.0"),
-    ([0.25, 0.25], "25.0±0.0"), ([], "—")])  # fmt: skip
+    ([0.25, 0.25], "25.0±0.0"), ([0.0, 1.0], "50.0±99.9"), ([], "—"), ([None], "—"),
+    ([math.nan], "—"), ([0.5, None, math.nan], "50.0")])  # fmt: skip
 def test_percent_formats_seeds(values, text):
     cell = lr.percent(values)
     assert cell.strip() == text and len(cell) == lr.CELL
 
 
-def test_print_task_averages_over_seeds(capsys):
-    """Arms in the order asked for, each with the mean over its seeds; chance once."""
-    config = tiny(arms="dnc,window", seeds="0,1,2", lengths="64,96")
-    rows = [{"task": "copy", "arm": arm, "seed": seed, "length": length, "items": 0, "chance": 0.03,
-             "distance_windows": length / 32 - 1, "accuracy": base + 0.02 * seed,
-             "swapped_accuracy": 0.07 if arm == "dnc" else None}
-            for seed in (0, 1, 2) for length in (64, 96)
-            for arm, base in (("dnc", 0.5), ("window", 0.1))]  # fmt: skip
-    lr.print_task("copy", rows, config)
-    lines = capsys.readouterr().out.splitlines()
-    found = {line.split()[0]: line.split()[1:] for line in lines if len(line.split()) > 2}
-    assert found["dnc"][:2] == ["52.0±5.0"] * 2 and found["window"][:2] == ["12.0±5.0"] * 2
-    assert found["chance"] == ["3.0", "3.0"]
-    swapped = [line for line in lines if "another row" in line]
-    assert len(swapped) == 1 and swapped[0].count("7.0±0.0") == 2
+def made_row(arm: str = "window", length: int = 64, accuracy: float = 0.5, **fields) -> dict:
+    """A row of the results, as far as tables need it."""
+    return {"task": "copy", "arm": arm, "seed": 0, "length": length, "items": 0, "chance": 0.03,
+            "distance_windows": length / 32 - 1, "questions": 6, "accuracy": accuracy,
+            "swapped_accuracy": 0.07 if arm in lr.MEMORY_ARMS else None, "lr": 0.01,
+            "within_block": 0.0, "tokens_per_s": 1000, "attention_bytes": 1024,
+            "memory_bytes": 0} | fields  # fmt: skip
+
+
+def tables(text: str) -> list[list[list[str]]]:
+    """The words of every line of the tables in what was printed: the heads, then the lengths."""
+    found = []
+    for words in map(str.split, text.splitlines()):
+        if words[:1] == ["length"]:
+            found.append([words])
+        elif words and words[0].isdigit():
+            found[-1].append(words)
+    return found
+
+
+def reaches(text: str) -> dict[str, str]:
+    """What is said of each arm below a table."""
+    return {line.split()[0]: line.split("effective context")[1].strip()
+            for line in text.splitlines() if " windows; " in line}  # fmt: skip
+
+
+def test_cells_of_has_rows_of_all_these_values():
+    rows = [made_row(arm, length) for arm in ARMS for length in (32, 64)]
+    assert lr.cells_of(rows, arm="dnc", length=64) == [rows[5]]
+    assert lr.cells_of(rows, length=32) == rows[::2]
+    assert lr.cells_of(rows, arm="dnc", length=96) == [] and lr.cells_of(rows) == rows
+
+
+def test_kept_is_attention_and_memory_in_kib():
+    assert lr.kept(made_row(attention_bytes=2048, memory_bytes=512)) == 2.5
+
+
+def test_print_rows_has_lengths_downward_and_arms_across(capsys):
+    """Each cell the mean over seeds; a memory arm has a second column, of another row's memory."""
+    rows = [made_row(arm, length, base + length / 1000 + 0.02 * seed, seed=seed)
+            for seed in (2, 0, 1) for length in (96, 64) for arm, base in (
+                ("window", 0.1), ("dnc", 0.5))]  # fmt: skip
+    lr.print_rows(rows, tiny(arms="dnc,window", seeds="0,1,2"))
+    out = capsys.readouterr().out
+    assert tables(out) == [[
+        ["length", "dist.", "asked", "dnc", "swapped", "window", "chance"],
+        ["64", "1.0", "6", "58.4±5.0", "7.0±0.0", "18.4±5.0", "3.0"],
+        ["96", "2.0", "6", "61.6±5.0", "7.0±0.0", "21.6±5.0", "3.0"]]]
+    assert len({len(line) for line in out.splitlines()}) == 1  # columns are aligned
+
+
+def test_print_rows_has_a_dash_where_nothing_is_known(capsys):
+    """A length that an arm does not read, and a memory that is not swapped."""
+    rows = [made_row("dnc", 64, swapped_accuracy=None), made_row("full", 64),
+            made_row("dnc", 96)]  # fmt: skip
+    lr.print_rows(rows, tiny(arms="dnc,full"))
+    table, = tables(capsys.readouterr().out)
+    assert [line[3:6] for line in table[1:]] == [["50.0", "—", "50.0"], ["50.0", "7.0", "—"]]
+
+
+def test_print_rows_keeps_the_pairs_of_one_length_apart(capsys):
+    rows = [made_row(length=64, items=items, questions=items, accuracy=items / 100)
+            for items in (16, 4, 8)]  # fmt: skip
+    lr.print_rows(rows, tiny(arms="window"))
+    table, = tables(capsys.readouterr().out)
+    assert [line[2:4] for line in table[1:]] == [["4", "4.0"], ["8", "8.0"], ["16", "16.0"]]
+
+
+def test_print_task_takes_rows_of_its_task_alone(capsys):
+    rows = [made_row(length=64), made_row(length=96, task="mqar"),
+            made_row(length=128, task="mqar", items=4)]  # fmt: skip
+    lr.print_task("copy", rows, tiny(arms="window"))
+    table, = tables(capsys.readouterr().out)
+    assert [line[0] for line in table[1:]] == ["64"]
+
+
+def test_print_task_says_the_effective_context_of_each_arm(capsys):
+    """Of the mean over seeds: 0.6 and 0.4, half-way between distances 1 and 3 (sqrt(3))."""
+    rows = [made_row(arm, length, accuracy, seed=seed, chance=0.0) for arm, cells in (
+        ("dnc", ((64, 0.4, 0.8), (128, 0.2, 0.6))), ("window", ((64, 0.1, 0.1), (128, 0.1, 0.1))))
+        for length, *found in cells for seed, accuracy in enumerate(found)]  # fmt: skip
+    lr.print_task("copy", rows, tiny(arms="window,dnc", seeds="0,1"))
+    found = reaches(capsys.readouterr().out)
+    assert list(found) == ["window", "dnc"]
+    assert found["window"].startswith("< 1 windows")
+    assert found["dnc"].startswith("1.73 windows")
+
+
+def test_print_task_compares_distances_at_equal_load(capsys):
+    """The short row, of fewer questions, is in the table, but its distance does not count."""
+    rows = [made_row(length=64, accuracy=0.1, questions=2), made_row(length=96, accuracy=0.9),
+            made_row(length=160, accuracy=0.9)]  # fmt: skip
+    lr.print_task("copy", rows, tiny(arms="window"))
+    out = capsys.readouterr().out
+    assert len(tables(out)[0]) == 4 and reaches(out)["window"].startswith("> 4 windows")
+
+
+@pytest.mark.parametrize("grid, rate, edge", [
+    ("0.01,0.02,0.03", 0.01, True), ("0.01,0.02,0.03", 0.02, False),
+    ("0.02,0.01,0.03", 0.01, True), ("0.02,0.01,0.03", 0.02, False), ("0.02", 0.02, False)])
+def test_print_task_says_when_the_rate_is_at_an_edge(grid, rate, edge, capsys):
+    lr.print_task("copy", [made_row(lr=rate)], tiny(arms="window", lr_grid=grid))
+    said = reaches(capsys.readouterr().out)["window"]
+    assert f"learning rate {rate}" in said and said.endswith("at an edge of the grid") == edge
+
+
+def test_print_task_says_how_much_a_window_answers_of_zoologys_test(capsys):
+    """A second table, and the cells in which some questions are in the block of their answer."""
+    rows = [made_row(task="mqar"), made_row(task="mqar", items=4, within_block=0.25),
+            made_row(task="mqar", length=256, items=32, within_block=0.0)]  # fmt: skip
+    lr.print_task("mqar", rows, tiny(arms="window"))
+    out = capsys.readouterr().out
+    assert [[line[0] for line in table[1:]] for table in tables(out)] == [["64"], ["64", "256"]]
+    assert "64:4 25%" in out and "256:32" not in out
+
+
+def test_print_costs_has_the_median_speed_and_what_a_row_keeps(capsys):
+    """Of rows without items, over tasks and seeds; a dash where an arm reads no such row."""
+    rows = [made_row("window", length, tokens_per_s=speed, seed=seed, attention_bytes=2048)
+            for length in (128, 64) for seed, speed in enumerate((10_000, 20_000, 90_000))]
+    rows += [made_row("dnc", 64, tokens_per_s=3000, attention_bytes=1024, memory_bytes=512),
+             made_row("dnc", 256, items=8)]  # fmt: skip
+    lr.print_costs(rows, tiny(arms="window,dnc"))
+    out = capsys.readouterr().out
+    assert tables(out) == [[
+        ["length", "window", "KiB", "dnc", "KiB"], ["64", "20,000", "2.0", "3,000", "1.5"],
+        ["128", "20,000", "2.0", "—", "—"]]]
+    assert len({len(line) for line in out.splitlines()[-3:]}) == 1
+
+
+def test_plot_marks_the_longest_training_row_of_each_task(tmp_path, monkeypatch):
+    """With a line downward; the costs, in the last column, have none."""
+    from matplotlib.figure import Figure
+    drawn = []
+
+    @contextlib.contextmanager
+    def unsaved(path, rows, columns, size, **grid):
+        figure = Figure(size)
+        drawn.append(figure.subplots(rows, columns, **grid))
+        yield figure, drawn[0]
+
+    rows = [made_row(length=length, task=task, loss=1.0, chance_loss=2.0)
+            for length in (32, 64, 96) for task in ("copy", "mqar")]  # fmt: skip
+    monkeypatch.setattr(lr, "measure", lambda config: rows)
+    monkeypatch.setattr(lr, "dark_figure", unsaved)
+    lr.plot(tiny(arms="window", train="64,96:3,32", mqar_train="32:2,64:4",
+                 plot_dir=str(tmp_path)))
+    marks = [[x[0] for line in axis.lines if len(x := list(line.get_xdata())) == 2
+              and x[0] == x[1]] for axis in drawn[0].flat]
+    assert marks == [[96], [64], [], [96], [64], []]
 
 
 # ══ The command ══════════════════════════════════════════════════════════════════════════════════
@@ -1083,15 +1365,27 @@ def test_command_says_what_it_runs(trained):
     assert trained.out["train"].count("validation") == 8
 
 
-def test_compare_prints_every_arm_of_every_task(trained):
-    sections = trained.out["compare"].split("═" * 20)
-    for task in ("copy", "mqar"):
-        i = next(i for i, text in enumerate(sections) if text.strip(" ═\n").startswith(f"{task} —"))
-        table = next(text for text in sections[i + 1 :] if "chance" in text)
-        first = [line.split()[0] for line in table.splitlines() if line.split()]
-        assert [word for word in first if word in ARMS][:4] == list(ARMS)
-        assert first.count("chance") == 1 and table.count("another row") == 2
-    assert "64:4" in trained.out["compare"] and "96:12" in trained.out["compare"]
+def test_compare_prints_the_accuracy_of_every_arm_and_length(trained):
+    copy, mqar, zoology, costs = tables(trained.out["compare"])
+    assert copy[0] == mqar[0] == zoology[0] == [
+        "length", "dist.", "asked", "window", "knn_store", "swapped", "dnc", "swapped", "full",
+        "chance"]
+    rows, keys = rows_of(trained.folder), ("accuracy", "swapped_accuracy")
+    columns = [("window", "accuracy"), *((arm, key) for arm in lr.MEMORY_ARMS for key in keys),
+               ("full", "accuracy"), ("window", "chance")]
+    for task, table, cells in (("copy", copy, [(32, 0), (64, 0), (96, 0)]),
+                               ("mqar", mqar, [(32, 0), (64, 0), (96, 0)]),
+                               ("mqar", zoology, [(64, 4), (96, 12)])):  # fmt: skip
+        for line, (length, items) in zip(table[1:], cells, strict=True):
+            mine = {row["arm"]: row for row in lr.cells_of(
+                rows, task=task, length=length, items=items)}
+            wanted = [mine.get(arm, {}).get(key) for arm, key in columns]
+            distance, asked = (mine["dnc"][key] for key in ("distance_windows", "questions"))
+            assert line == [str(length), f"{distance:.1f}", str(asked), *(
+                "—" if x is None else f"{100 * x:.1f}" for x in wanted)]
+            assert (line[8] == "—") == (length > 64)  # the full arm
+    assert costs[0][1::2] == list(ARMS) and [line[0] for line in costs[1:]] == ["32", "64", "96"]
+    assert list(reaches(trained.out["compare"])) == list(ARMS)
 
 
 def test_compare_writes_a_row_of_every_run_and_length(trained):
@@ -1107,6 +1401,7 @@ def test_compare_writes_a_row_of_every_run_and_length(trained):
         assert 0 <= row["accuracy"] <= 1 and 0 <= row["chance"] <= 1 and row["loss"] > 0
         assert row["tokens_per_s"] > 0 and row["seed"] == 0
         assert row["least_distance_windows"] <= row["distance_windows"] < row["length"] / 32
+        assert 0 <= row["within_block"] <= 1
         swapped = row["arm"] in ("knn_store", "dnc") and row["length"] > 32
         assert (row["swapped_accuracy"] is not None) == swapped
     sizes = {r["parameters"] for r in rows if r["task"] == "copy"}
@@ -1135,7 +1430,29 @@ def test_compare_measures_what_the_checkpoint_predicts(trained, task, arm, lengt
     assert row["loss"] == pytest.approx(loss, rel=1e-4)
     assert abs(row["accuracy"] - right) <= 1.01 / answers.numel()  # a near-tie may go either way
     assert row["questions"] == answers.shape[1]
+    within = (group["at"] // 32 == group["source"] // 32).double().mean().item()
+    assert row["within_block"] == pytest.approx(within)
     assert row["parameters"] == sum(p.numel() for p in model.parameters())
+
+
+def test_measure_run_has_no_swapped_accuracy_where_nothing_is_asked(trained):
+    """The questions of one group are moved before the last window; the others stay. In a file of
+    JSON there is no NaN."""
+    groups = lr.load_data(trained.config, "mqar", "test")[0]
+    groups[-1]["at"][:] = torch.arange(30, 42)
+    rows = lr.measure_run(trained.config, lr.Job("mqar", "knn_store", 0, 0.01))
+    json.dumps(rows, allow_nan=False)
+    found = {(row["length"], row["items"]): row["swapped_accuracy"] for row in rows}
+    assert {cell for cell, swapped in found.items() if swapped is None} == {(32, 0), (96, 12)}
+
+
+@pytest.mark.parametrize("arm, lengths", [("full", []), ("window", [96])])
+def test_measure_run_of_the_full_arm_reads_no_longer_rows(trained, arm, lengths):
+    """Not even to warm up, where there are only such."""
+    groups = lr.load_data(trained.config, "copy", "test")[0]
+    groups[:] = [group for group in groups if group["length"] == 96]
+    rows = lr.measure_run(trained.config, lr.Job("copy", arm, 0, 0.01))
+    assert [row["length"] for row in rows] == lengths
 
 
 def test_train_twice_trains_nothing(trained, jobs_run, capsys):
@@ -1150,6 +1467,50 @@ def test_compare_twice_evaluates_nothing(trained, copied, jobs_run, capsys):
     assert jobs_run == [] and rows_of(copied) == rows_of(trained.folder)
     before = trained.out["compare"].split("compare")[-1].splitlines()[-20:]
     assert capsys.readouterr().out.splitlines()[-20:] == before
+
+
+def test_compare_evaluates_what_is_missing_alone(copied, jobs_run):
+    """The rows of the others are those of the file."""
+    path = copied / "plot/long_range.json"
+    found = json.loads(path.read_text(encoding="utf-8"))
+    for run in found["runs"]:
+        for row in run["rows"]:
+            row["val_accuracy"] = 7
+    found["runs"] = [run for run in found["runs"] if (
+        run["rows"][0]["task"], run["rows"][0]["arm"]) != ("copy", "dnc")]
+    path.write_text(json.dumps(found), encoding="utf-8")
+    assert lr.main(["compare", *argv_of(copied)]) == 0
+    assert jobs_run == [lr.Job("copy", "dnc", 0, 0.01)]
+    for row in rows_of(copied):
+        assert (row["val_accuracy"] == 7) == ((row["task"], row["arm"]) != ("copy", "dnc"))
+
+
+@pytest.mark.parametrize("change, runs", [
+    ("weights", 1), ("data", 8), ("device", 8), ("torch", 8), ("scan", 8)])
+def test_measure_evaluates_again_what_has_changed(trained, copied, change, runs, monkeypatch):
+    jobs = []
+    monkeypatch.setattr(lr, "run_all", lambda function, config, missing, what: (
+        jobs.extend(missing) or [[] for _ in missing]))
+    folders = {f"{name}_dir": str(copied / name) for name in ("data", "save", "plot")}
+    config = dataclasses.replace(trained.config, **folders)
+    lr.measure(config)
+    assert jobs == []
+    if change == "weights":
+        path = copied / "save/long_range_copy_dnc_seed0_lr0.01.pt"
+        payload = torch.load(path, weights_only=True)
+        payload["model_state_dict"]["output.weight"][0, 0] += 1
+        torch.save(payload, path)
+    elif change == "data":
+        config = dataclasses.replace(config, test_rows=7)
+        lr.generate(config)
+    elif change == "device":
+        monkeypatch.setattr(lr, "device_name", lambda: "another card")
+    elif change == "torch":
+        monkeypatch.setattr(torch, "__version__", "9.9")
+    else:
+        config = dataclasses.replace(config, scan="auto")
+    lr.measure(config)
+    assert len(jobs) == runs and (runs > 1 or jobs == [lr.Job("copy", "dnc", 0, 0.01)])
 
 
 @pytest.mark.parametrize("content", ["", "[]", '{"runs": [{"id": 3}]}', "{"])
@@ -1177,6 +1538,77 @@ def test_train_goes_on_with_the_same_weights(trained, copied, jobs_run, capsys):
     assert all(torch.equal(old["model_state_dict"][k], new["model_state_dict"][k])
                for k in old["model_state_dict"])
     assert old["history"] == new["history"]
+
+
+@pytest.mark.parametrize("task, steps, rows", [("copy", 3, [2, 3]), ("mqar", 4, [2, 4])])
+def test_train_takes_the_steps_of_the_task(trained, task, steps, rows):
+    for arm in ARMS:
+        saved = torch.load(trained.folder / f"save/long_range_{task}_{arm}_seed0_lr0.01.pt",
+                           weights_only=True)
+        assert saved["global_step"] == steps
+        assert [row["step"] for row in saved["history"]] == rows
+
+
+@pytest.mark.parametrize("task, steps", [("copy", 3), ("mqar", 4)])
+def test_train_asks_for_the_rate_of_every_step(trained, tmp_path, task, steps, monkeypatch):
+    asked, share = [], lr.rate_share
+    monkeypatch.setattr(lr, "rate_share", lambda step, of, config: (
+        asked.append((step, of)) or share(step, of, config)))
+    config = dataclasses.replace(trained.config, save_dir=str(tmp_path))
+    lr.train_run(config, lr.Job(task, "window", 0, 0.01))
+    assert sorted(set(asked)) == [(step, steps) for step in range(steps)]
+
+
+def test_train_history_has_the_mean_loss_since_the_last_row(trained, copied, jobs_run):
+    """Three steps, a row every two: of two steps, then of one."""
+    name = "long_range_copy_window_seed0_lr0.01.pt"
+    (copied / "save" / name).unlink()
+    words = argv_of(copied, tasks="copy", arms="window", log_every_steps=1)
+    assert lr.main(["train", *words]) == 0
+    each, two = (torch.load(folder / "save" / name, weights_only=True)["history"]
+                 for folder in (copied, trained.folder))
+    assert [row["step"] for row in each] == [1, 2, 3] and [row["step"] for row in two] == [2, 3]
+    first, second, third = (row["loss"] for row in each)
+    assert first != second
+    assert [row["loss"] for row in two] == pytest.approx([(first + second) / 2, third])
+
+
+def test_train_asks_first_whether_the_scan_takes_the_slots(trained, monkeypatch):
+    """Those of the model, and for mqar those of its largest test: twice 12 pairs."""
+    asked = []
+    monkeypatch.setattr(lr, "pick_scan",
+                        lambda scan, state, options: asked.append(state.memory.shape[1]))
+    for arms, slots in (("window,dnc", {"copy": {16}, "mqar": {16, 24}}), ("window", {})):
+        for task in ("copy", "mqar"):
+            asked.clear()
+            lr.train(dataclasses.replace(trained.config, tasks=task, arms=arms))
+            assert set(asked) == slots.get(task, set())
+
+
+def test_train_trains_nothing_where_the_scan_takes_too_few_slots(
+        copied, jobs_run, monkeypatch, capsys):
+    """Not even the arms and tasks that could be."""
+
+    def at_most_16(scan, state, options):
+        lr.require(state.memory.shape[1] <= 16, "scan", scan, "auto or eager here")
+
+    shutil.rmtree(copied / "save")
+    monkeypatch.setattr(lr, "pick_scan", at_most_16)
+    assert_mistake(["train", *argv_of(copied)], "scan = 'eager'", capsys, copied)
+    assert jobs_run == []
+
+
+def test_train_without_muon_says_so(copied, jobs_run, monkeypatch, capsys):
+    shutil.rmtree(copied / "save")
+    monkeypatch.delattr(torch.optim, "Muon")
+    assert_mistake(["train", *argv_of(copied)], "Muon", capsys, copied)
+    assert jobs_run == []
+
+
+def test_train_names_the_rates_where_the_loss_is_not_finite(copied, jobs_run, capsys):
+    words = argv_of(copied, tasks="copy", arms="window", lr_grid="1e30")
+    assert_mistake(["train", *words], "--lr_grid", capsys, copied)
+    assert jobs_run == [lr.Job("copy", "window", 0, 1e30)]
 
 
 def test_command_trains_the_same_weights_with_two_workers(trained, tmp_path):
@@ -1217,6 +1649,7 @@ MISTAKES = {
     "no value": (["--steps"], "steps"),
     "type": (["--steps", "many"], "steps = 'many'"),
     "zero": (["--steps", "0"], "steps = 0"),
+    "zero of mqar": (["--mqar_steps", "0"], "mqar_steps = 0"),
     "heads": (["--hidden_size", "15"], "hidden_size = 15"),
     "window": (["--window", "12"], "window = 12"),
     "length not a multiple": (["--lengths", "64,48"], "lengths = '64,48'"),
@@ -1228,7 +1661,10 @@ MISTAKES = {
     "train items": (["--train", "64:-1"], "train = '64:-1'"),
     "train word": (["--train", "64:few"], "train = '64:few'"),
     "pairs above symbols": (["--pairs", "40"], "pairs"),
+    "pairs above the window": (["--pairs", "33", "--mqar_symbols", "66"], "pairs = 33"),
+    "items above the window": (["--items", "25"], "items = 25"),
     "training pairs": (["--mqar_train", "64:17"], "mqar_train = '64:17'"),
+    "training pairs above symbols": (["--mqar_train", "160:40"], "mqar_train = '160:40'"),
     "test pairs": (["--mqar_test", "64:4,64:17"], "mqar_test = '64:17'"),
     "no pairs": (["--mqar_train", "64"], "mqar_train = '64"),
     "pairs word": (["--mqar_test", "64:few"], "mqar_test = '64:few'"),
@@ -1271,6 +1707,18 @@ def test_command_names_an_unknown_command(tmp_path, capsys):
     assert_mistake(["dance", *argv_of(tmp_path)], "'dance'", capsys, tmp_path)
 
 
+@pytest.mark.parametrize("error, named", [
+    (concurrent.futures.process.BrokenProcessPool("a worker ended"), "a worker ended"),
+    (torch.cuda.OutOfMemoryError("CUDA has too little"), "CUDA has too little"),
+    (MemoryError("640 GiB are too many"), "640 GiB")], ids=["worker", "cuda", "memory"])
+def test_command_names_what_the_machine_lacks(error, named, tmp_path, monkeypatch, capsys):
+    def fail(config):
+        raise error
+
+    monkeypatch.setattr(lr, "generate", fail)
+    assert_mistake(["generate", *argv_of(tmp_path)], named, capsys, tmp_path)
+
+
 @pytest.mark.parametrize("part", ["train", "compare", "plot"])
 def test_command_names_data_that_are_missing(part, tmp_path, capsys):
     named = "generate" if part == "train" else "train"
@@ -1308,11 +1756,26 @@ def test_command_refuses_a_checkpoint_of_other_data(copied, capsys):
     assert_mistake(["compare", *argv_of(copied)], "long_range_copy_window", capsys, copied)
 
 
-@pytest.mark.parametrize("content", ["half", "other"])
+@pytest.mark.parametrize("part", ["train", "compare"])
+@pytest.mark.parametrize("task, arm, seed, rate", [
+    ("copy", "knn_store", 0, 0.01), ("copy", "window", 1, 0.01), ("copy", "window", 0, 0.02)])
+def test_command_refuses_a_renamed_checkpoint(copied, part, task, arm, seed, rate, capsys):
+    """Of the same data and fields, but of another arm, seed or rate than its name says."""
+    job = lr.Job(task, arm, seed, rate)
+    path = job.path(tiny(save_dir=str(copied / "save")))
+    shutil.copyfile(copied / "save/long_range_copy_window_seed0_lr0.01.pt", path)
+    words = argv_of(copied, tasks=task, arms=arm, seeds=seed, lr_grid=rate)
+    assert_mistake([part, *words], f"{path.name}': must be of {job}", capsys, copied)
+
+
+@pytest.mark.parametrize("content", ["half", "other", "no job"])
 def test_command_refuses_a_damaged_checkpoint(copied, content, capsys):
     path = copied / "save/long_range_copy_window_seed0_lr0.01.pt"
     if content == "half":
         path.write_bytes(path.read_bytes()[:1000])
-    else:
+    elif content == "other":
         torch.save({"step": 1}, path)
+    else:
+        payload = torch.load(path, weights_only=True)
+        torch.save({key: value for key, value in payload.items() if key != "job"}, path)
     assert_mistake(["compare", *argv_of(copied)], str(path), capsys, copied)
