@@ -1232,13 +1232,9 @@ def test_print_task_compares_distances_at_equal_load(capsys):
     assert len(tables(out)[0]) == 4 and reaches(out)["window"].startswith("> 4 windows")
 
 
-@pytest.mark.parametrize("grid, rate, edge", [
-    ("0.01,0.02,0.03", 0.01, True), ("0.01,0.02,0.03", 0.02, False),
-    ("0.02,0.01,0.03", 0.01, True), ("0.02,0.01,0.03", 0.02, False), ("0.02", 0.02, False)])
-def test_print_task_says_when_the_rate_is_at_an_edge(grid, rate, edge, capsys):
-    lr.print_task("copy", [made_row(lr=rate)], tiny(arms="window", lr_grid=grid))
-    said = reaches(capsys.readouterr().out)["window"]
-    assert f"learning rate {rate}" in said and said.endswith("at an edge of the grid") == edge
+def test_print_task_says_the_rate_and_what_it_was_chosen_from(capsys):
+    lr.print_task("copy", [made_row(lr=0.02)], tiny(arms="window", lr_grid="0.01,0.02"))
+    assert reaches(capsys.readouterr().out)["window"].endswith("learning rate 0.02 of 0.01, 0.02")
 
 
 def test_print_task_says_how_much_a_window_answers_of_zoologys_test(capsys):
@@ -1657,6 +1653,7 @@ MISTAKES = {
     "length zero": (["--lengths", "0"], "lengths = '0'"),
     "length word": (["--lengths", "long"], "lengths = 'long'"),
     "no length": (["--lengths", ""], "lengths"),
+    "lengths beyond full": (["--lengths", "96"], "lengths = '96'"),
     "train length": (["--train", "64:4,48"], "train = '64:4,48'"),
     "train items": (["--train", "64:-1"], "train = '64:-1'"),
     "train word": (["--train", "64:few"], "train = '64:few'"),
@@ -1735,6 +1732,15 @@ def test_compare_before_train_says_so(copied, capsys):
 def test_command_refuses_a_checkpoint_of_other_fields(trained, part, name, value, capsys):
     words = [part, *argv_of(trained.folder, **{name: value})]
     assert_mistake(words, f"trained with {name} = {TINY[name]}", capsys, trained.folder)
+
+
+@pytest.mark.parametrize("task, free, fixed", [
+    ("copy", "mqar_steps", "steps"), ("mqar", "steps", "mqar_steps")])
+def test_load_checkpoint_minds_the_steps_of_its_task(task, free, fixed, trained):
+    job = lr.Job(task, "window", 0, 0.01)
+    lr.load_checkpoint(dataclasses.replace(trained.config, **{free: 9}), job)
+    with pytest.raises(ValueError, match=f"trained with {fixed} = "):
+        lr.load_checkpoint(dataclasses.replace(trained.config, **{fixed: 9}), job)
 
 
 @pytest.mark.parametrize("part", ["generate", "train", "compare"])
