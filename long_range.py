@@ -177,8 +177,8 @@ class Config:
 FULL = dict(
     tasks="copy,associative_recall,mqar,repeat_copy,brackets,repeats,random", seeds="0,1,2,3,4",
     mqar_symbols=8192, pairs=32, mqar_train="64:4,128:8,256:16,256:32,256:64", train_rows=20_000,
-    mqar_test="64:4,64:8,64:16,128:32,256:64,512:128,1024:256", steps=1100, mqar_steps=2000,
-    lr_grid="0.01,0.02", data_dir="data/full/", save_dir="checkpoints/full/",
+    mqar_test="64:4,64:8,64:16,128:32,256:64,512:128,1024:256", test_rows=100, steps=1100,
+    mqar_steps=2000, lr_grid="0.01,0.02", data_dir="data/full/", save_dir="checkpoints/full/",
     plot_dir="plots/full/")
 
 def words(text: str) -> list[str]:
