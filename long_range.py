@@ -177,7 +177,7 @@ class Config:
 FULL = dict(
     tasks="copy,associative_recall,mqar,repeat_copy,brackets,repeats,random", seeds="0,1,2,3,4",
     mqar_symbols=8192, pairs=32, mqar_train="64:4,128:8,256:16,256:32,256:64", train_rows=20_000,
-    mqar_test="64:4,64:8,64:16,128:32,256:64,512:128,1024:256", test_rows=100, steps=1100,
+    mqar_test="64:4,64:8,64:16,128:32,256:64,512:128,1024:256", test_rows=50, steps=1100,
     mqar_steps=2000, lr_grid="0.01,0.02", data_dir="data/full/", save_dir="checkpoints/full/",
     plot_dir="plots/full/")
 
@@ -946,31 +946,32 @@ def measure_run(config: Config, job: Job) -> list[dict]:
 
 def measure(config: Config) -> list[dict]:
     """Rows of every compared run: those of plots/long_range.json that are of these very weights and
-    test data, the others evaluated now; the file then holds them all."""
+    test data, the others evaluated now. The file then holds them all; it is written after every
+    task, so that a run which is stopped goes on."""
     check_folder(config, "plot_dir")
-    path, old = Path(config.plot_dir) / "long_range.json", {}
+    path, found = Path(config.plot_dir) / "long_range.json", {}
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-        old = {run["id"]: run for run in json.loads(path.read_text(encoding="utf-8"))["runs"]}
+        runs = json.loads(path.read_text(encoding="utf-8"))["runs"]
+        found = {run["id"]: run["rows"] for run in runs}
     ids, jobs = {}, chosen_jobs(config)
     for job in jobs:
         stamp = hashlib.sha256(job.path(config).read_bytes())
         stamp.update(load_data(config, job.task, "test")[1].encode())
         stamp.update(f"{device_name()} {torch.__version__} {config.scan}".encode())
         ids[job] = stamp.hexdigest()
-    missing = [job for job in jobs if ids[job] not in old]
-    missing.sort(key=lambda job: (job.arm != "dnc", job.arm != "knn_store"))
-    runs = {ids[job]: rows for job, rows in zip(
-        missing, run_all(measure_run, config, missing, "evaluate"), strict=True)}
-    rows = [row for job in jobs
-            for row in (runs[ids[job]] if ids[job] in runs else old[ids[job]]["rows"])]
-    kept = [{"id": ids[job], "rows": [row for row in rows if (
-        row["task"], row["arm"], row["seed"]) == (job.task, job.arm, job.seed)]} for job in jobs]
     about = {"config": dataclasses.asdict(config), "torch": torch.__version__,
              "device": device_name(), "confidence": "95 %, Student's t over seeds"}
-    text = json.dumps({"about": about, "rows": rows, "runs": kept}, indent=1)
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
+    for task in config.task_list:
+        missing = [job for job in jobs if job.task == task and ids[job] not in found]
+        missing.sort(key=lambda job: (job.arm != "dnc", job.arm != "knn_store"))
+        measured = run_all(measure_run, config, missing, f"evaluate {task}")
+        found |= {ids[job]: rows for job, rows in zip(missing, measured, strict=True)}
+        kept = [{"id": ids[job], "rows": found[ids[job]]} for job in jobs if ids[job] in found]
+        rows = [row for run in kept for row in run["rows"]]
+        text = json.dumps({"about": about, "rows": rows, "runs": kept}, indent=1)
+        temporary = path.with_name(path.name + ".tmp")
+        temporary.write_text(text, encoding="utf-8")
+        os.replace(temporary, path)
     print(f"wrote {path}")
     return rows
 
