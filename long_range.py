@@ -53,9 +53,10 @@ from dnc_gpt2 import (
     print_help,
     require,
 )
+from edm_gpt2 import EDM, mean_and_half
 
-ARMS = ("window", "knn_store", "dnc", "full")
-MEMORY_ARMS = ("knn_store", "dnc")
+ARMS = ("window", "knn_store", "dnc", "edm", "full")
+MEMORY_ARMS = ("knn_store", "dnc", "edm")
 COMMANDS = ("generate", "train", "compare", "plot")
 
 # ══ Config ═══════════════════════════════════════════════════════════════════════════════════════
@@ -65,7 +66,7 @@ class Config:
 
     # what
     tasks: str = "copy,mqar"  # of those that --help lists
-    arms: str = "window,knn_store,dnc,full"  # of these
+    arms: str = "window,knn_store,dnc,full"  # of these and edm, whose trunk is frozen
     seeds: str = "0"  # weights and order of the data, one run each
     lengths: str = "32,64,96,160,256,288,544,4128"  # tokens of a tested row, multiples of window
     # data
@@ -98,7 +99,11 @@ class Config:
     allocation_bias: float = 4.0  # allocation gates start at 0.98: writes go to free slots
     use_links: bool = False  # temporal links of the DNC
     knn_width: int = 64  # of the keys of knn_store
-    knn_top_k: int = 16  # keys that a query of knn_store reads
+    knn_top_k: int = 16  # keys that a query of knn_store or of edm reads
+    edm_slots: int = 8192  # of the EDM's notebook
+    edm_heads: int = 1  # of the EDM
+    edm_width: int = 64  # of its keys and values
+    edm_base_steps: int = 800  # of its trunk inside the window, before it is frozen
     # training
     steps: int = 400  # of every run but those of mqar
     mqar_steps: int = 600  # more symbols, more steps
@@ -132,7 +137,8 @@ class Config:
         check_values(self, (
             ("window symbols mqar_symbols alphabet kinds items pairs train_rows valid_rows "
              "hidden_size num_layers num_heads mlp_width mem_slots mem_width num_reads knn_width "
-             "knn_top_k steps mqar_steps batch_tokens adam_lr grad_clip log_every_steps",
+             "knn_top_k edm_slots edm_heads edm_width edm_base_steps steps mqar_steps batch_tokens "
+             "adam_lr grad_clip log_every_steps",
              lambda x: x > 0, "above 0"),
             ("lambda_gate", lambda x: x >= 0, "0 or more"),
             ("test_rows", lambda x: x >= 2, "2 or more, to swap memories between rows"),
@@ -176,6 +182,7 @@ class Config:
 # What --full changes: every task, every seed, Zoology's 8,192 symbols and number of rows.
 FULL = dict(
     tasks="copy,associative_recall,mqar,repeat_copy,brackets,repeats,random", seeds="0,1,2,3,4",
+    arms="window,knn_store,dnc,edm,full",
     mqar_symbols=8192, pairs=32, mqar_train="64:4,128:8,256:16,256:32,256:64", train_rows=20_000,
     mqar_test="64:4,64:8,64:16,128:32,256:64,512:128,1024:256", test_rows=50, steps=1100,
     mqar_steps=2000, lr_grid="0.01,0.02", data_dir="data/full/", save_dir="checkpoints/full/",
@@ -640,6 +647,10 @@ class LongRangeModel(nn.Module):
         self.memory = None
         if arm == "knn_store":
             self.memory = KNNStore(C, config.knn_width, config.knn_top_k)
+        elif arm == "edm":
+            self.memory = EDM(C, config.edm_heads, config.edm_width, config.edm_slots,
+                              config.knn_top_k, segment=config.window,
+                              bptt_segments=self.segment // config.window)
         elif arm == "dnc":
             strength = config.strength_bias
             biases = {"write_strength": strength, "read_strengths": strength,
@@ -649,7 +660,10 @@ class LongRangeModel(nn.Module):
                                     DNCOptions(config.use_links), config.scan, biases)
 
     def init_state(self, rows: int, slots: int = 0):
-        """The empty memory of so many rows; of a DNC with at least so many slots."""
+        """The empty memory of so many rows; of a DNC with at least so many slots. In training a
+        notebook has as many slots as its rows have tokens: none is ever evicted."""
+        if self.arm == "edm":
+            return self.memory.init_state(rows, self.segment if self.training else 0)
         if self.arm == "dnc":
             state = self.memory.init_state(rows)
             more = max(0, slots - self.memory.slots)
@@ -663,8 +677,17 @@ class LongRangeModel(nn.Module):
         """tokens (B, L), L at most one block or a multiple of it -> (B, L, C), state, trace."""
         B, L = tokens.shape
         blocks = tokens.reshape(-1, min(self.block, L))  # (B * blocks, block)
+        if self.arm == "edm" and state is not None:
+            # Read before the last transformer block, as edm_gpt2.py does.
+            trunk, *layers = self.controller, *self.controller.h
+            h = trunk.wte(blocks) + trunk.wpe(torch.arange(blocks.shape[1], device=tokens.device))
+            for layer in layers[:-1]:
+                h = layer(h)
+            h, state, trace = self.memory(h.reshape(B, L, -1), state)
+            h = layers[-1](h.reshape(*blocks.shape, -1))
+            return trunk.ln_f(h).reshape(B, L, -1), state, trace
         h = self.controller(input_ids=blocks).last_hidden_state.reshape(B, L, -1)  # (B, L, C)
-        return (h, None, None) if self.memory is None else self.memory(h, state)
+        return (h, None, None) if state is None else self.memory(h, state)
 
     def logits(self, h: torch.Tensor) -> torch.Tensor:
         """h (M, C) of the scored positions -> (M, V)."""
@@ -707,6 +730,8 @@ class Job(NamedTuple):
 FREE_FIELDS = {"tasks", "arms", "seeds", "lengths", "mqar_test", "test_rows", "lr_grid", "workers",
                "scan", "data_dir", "save_dir", "plot_dir", "log_every_steps"}
 
+EDM_FIELDS = {"edm_slots", "edm_heads", "edm_width", "edm_base_steps"}  # of no other arm
+
 def load_checkpoint(config: Config, job: Job) -> dict:
     """A finished run. Raises ValueError when it is missing, damaged, or of other fields or data."""
     path = job.path(config)
@@ -715,6 +740,7 @@ def load_checkpoint(config: Config, job: Job) -> dict:
             and {"job", "config", "data", "model_state_dict"} <= found.keys(),
             "checkpoint", str(path), "of long_range.py; delete it, or set another save_dir")
     free = FREE_FIELDS | {"steps" if job.task == "mqar" else "mqar_steps"}
+    free |= set() if job.arm == "edm" else EDM_FIELDS
     for name, value in dataclasses.asdict(config).items():
         if name not in free and (saved := found["config"].get(name)) != value:
             raise ValueError(f"checkpoint {path}: was trained with {name} = {saved!r}, this run "
@@ -729,10 +755,13 @@ def optimizers(model: LongRangeModel, config: Config, lr: float) -> list[torch.o
     """Muon on the matrices, AdamW on embeddings, biases and norms. With AdamW alone nothing was
     learned in ten times the steps: docs/lab-notes.md."""
     tables = {id(model.controller.wte.weight), id(model.controller.wpe.weight)}
-    matrices = [p for p in model.parameters() if p.dim() == 2 and id(p) not in tables]
-    others = [p for p in model.parameters() if p.dim() != 2 or id(p) in tables]
+    trained = [p for p in model.parameters() if p.requires_grad]
+    matrices = [p for p in trained if p.dim() == 2 and id(p) not in tables]
+    others = [p for p in trained if p.dim() != 2 or id(p) in tables]
+    # Of an EDM alone gate, strengths and norm are left: its gate has to open from zero.
+    share = config.adam_lr if model.controller.wte.weight.requires_grad else 0.5
     return [torch.optim.Muon(matrices, lr=lr, momentum=0.9, weight_decay=0.0),
-            torch.optim.AdamW(others, lr=lr * config.adam_lr, betas=(0.9, 0.99), weight_decay=0.0)]
+            torch.optim.AdamW(others, lr=lr * share, betas=(0.9, 0.99), weight_decay=0.0)]
 
 def rate_share(step: int, steps: int, config: Config) -> float:
     """Share of the peak rate at a step. Down to zero: the size of Muon's steps does not shrink with
@@ -753,38 +782,64 @@ def batches(groups: list[dict], config: Config, steps: int, seed: int):
         rows, queues[i] = np.split(queues[i], [count])
         yield groups[i], torch.from_numpy(rows)
 
+def train_trunk(model: LongRangeModel, train: list[dict], config: Config, job: Job) -> None:
+    """The base of an EDM: what is inside a window, so that it recalls there, and a third of rows of
+    the first group, so that it knows when the answer is elsewhere; then frozen."""
+    inside = [group for group in train if group["length"] == config.window] or train[:1]
+    both = optimizers(model, config, job.lr)
+    plan = dataclasses.replace(config, curriculum=0.6)
+    steps = config.edm_base_steps
+    drawn = batches([*inside[:1], *inside[:1], *train[:1]], plan, steps, job.seed)
+    for step, (group, rows) in enumerate(drawn):
+        train_step(model, both, group, rows, rate_share(step, steps, config), config)
+    model.controller.requires_grad_(False)
+    model.output.requires_grad_(False)
+
+def train_step(model: LongRangeModel, both: list, group: dict, rows: torch.Tensor, rate: float,
+               config: Config, carried: bool = False, late: float = 0.0) -> float:
+    """One step on these rows of a group, at a share of the peak rate, with memory if `carried`;
+    returns the loss of the scored tokens. late: 0 to 1, for the cost of the DNC's gates."""
+    for optimizer in both:
+        for param_group in optimizer.param_groups:
+            param_group["lr"] = param_group.setdefault("peak", param_group["lr"]) * rate
+    tokens, at, answers = (group[name][rows].long().to(device())
+                           for name in ("inputs", "at", "answers"))  # (B, L), (B, Q), (B, Q)
+    h, _, trace = model.hidden(tokens, model.init_state(len(tokens)) if carried else None)
+    picked = h.gather(1, at.unsqueeze(2).expand(-1, -1, h.shape[2]))  # (B, Q, C)
+    loss = F.cross_entropy(model.logits(picked.flatten(0, 1)), answers.flatten())
+    found = loss.item()
+    if not loss.requires_grad:  # of a frozen trunk, in a row of one block: nothing could be read
+        return found
+    if carried and model.arm == "dnc":
+        # Short rows never punish what writing a little at each filler does to long ones. Late: a
+        # cost that comes before recall is learned closes the gate for good. First of the gate (and
+        # of being undecided), so that fillers fall to 0; in the end of being undecided alone: small
+        # gates with large vectors evade a cost of the gate, and the slots so written count as free.
+        g = trace.write_gate
+        loss = loss + config.lambda_gate * late * (g * (1 - g) + (1 - late) * g).mean()
+    for optimizer in both:
+        optimizer.zero_grad(set_to_none=True)
+    loss.backward()
+    nn.utils.clip_grad_norm_((p for p in model.parameters() if p.requires_grad), config.grad_clip)
+    for optimizer in both:
+        optimizer.step()
+    return found
+
 def train_run(config: Config, job: Job) -> str:
     """Train one arm on one task from one seed and save it; returns a line about it."""
     groups, digest = load_data(config, job.task, "train")
     train = [group for group in groups if group["split"] == "train"]
     valid = [group for group in groups if group["split"] == "valid"]
     model = build_model(config, job.task, job.arm, job.seed)
-    both, history, losses, began = optimizers(model, config, job.lr), [], [], time.time()
-    peaks = [group["lr"] for optimizer in both for group in optimizer.param_groups]
+    history, losses, began = [], [], time.time()
+    if job.arm == "edm":
+        train_trunk(model, train, config, job)
+    both = optimizers(model, config, job.lr)
     steps = config.mqar_steps if job.task == "mqar" else config.steps
     for step, (group, rows) in enumerate(batches(train, config, steps, job.seed)):
-        for param_group, peak in zip((g for o in both for g in o.param_groups), peaks, strict=True):
-            param_group["lr"] = peak * rate_share(step, steps, config)
-        tokens, at, answers = (group[name][rows].long().to(device())
-                               for name in ("inputs", "at", "answers"))  # (B, L), (B, Q), (B, Q)
-        h, _, trace = model.hidden(tokens, model.init_state(len(tokens)))
-        picked = h.gather(1, at.unsqueeze(2).expand(-1, -1, h.shape[2]))  # (B, Q, C)
-        loss = F.cross_entropy(model.logits(picked.flatten(0, 1)), answers.flatten())
-        losses.append(loss.item())
-        if job.arm == "dnc":
-            # Short rows never punish what writing a little at each filler does to long ones. Late:
-            # a cost that comes before recall is learned closes the gate for good. First of the gate
-            # (and of being undecided), so that fillers fall to 0; in the end of being undecided
-            # alone: small gates with large vectors evade a cost of the gate, and the slots so
-            # written count as free.
-            late, g = max(0.0, 2 * step / steps - 1), trace.write_gate  # late: 0 to 1
-            loss = loss + config.lambda_gate * late * (g * (1 - g) + (1 - late) * g).mean()
-        for optimizer in both:
-            optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip)
-        for optimizer in both:
-            optimizer.step()
+        losses.append(train_step(
+            model, both, group, rows, rate_share(step, steps, config), config, True,
+            max(0.0, 2 * step / steps - 1)))
         if (step + 1) % config.log_every_steps == 0 or step + 1 == steps:
             found = [score(model, group, config) for group in valid]
             history.append({"step": step + 1, "loss": sum(losses) / len(losses)} | {
@@ -981,17 +1036,7 @@ def device_name() -> str:
     return f"{platform.processor() or platform.machine()}, one thread a run"
 
 # ══ Comparison and plot ══════════════════════════════════════════════════════════════════════════
-# 97.5 % points of Student's t for 1 to 9 degrees of freedom; beyond, the last, which is too wide.
-STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 CELL = 10
-
-def mean_and_half(values: list[float]) -> tuple[float, float]:
-    """Mean and half the width of its 95 % interval over seeds; NaN where there is one seed."""
-    mean, free = sum(values) / len(values), len(values) - 1
-    if not free:
-        return mean, math.nan
-    spread = math.sqrt(sum((x - mean) ** 2 for x in values) / free / len(values))
-    return mean, spread * STUDENT[min(free, len(STUDENT)) - 1]
 
 def effective_context(rows: list[tuple[float, float, float]]) -> str:
     """The distance (windows) at which accuracy falls half-way from 100 % to chance, interpolated in

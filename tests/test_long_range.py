@@ -724,7 +724,10 @@ def tiny_model(arm: str, read: bool = True, **fields) -> lr.LongRangeModel:
     model = lr.build_model(tiny(**WIDE, **fields), "copy", arm, 0).eval()
     if read and model.memory is not None:
         torch.manual_seed(1)
-        torch.nn.init.normal_(model.memory.read_proj.weight)
+        if arm == "edm":
+            torch.nn.init.constant_(model.memory.alpha, 0.5)
+        else:
+            torch.nn.init.normal_(model.memory.read_proj.weight)
     return model
 
 
@@ -743,7 +746,7 @@ def hidden_change(model: lr.LongRangeModel, place: int, L: int = 96) -> torch.Te
     return (out - changed).abs().amax((0, 2))
 
 
-@pytest.mark.parametrize("arm", ["window", "knn_store", "dnc"])
+@pytest.mark.parametrize("arm", ["window", "knn_store", "dnc", "edm"])
 @pytest.mark.parametrize("place", [0, 40, 95])
 def test_model_trunk_sees_its_block_alone(arm, place):
     change = hidden_change(tiny_model(arm, read=False), place)
@@ -753,7 +756,7 @@ def test_model_trunk_sees_its_block_alone(arm, place):
     assert outside.numel() == 0 or outside.max() < 1e-6
 
 
-@pytest.mark.parametrize("arm", ["knn_store", "dnc"])
+@pytest.mark.parametrize("arm", ["knn_store", "dnc", "edm"])
 def test_model_memory_reaches_later_blocks_alone(arm):
     change = hidden_change(tiny_model(arm), 40)
     assert change[:40].max() < 1e-6 and change[64:].max() > 1e-4
@@ -770,7 +773,7 @@ def test_longest_is_that_of_the_task(task, L):
 
 
 @pytest.mark.parametrize("task, L", [("copy", 96), ("mqar", 64)])
-@pytest.mark.parametrize("arm", ARMS)
+@pytest.mark.parametrize("arm", lr.ARMS)
 def test_model_segment_is_the_longest_row_of_its_task(arm, task, L):
     """The full arm's block too: else a training row would be cut, or its positions untrained."""
     model = lr.build_model(tiny(train="64,96:3,32", mqar_train="32:2,64:4"), task, arm, 0)
@@ -787,7 +790,7 @@ def test_model_full_arm_equals_the_trunk_at_once(L):
         close(model.hidden(tokens, None)[0], wanted)
 
 
-@pytest.mark.parametrize("arm", ["window", "knn_store", "dnc"])
+@pytest.mark.parametrize("arm", ["window", "knn_store", "dnc", "edm"])
 @pytest.mark.parametrize("links", [False, True])
 @pytest.mark.parametrize("cuts", [(0, 32, 64, 96), (0, 64, 96)])
 @torch.no_grad()
@@ -807,11 +810,12 @@ def test_model_by_segments_equals_at_once(arm, links, cuts):
 @every_task
 def test_model_arms_have_as_many_parameters(task):
     config = tiny(train="256,32", mqar_train="256:4")
-    sizes = {arm: lr.count_parameters(lr.build_model(config, task, arm, 0)) for arm in ARMS}
+    sizes = {arm: lr.count_parameters(lr.build_model(config, task, arm, 0))
+             for arm in lr.ARMS}
     assert max(sizes.values()) <= 1.02 * min(sizes.values()), sizes
 
 
-@pytest.mark.parametrize("arm", ARMS)
+@pytest.mark.parametrize("arm", lr.ARMS)
 def test_model_is_of_its_seed(arm):
     config = tiny(**WIDE)
     one, same, other = (lr.build_model(config, "copy", arm, seed).state_dict()
@@ -824,7 +828,7 @@ def test_model_arms_start_from_the_same_weights():
     """Where shapes agree, the controllers of the arms with blocks start the same."""
     config = tiny(**WIDE)
     first, *others = (lr.build_model(config, "copy", arm, 0).controller.state_dict()
-                      for arm in ("window", "knn_store", "dnc"))  # fmt: skip
+                      for arm in ("window", "knn_store", "dnc", "edm"))  # fmt: skip
     for other in others:
         for name, weight in first.items():
             if weight.shape == other[name].shape:
@@ -932,13 +936,38 @@ def test_chosen_jobs_take_the_rate_that_validates_best(monkeypatch):
     assert len(lr.first_jobs(config)) == 6
 
 
-@pytest.mark.parametrize("arm", ARMS)
+@pytest.mark.parametrize("arm", lr.ARMS)
 def test_optimizers_cover_every_parameter_once(arm):
     model = tiny_model(arm)
     both = lr.optimizers(model, tiny(adam_lr=0.5), 0.02)
     found = [id(p) for o in both for group in o.param_groups for p in group["params"]]
     assert sorted(found) == sorted(id(p) for p in model.parameters())
     assert [group["lr"] for o in both for group in o.param_groups] == [0.02, 0.01]
+
+
+def test_edm_arm_trains_its_trunk_inside_the_window_and_then_freezes_it(tmp_path, monkeypatch):
+    """First without memory, on rows of a window and of the first group; then the notebook alone."""
+    config = tiny(tasks="copy", arms="edm", train="64:4,32,64", edm_base_steps=6, steps=4,
+                  edm_slots=64, data_dir=str(tmp_path), save_dir=str(tmp_path))
+    lr.generate(config)
+    calls, step = [], lr.train_step
+
+    def spy(model, both, group, rows, rate, config, carried=False, late=0.0):
+        before = {name: weight.clone() for name, weight in model.named_parameters()}
+        found = step(model, both, group, rows, rate, config, carried, late)
+        changed = {name.split(".")[0] for name, weight in model.named_parameters()
+                   if not torch.equal(weight, before[name])}
+        calls.append((carried, group["length"], group["items"], changed))
+        return found
+
+    monkeypatch.setattr(lr, "train_step", spy)
+    lr.train_run(config, lr.Job("copy", "edm", 0, 0.02))
+    base, memory = calls[:6], calls[6:]
+    assert len(memory) == 4 and [call[0] for call in calls] == [False] * 6 + [True] * 4
+    assert {call[1:3] for call in base} <= {(32, 0), (64, 4)} and base[0][1] == 32
+    assert set.union(*(call[3] for call in base)) == {"controller", "output"}
+    for _, length, _, changed in memory:
+        assert changed <= {"memory"} and (length == 32 or changed)
 
 
 # ══ Evaluation ═══════════════════════════════════════════════════════════════════════════════════
@@ -1367,7 +1396,7 @@ def test_compare_prints_the_accuracy_of_every_arm_and_length(trained):
         "length", "dist.", "asked", "window", "knn_store", "swapped", "dnc", "swapped", "full",
         "chance"]
     rows, keys = rows_of(trained.folder), ("accuracy", "swapped_accuracy")
-    columns = [("window", "accuracy"), *((arm, key) for arm in lr.MEMORY_ARMS for key in keys),
+    columns = [("window", "accuracy"), *((arm, key) for arm in ("knn_store", "dnc") for key in keys),
                ("full", "accuracy"), ("window", "chance")]
     for task, table, cells in (("copy", copy, [(32, 0), (64, 0), (96, 0)]),
                                ("mqar", mqar, [(32, 0), (64, 0), (96, 0)]),
