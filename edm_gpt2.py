@@ -109,9 +109,7 @@ class EDM(nn.Module):
         self.eviction, self.write_every = eviction, write_every
         self.segment, self.bptt_segments = segment, bptt_segments
         self.norm = nn.LayerNorm(hidden_size)
-        self.query = nn.Linear(hidden_size, heads * width, bias=False)
-        self.key = nn.Linear(hidden_size, heads * width, bias=False)
-        self.value = nn.Linear(hidden_size, heads * width, bias=False)
+        self.query, self.key, self.value = (nn.Linear(hidden_size, heads * width) for _ in range(3))
         self.out = nn.Linear(heads * width, hidden_size, bias=False)
         self.log_strength, self.alpha = (nn.Parameter(torch.empty(x)) for x in ((heads,), ()))
         self.reset_own()
@@ -120,6 +118,22 @@ class EDM(nn.Module):
         """Initial values of what is in no module of PyTorch's."""
         nn.init.constant_(self.log_strength, math.log(16.0))
         nn.init.zeros_(self.alpha)
+
+    @torch.no_grad()
+    def start_from(self, block: nn.Module) -> None:
+        """Start as the attention of the GPT-2 block that the notebook is read before: what that
+        would have looked for, had it reached so far, is what the notebook finds at first. Needs the
+        block's heads and head width; nothing happens where they differ."""
+        C = self.out.out_features
+        if (self.heads, self.heads * self.width) != (block.attn.num_heads, C):
+            return
+        self.norm.load_state_dict(block.ln_1.state_dict())
+        weights, biases = block.attn.c_attn.weight.split(C, 1), block.attn.c_attn.bias.split(C)
+        mine = (self.query, self.key, self.value)
+        for part, weight, bias in zip(mine, weights, biases, strict=True):
+            part.weight.copy_(weight.T)
+            part.bias.copy_(bias)
+        self.out.weight.copy_(block.attn.c_proj.weight.T)
 
     def init_state(self, batch: int, slots: int = 0) -> EDMState:
         """The empty notebook of `batch` rows, of so many slots instead of the module's."""
@@ -298,7 +312,7 @@ class EDMGPT2Config(PretrainedConfig):
 
     def __init__(self, base: dict | None = None, window: int = 0, stride: int = 0,
                  read_layer: int = -1, edm: bool = True, early: bool = True, late: bool = True,
-                 edm_heads: int = 4, key_width: int = 64, slots: int = 8192, read_top_k: int = 32,
+                 edm_heads: int = 0, key_width: int = 0, slots: int = 8192, read_top_k: int = 32,
                  eviction: str = "fifo", write_every: int = 1, recurrent_width: int = 128,
                  bptt_segments: int = 4, document_end: int = -1, lora: dict | None = None,
                  quantize: bool = False, **kwargs):
@@ -313,7 +327,8 @@ class EDMGPT2Config(PretrainedConfig):
         self.stride = stride or max(1, self.window // 2)  # tokens that leave a full window
         self.read_layer = gpt2.n_layer // 2 if read_layer == -1 else read_layer
         self.edm, self.early, self.late = edm, early, late
-        self.edm_heads, self.key_width = edm_heads, key_width
+        self.edm_heads = edm_heads or gpt2.n_head
+        self.key_width = key_width or gpt2.n_embd // gpt2.n_head
         self.slots, self.read_top_k = slots, read_top_k
         self.eviction, self.write_every = eviction, write_every
         self.recurrent_width, self.bptt_segments = recurrent_width, bptt_segments
@@ -729,8 +744,8 @@ class Config:
     arms: str = "recurrent,edm,both"  # of these; the base is always there
     window: int = 64  # W, tokens that attention sees
     read_layer: int = -1  # before this block the notebook is read; -1 = the middle one
-    edm_heads: int = 4  # H of the notebook
-    key_width: int = 64  # D of its keys and values
+    edm_heads: int = 0  # H of the notebook; 0 = those of the base, and it starts as its attention
+    key_width: int = 0  # D of its keys and values; 0 = that of the base
     slots: int = 8192  # N
     top_k: int = 32  # slots that a head reads
     eviction: str = "fifo"  # fifo | lru | usage: what makes room when every slot is taken
@@ -775,10 +790,11 @@ class Config:
         check_types(self)
         batch = self.batch_size
         check_values(self, (
-            ("base_steps base_positions window edm_heads key_width slots top_k write_every "
+            ("base_steps base_positions window slots top_k write_every "
              "recurrent_width lora_alpha max_steps batch_size bptt_segments lr grad_clip "
              "log_every_steps new_tokens", lambda x: x > 0, "above 0"),
-            ("lora weight_decay eval_tokens temperature", lambda x: x >= 0, "0 or more"),
+            ("edm_heads key_width lora weight_decay eval_tokens temperature",
+             lambda x: x >= 0, "0 or more"),
             ("eval_rows recall_rows topic_rows", lambda x: x >= 2, "2 or more, to swap memories"),
             ("lora_dropout lr_warmup", lambda x: 0 <= x < 1, "from 0 to below 1"),
             ("arms", lambda _: set(self.arm_list) <= set(ARMS),
@@ -897,6 +913,8 @@ def build_model(base: Base, config: Config, arm: str, seed: int) -> EDMGPT2ForCa
         bos_token_id=None, eos_token_id=None, pad_token_id=None)
     model = EDMGPT2ForCausalLM(settings)
     model.transformer.load_state_dict(base.weights)
+    if edm:
+        model.edm.start_from(model.transformer.h[settings.read_layer])
     if lora:
         add_lora(model.transformer, lora)
         settings.lora, settings.quantize = lora, config.qlora

@@ -101,8 +101,6 @@ class Config:
     knn_width: int = 64  # of the keys of knn_store
     knn_top_k: int = 16  # keys that a query of knn_store or of edm reads
     edm_slots: int = 8192  # of the EDM's notebook
-    edm_heads: int = 1  # of the EDM
-    edm_width: int = 64  # of its keys and values
     edm_base_steps: int = 800  # of its trunk inside the window, before it is frozen
     # training
     steps: int = 400  # of every run but those of mqar
@@ -137,7 +135,7 @@ class Config:
         check_values(self, (
             ("window symbols mqar_symbols alphabet kinds items pairs train_rows valid_rows "
              "hidden_size num_layers num_heads mlp_width mem_slots mem_width num_reads knn_width "
-             "knn_top_k edm_slots edm_heads edm_width edm_base_steps steps mqar_steps batch_tokens "
+             "knn_top_k edm_slots edm_base_steps steps mqar_steps batch_tokens "
              "adam_lr grad_clip log_every_steps",
              lambda x: x > 0, "above 0"),
             ("lambda_gate", lambda x: x >= 0, "0 or more"),
@@ -648,7 +646,7 @@ class LongRangeModel(nn.Module):
         if arm == "knn_store":
             self.memory = KNNStore(C, config.knn_width, config.knn_top_k)
         elif arm == "edm":
-            self.memory = EDM(C, config.edm_heads, config.edm_width, config.edm_slots,
+            self.memory = EDM(C, config.num_heads, C // config.num_heads, config.edm_slots,
                               config.knn_top_k, segment=config.window,
                               bptt_segments=self.segment // config.window)
         elif arm == "dnc":
@@ -730,7 +728,7 @@ class Job(NamedTuple):
 FREE_FIELDS = {"tasks", "arms", "seeds", "lengths", "mqar_test", "test_rows", "lr_grid", "workers",
                "scan", "data_dir", "save_dir", "plot_dir", "log_every_steps"}
 
-EDM_FIELDS = {"edm_slots", "edm_heads", "edm_width", "edm_base_steps"}  # of no other arm
+EDM_FIELDS = {"edm_slots", "edm_base_steps"}  # of no other arm
 
 def load_checkpoint(config: Config, job: Job) -> dict:
     """A finished run. Raises ValueError when it is missing, damaged, or of other fields or data."""
@@ -794,6 +792,7 @@ def train_trunk(model: LongRangeModel, train: list[dict], config: Config, job: J
         train_step(model, both, group, rows, rate_share(step, steps, config), config)
     model.controller.requires_grad_(False)
     model.output.requires_grad_(False)
+    model.memory.start_from(model.controller.h[-1])
 
 def train_step(model: LongRangeModel, both: list, group: dict, rows: torch.Tensor, rate: float,
                config: Config, carried: bool = False, late: float = 0.0) -> float:

@@ -184,7 +184,8 @@ def naive_read(p, heads: int, width: int, top_k: int, h, store):
     z, read, found = layer_norm(h, p["norm.weight"], p["norm.bias"]), [], []
     for k in range(heads):
         mine = slice(k * width, (k + 1) * width)
-        query, total = unit(p["query.weight"][mine] @ z), np.zeros(width)
+        query = unit(p["query.weight"][mine] @ z + p["query.bias"][mine])
+        total = np.zeros(width)
         cosine = {slot: float(query @ key[k]) for slot, (key, _) in store.items()}
         nearest = sorted(cosine, key=cosine.get, reverse=True)[:top_k]
         weights = {slot: math.exp(math.exp(p["log_strength"][k]) * (cosine[slot] - 1))
@@ -232,10 +233,12 @@ class NaiveRow:
             for i in (i for i in going if i % c.write_every == 0):
                 z, slot = self.hidden[i], order.pop(0)
                 z = layer_norm(z, self.edm["norm.weight"], self.edm["norm.bias"])
-                key = (self.edm["key.weight"] @ z).reshape(c.edm_heads, -1)
+                key, value = (self.edm[f"{part}.weight"] @ z + self.edm[f"{part}.bias"]
+                              for part in ("key", "value"))
+                key, value = key.reshape(c.edm_heads, -1), value.reshape(c.edm_heads, -1)
                 self.store[slot] = {
                     "key": np.stack([unit(k) for k in key]), "position": i,
-                    "value": (self.edm["value.weight"] @ z).reshape(c.edm_heads, -1),
+                    "value": value,
                     "token": self.tokens[i],
                     "rank": max(rank[slot], 0) + 1 if c.eviction == "usage" else i}
         if self.early and len(going):
@@ -882,6 +885,27 @@ def test_read_of_recent_entries_equals_that_of_the_store(dense, monkeypatch):
         for a, b in zip(edm.read(h, state, recent[-last:]), wanted, strict=True):
             close(a, b, 1e-12)
     assert all(not x.requires_grad for x in state)
+
+
+def test_edm_starts_as_the_attention_of_its_block(base):
+    """Its queries, keys, values and output are the block's; what it reads, a naive attention over
+    the store by cosine. Other heads leave it as it was."""
+    block, h = base.transformer.h[1], torch.randn(1, 9, C)
+    torch.manual_seed(0)
+    edm, other = eg.EDM(C, 4, C // 4, 20, 20), eg.EDM(C, 2, C // 2, 20, 20)
+    before = other.query.weight.clone()
+    for x in (edm, other):
+        x.start_from(block)
+    assert torch.equal(other.query.weight, before)
+    edm.alpha.data.fill_(50.0)  # an open gate
+    with torch.no_grad():
+        _, state, _ = edm(h[:, :8], edm.init_state(1))
+        added = edm.read(h[:, 8:], state, [])[0]
+        q, k, v = (x.unflatten(-1, (4, -1)).transpose(1, 2)
+                   for x in block.attn.c_attn(block.ln_1(h)).split(C, dim=2))  # (1, 4, 9, D)
+        scores = 16 * F.cosine_similarity(q[:, :, 8:], k[:, :, :8], dim=-1)  # (1, 4, 8)
+        mixed = (scores.softmax(-1).unsqueeze(-1) * v[:, :, :8]).sum(2).flatten(1)  # (1, C)
+        close(added[:, 0], mixed @ block.attn.c_proj.weight, 1e-4)
 
 
 def test_edm_forward_reads_what_was_before_and_then_stores():
@@ -1946,7 +1970,7 @@ def test_config_derives_arms_and_rows():
 
 
 @pytest.mark.parametrize("fields", [
-    *({name: 0} for name in ("base_steps", "base_positions", "edm_heads", "key_width", "top_k",
+    *({name: 0} for name in ("base_steps", "base_positions", "top_k",
                              "write_every", "recurrent_width", "lora_alpha", "max_steps",
                              "batch_size", "bptt_segments", "log_every_steps", "new_tokens")),
     {"window": 0}, {"slots": 15}, {"slots": 65_537}, {"slots": 0}, {"top_k": 33}, {"lr": 0.0},
@@ -1974,7 +1998,7 @@ def test_config_refuses_a_value_that_has_no_meaning(fields):
 @pytest.mark.parametrize("name, value", [
     ("window", 65), ("window", -1), ("stride", 17), ("stride", -1), ("read_layer", 3),
     ("slots", 15), ("slots", 65_537), ("read_top_k", 0), ("read_top_k", 33),
-    ("eviction", "random"), ("edm_heads", 0), ("key_width", 0), ("write_every", 0),
+    ("eviction", "random"), ("edm_heads", -1), ("key_width", -1), ("write_every", 0),
     ("recurrent_width", 0), ("bptt_segments", 0),
     ("read_layer", -2), ("document_end", -5), ("document_end", V)])
 def test_model_config_refuses_a_bad_value_in_one_line(base, name, value):
@@ -2000,3 +2024,85 @@ def test_model_config_comes_back_from_disk(base, tmp_path):
     for ignored in ("transformers_version", "_name_or_path"):
         found.pop(ignored, None), wanted.pop(ignored, None)
     assert found == wanted
+
+
+# ══ Topic, command ═══════════════════════════════════════════════════════════════════════════════
+
+
+def test_rare_words_are_those_of_training_seldom_met():
+    counts = eg.collections.Counter({"river": 3, "water": 1})
+    text = "The River's water, and the OBELISK of 1789; a sea."
+    assert eg.rare_words(text, counts, 20_000) == {"water", "obelisk"}
+    assert eg.rare_words(text, counts, 40_000) == {"river", "water", "obelisk"}
+
+
+class Says:
+    """In place of a model: goes through its row's prompt again and again, or one row further."""
+
+    def __init__(self, vocabulary: int, roll: int):
+        self.config = SimpleNamespace(vocab_size=vocabulary, stride=16)
+        self.transformer = SimpleNamespace(wte=SimpleNamespace(weight=torch.eye(vocabulary)))
+        self.roll, self.prompts, self.steps = roll, None, 0
+
+    def init_state(self, batch: int) -> None:
+        return None
+
+    def advance(self, tokens, mask, state):
+        if self.prompts is None:
+            self.prompts = tokens.roll(self.roll, 0)
+        best = self.prompts[:, self.steps % self.prompts.shape[1]]
+        self.steps += 1
+        return 50.0 * F.one_hot(best, self.config.vocab_size).float().unsqueeze(1), None, []
+
+
+@pytest.mark.parametrize("roll", [0, 1])
+def test_topic_consistency_counts_the_words_of_the_own_prompt(roll):
+    """Words of the vocabulary are tokens, none in the training text: all are rare."""
+    words = ["".join(chr(97 + i // 26**k % 26) for k in range(4)) for i in range(200)]
+    tokenizer = SimpleNamespace(decode=lambda ids: " ".join(words[i] for i in ids))
+    corpus = SimpleNamespace(train=torch.zeros(9, dtype=torch.long), valid=torch.arange(200))
+    fake = Says(200, roll)
+    found = eg.topic_consistency(fake, corpus, tokenizer, run_config(topic_rows=3))
+    assert found["words"] == 48 - 1 and fake.config.stride == 16  # word 0 is in training
+    assert found["own"] == (1 - roll) and found["other"] == roll / 2
+
+
+def test_command_refuses_a_mistake_in_one_line(tmp_path, capsys):
+    for argv, named in ((["--window", "x"], "window"), (["--top_k", "9000"], "top_k"),
+                        (["--base", str(tmp_path)], "base"), (["--widnow", "3"], "widnow"),
+                        (["--generate", "The sea", "--save_dir", str(tmp_path)], "save_dir")):
+        assert eg.main(argv) == 2
+        [line] = capsys.readouterr().err.splitlines()
+        assert line.startswith("error: ") and named in line
+
+
+def test_command_trains_saves_and_goes_on_with_its_notebook(base, tokenizer, tmp_path, monkeypatch,
+                                                            capsys):
+    """The whole command on a folder of text; then two turns of --generate with a memory file."""
+    from transformers import PreTrainedTokenizerFast
+
+    monkeypatch.chdir(tmp_path)
+    base.save_pretrained("base")
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained("base")
+    Path("text").mkdir()
+    for name, times in (("train", 90), ("valid", 30), ("test", 30)):
+        text = "the city was built on a hill by the river and the sea\n" * times
+        Path("text", f"{name}.txt").write_text(text)
+    assert eg.main([
+        "--base", "base", "--dataset", "text", "--window", "16", "--slots", "64", "--top_k", "4",
+        "--max_steps", "2", "--batch_size", "4", "--bptt_segments", "2", "--eval_rows", "2",
+        "--recall_rows", "2", "--topic_rows", "2", "--new_tokens", "5"]) == 0
+    printed = capsys.readouterr().out
+    for words in ("what do memories add?", "swapped", "Recall", "Topic", "goes on"):
+        assert words in printed
+    found = eg.json.loads(Path("plots/edm_gpt2.json").read_text())
+    assert [run["arm"] for run in found["runs"]] == ["base", "full", "recurrent", "edm", "both"]
+    assert Path("plots/edm_gpt2.png").stat().st_size > 10_000
+    for _ in range(2):
+        assert eg.main(["--generate", "the sea", "--new_tokens", "20",
+                        "--memory_file", "notebook.pt"]) == 0
+        assert "goes on" in capsys.readouterr().out
+    model = eg.EDMGPT2ForCausalLM.from_pretrained("checkpoints/edm_gpt2")
+    state = eg.load_memory(model, "notebook.pt")
+    prompt = len(tokenizer.encode("the sea", add_special_tokens=False).ids)
+    assert int(state.start + state.fill) == 2 * (prompt + 20)

@@ -1396,7 +1396,8 @@ def test_compare_prints_the_accuracy_of_every_arm_and_length(trained):
         "length", "dist.", "asked", "window", "knn_store", "swapped", "dnc", "swapped", "full",
         "chance"]
     rows, keys = rows_of(trained.folder), ("accuracy", "swapped_accuracy")
-    columns = [("window", "accuracy"), *((arm, key) for arm in ("knn_store", "dnc") for key in keys),
+    columns = [("window", "accuracy"), *((arm, key) for arm in ("knn_store", "dnc")
+                                          for key in keys),
                ("full", "accuracy"), ("window", "chance")]
     for task, table, cells in (("copy", copy, [(32, 0), (64, 0), (96, 0)]),
                                ("mqar", mqar, [(32, 0), (64, 0), (96, 0)]),
