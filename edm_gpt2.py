@@ -47,6 +47,7 @@ except ImportError:  # a saved model has this file beside it, alone: the model n
 
 # ══ Memory: a key-value notebook, and a rolling summary ══════════════════════════════════════════
 EVICTION = ("fifo", "lru", "usage")
+KEY_OF = ("token", "previous")
 
 class EDMState(NamedTuple):
     """The notebook, one row a sequence. Slots fill from the first; those in use are a prefix."""
@@ -56,6 +57,7 @@ class EDMState(NamedTuple):
     token: torch.Tensor  # (B, N) its id
     rank: torch.Tensor  # (B, N) the lowest is evicted first; float64, to count tokens exactly
     seen: torch.Tensor  # (B,) tokens that were offered, stored or not
+    last: torch.Tensor  # (B, C) h of the last of them
 
 class EDMTrace(NamedTuple):
     """What the notebook did at each token of a segment."""
@@ -70,12 +72,14 @@ class Entry(NamedTuple):
     values: torch.Tensor  # (B, H, M, D)
     slots: torch.Tensor  # (B, M), -1 where nothing was stored
 
-def empty_notebook(batch: int, heads: int, slots: int, width: int, like: torch.Tensor) -> EDMState:
+def empty_notebook(batch: int, heads: int, slots: int, width: int, hidden_size: int,
+                   like: torch.Tensor) -> EDMState:
     """The notebook of `batch` rows that have stored nothing, where `like` is."""
     store = like.detach().new_zeros(batch, heads, slots, width)
     empty = torch.full((batch, slots), -1, device=like.device)
     rank = torch.full(empty.shape, -math.inf, dtype=torch.float64, device=like.device)
-    return EDMState(store, store.clone(), empty, empty.clone(), rank, empty.new_zeros(batch))
+    return EDMState(store, store.clone(), empty, empty.clone(), rank, empty.new_zeros(batch),
+                    store.new_zeros(batch, hidden_size))
 
 def newest(shape: torch.Size, recent: list[Entry], device) -> torch.Tensor:
     """(B, N): which of all recent entries, counted through, a slot holds; -1 an older one."""
@@ -99,12 +103,17 @@ DENSE_SLOTS = 2048  # up to so many slots in use a read is computed as products 
 class EDM(nn.Module):
     """Key-value notebook: h + tanh(alpha) * W_o read, alpha = 0 at first. Every head reads the
     softmax over its K nearest slots by cosine, at a learned temperature. `forward` reads and writes
-    by segments, of which the newest `bptt_segments` keep their graph."""
+    by segments, of which the newest `bptt_segments` keep their graph.
+
+    key_of token: a token is found by its own h, which holds what came before it only as far as the
+    base's lower layers put that there. previous: by the h of the token before it, so that a query
+    finds what followed the last time, as in kNN-LM; departs from the plain notebook."""
 
     def __init__(self, hidden_size: int, heads: int, width: int, slots: int, top_k: int,
                  eviction: str = "fifo", write_every: int = 1, segment: int = 0,
-                 bptt_segments: int = 4):
+                 bptt_segments: int = 4, key_of: str = "token"):
         super().__init__()
+        self.key_of = key_of
         self.heads, self.width, self.slots, self.top_k = heads, width, slots, top_k
         self.eviction, self.write_every = eviction, write_every
         self.segment, self.bptt_segments = segment, bptt_segments
@@ -123,8 +132,16 @@ class EDM(nn.Module):
     def start_from(self, block: nn.Module) -> None:
         """Start as the attention of the GPT-2 block that the notebook is read before: what that
         would have looked for, had it reached so far, is what the notebook finds at first. Needs the
-        block's heads and head width; nothing happens where they differ."""
+        block's heads and head width; nothing happens where they differ. With key_of previous:
+        start as a nearest-neighbour store, equal projections for query and key, and h handed on."""
         C = self.out.out_features
+        if self.key_of == "previous":
+            for part in (self.query, self.value):
+                nn.init.orthogonal_(part.weight)
+                nn.init.zeros_(part.bias)
+            self.key.load_state_dict(self.query.state_dict())
+            self.out.weight.copy_(self.value.weight.T)
+            return
         if (self.heads, self.heads * self.width) != (block.attn.num_heads, C):
             return
         self.norm.load_state_dict(block.ln_1.state_dict())
@@ -137,7 +154,8 @@ class EDM(nn.Module):
 
     def init_state(self, batch: int, slots: int = 0) -> EDMState:
         """The empty notebook of `batch` rows, of so many slots instead of the module's."""
-        return empty_notebook(batch, self.heads, slots or self.slots, self.width, self.query.weight)
+        return empty_notebook(batch, self.heads, slots or self.slots, self.width,
+                              self.out.out_features, self.query.weight)
 
     def split(self, x: torch.Tensor) -> torch.Tensor:
         """(B, T, H * D) -> (B, H, T, D)."""
@@ -220,26 +238,32 @@ class EDM(nn.Module):
               keep: torch.Tensor, state: EDMState) -> tuple[EDMState, Entry]:
         """Store h (B, M, C) of tokens and positions (B, M) where keep (B, M) -> state, entry. Empty
         slots first, then those of the lowest rank; M is at most N."""
-        z, M, slots = self.norm(h), token.shape[1], state.position.shape[1]
-        entry = Entry(F.normalize(self.split(self.key(z)), dim=-1, eps=1e-6),
+        z, M = self.norm(h), token.shape[1]
+        found_by = z if self.key_of == "token" else self.norm(
+            torch.cat([state.last.unsqueeze(1), h[:, :-1]], dim=1))  # (B, M, C)
+        entry = Entry(F.normalize(self.split(self.key(found_by)), dim=-1, eps=1e-6),
                       self.split(self.value(z)), token)
         order = state.rank.argsort(dim=1, stable=True)[:, :M]  # (B, M), slots to be overwritten
         place = order.gather(1, (keep.cumsum(1) - 1).clamp_min(0))  # (B, M)
-        place = place.masked_fill(~keep, slots)  # a slot behind the last, for what is not kept
+        rows, columns = keep.nonzero(as_tuple=True)
+        at = place[rows, columns]
 
         def put(store: torch.Tensor, new: torch.Tensor) -> torch.Tensor:  # (B, N), (B, M)
-            return F.pad(store, (0, 1)).scatter(1, place, new)[:, :-1]
+            store = store.clone()
+            store[rows, at] = new[rows, columns]
+            return store
 
-        def put_wide(store: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
-            index = place[:, None, :, None].expand_as(new)
-            return F.pad(store, (0, 0, 0, 1)).scatter(2, index, new.detach())[:, :, :-1]
+        def put_wide(store: torch.Tensor, new: torch.Tensor) -> torch.Tensor:  # (B, H, N, D)
+            store = store.clone()
+            store[rows, :, at] = new.detach()[rows, :, columns]
+            return store
 
         first = position.to(state.rank.dtype)
         if self.eviction == "usage":  # one read above what it replaces, else the newest goes first
-            first = state.rank.gather(1, place.clamp_max(slots - 1)).clamp_min(0) + 1
+            first = state.rank.gather(1, place).clamp_min(0) + 1
         state = EDMState(put_wide(state.keys, entry.keys), put_wide(state.values, entry.values),
                          put(state.position, position), put(state.token, token),
-                         put(state.rank, first), position[:, -1] + 1)
+                         put(state.rank, first), position[:, -1] + 1, h[:, -1].detach())
         return state, entry._replace(slots=place.masked_fill(~keep, -1))
 
     def touch(self, slots: torch.Tensor, weights: torch.Tensor, position: torch.Tensor,
@@ -314,8 +338,8 @@ class EDMGPT2Config(PretrainedConfig):
                  read_layer: int = -1, edm: bool = True, early: bool = True, late: bool = True,
                  edm_heads: int = 0, key_width: int = 0, slots: int = 8192, read_top_k: int = 32,
                  eviction: str = "fifo", write_every: int = 1, recurrent_width: int = 128,
-                 bptt_segments: int = 4, document_end: int = -1, lora: dict | None = None,
-                 quantize: bool = False, **kwargs):
+                 bptt_segments: int = 4, key_of: str = "token", document_end: int = -1,
+                 lora: dict | None = None, quantize: bool = False, **kwargs):
         kwargs.setdefault("tie_word_embeddings", False)  # the embedding is the head: one parameter
         super().__init__(**kwargs)
         self.base = base or GPT2Config(vocab_size=256, n_embd=32, n_layer=2, n_head=2,
@@ -330,7 +354,7 @@ class EDMGPT2Config(PretrainedConfig):
         self.edm_heads = edm_heads or gpt2.n_head
         self.key_width = key_width or gpt2.n_embd // gpt2.n_head
         self.slots, self.read_top_k = slots, read_top_k
-        self.eviction, self.write_every = eviction, write_every
+        self.eviction, self.write_every, self.key_of = eviction, write_every, key_of
         self.recurrent_width, self.bptt_segments = recurrent_width, bptt_segments
         self.document_end, self.lora, self.quantize = document_end, lora, quantize
 
@@ -347,6 +371,7 @@ class EDMGPT2Config(PretrainedConfig):
              f"from window ({self.window}) to 65536, as far as exact search goes"),
             ("read_top_k", 1 <= self.read_top_k <= self.slots, f"from 1 to slots ({self.slots})"),
             ("eviction", self.eviction in EVICTION, "one of " + ", ".join(EVICTION)),
+            ("key_of", self.key_of in KEY_OF, "one of " + ", ".join(KEY_OF)),
             ("document_end", -1 <= self.document_end < self.vocab_size,
              f"-1 (none), or below the {self.vocab_size} tokens of the base"),
             *((name, getattr(self, name) >= 1, "1 or more") for name in (
@@ -468,7 +493,8 @@ class EDMGPT2ForCausalLM(PreTrainedModel, GenerationMixin):
         C = base.n_embd
         self.transformer = GPT2Model(base)
         self.edm = EDM(C, config.edm_heads, config.key_width, config.slots, config.read_top_k,
-                       config.eviction, config.write_every) if config.edm else None
+                       config.eviction, config.write_every,
+                       key_of=config.key_of) if config.edm else None
         self.early = RecurrentMemory(C, config.recurrent_width) if config.early else None
         self.late = RecurrentMemory(C, config.recurrent_width) if config.late else None
         if config.lora:
@@ -540,7 +566,8 @@ class EDMGPT2ForCausalLM(PreTrainedModel, GenerationMixin):
         """The state of `batch` rows that have read nothing."""
         base, W = self.transformer.config, self.config.window
         like = self.transformer.wte.weight.detach()
-        memory = self.edm.init_state(batch) if self.edm else empty_notebook(batch, 1, 1, 1, like)
+        memory = self.edm.init_state(batch) if self.edm else empty_notebook(
+            batch, 1, 1, 1, 1, like)
         zero = torch.zeros(batch, dtype=torch.long, device=like.device)
         recurrent = [like.new_zeros(batch, 0) if memory is None else memory.init_state(batch)
                      for memory in (self.early, self.late)]
@@ -749,6 +776,7 @@ class Config:
     slots: int = 8192  # N
     top_k: int = 32  # slots that a head reads
     eviction: str = "fifo"  # fifo | lru | usage: what makes room when every slot is taken
+    key_of: str = "previous"  # token | previous: whose hidden state a stored token is found by
     write_every: int = 1  # every so many tokens one is stored
     recurrent_width: int = 128  # R of the early and of the late memory
     reset_token: str = ""  # behind this token memory starts anew, such as <|endoftext|>
@@ -802,6 +830,7 @@ class Config:
             ("seeds", lambda x: all(s.strip().isdecimal() and int(s) < 2**32 for s in x.split(",")),
              "a comma-separated list of whole numbers from 0"),
             ("eviction", EVICTION.__contains__, "one of " + ", ".join(EVICTION)),
+            ("key_of", KEY_OF.__contains__, "one of " + ", ".join(KEY_OF)),
             ("window", lambda x: x >= 8, "8 or more, the length of a planted string"),
             ("read_layer", lambda x: x >= -1, "-1 (the middle block), or a block's number from 0"),
             ("lora_targets", lambda x: x.strip() != "", "names of the base's projections"),
@@ -908,7 +937,8 @@ def build_model(base: Base, config: Config, arm: str, seed: int) -> EDMGPT2ForCa
         base=base.config, window=config.window, stride=config.window, read_layer=config.read_layer,
         edm=edm, early=recurrent, late=recurrent, edm_heads=config.edm_heads,
         key_width=config.key_width, slots=config.slots, read_top_k=config.top_k,
-        eviction=config.eviction, write_every=config.write_every, document_end=ends,
+        eviction=config.eviction, write_every=config.write_every, key_of=config.key_of,
+        document_end=ends,
         recurrent_width=config.recurrent_width, bptt_segments=config.bptt_segments, lora=None,
         bos_token_id=None, eos_token_id=None, pad_token_id=None)
     model = EDMGPT2ForCausalLM(settings)
@@ -933,13 +963,19 @@ def head_loss(model: EDMGPT2ForCausalLM, h: torch.Tensor, targets: torch.Tensor)
     loss, nll, top1 = dnc_gpt2.HeadLoss.apply(h.flatten(0, 1), weight, targets.flatten(), h.dtype)
     return loss, nll.view(targets.shape), top1.view(targets.shape)
 
+GATE_RATE = 5.0  # rate of gates and strengths, as a multiple of lr
+
 def train_arm(base: Base, corpus, config: Config, arm: str, seed: int):
     """Train the memories (and adapters) of an arm -> model, history rows, tokens a second."""
     from tqdm import tqdm
     model = build_model(base, config, arm, seed).train()
     trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=config.lr, betas=(0.9, 0.95),
-                                  weight_decay=config.weight_decay)
+    # Gates and strengths are single numbers that have far to go: gates open from zero.
+    scalars = [p for p in trained if p.dim() < 2 and p.numel() <= model.config.edm_heads]
+    matrices = [p for p in trained if all(p is not x for x in scalars)]
+    peaks = (config.lr, GATE_RATE * config.lr)
+    optimizer = torch.optim.AdamW([{"params": matrices}, {"params": scalars}], lr=config.lr,
+                                  betas=(0.9, 0.95), weight_decay=config.weight_decay)
     step_len = config.bptt_segments * config.window
     rows = training_rows(corpus.train, config.rows, step_len)  # (rows, steps * step_len + 1)
     per_epoch, state, history, losses = (rows.shape[1] - 1) // step_len, None, [], []
@@ -952,8 +988,8 @@ def train_arm(base: Base, corpus, config: Config, arm: str, seed: int):
                 state = model.init_state(config.rows)
             share = min(1.0, (step + 1) / warmup) * 0.5 * (1 + math.cos(
                 math.pi * max(0, step - warmup) / max(1, config.max_steps - warmup)))
-            for group in optimizer.param_groups:
-                group["lr"] = config.lr * share
+            for group, peak in zip(optimizer.param_groups, peaks, strict=True):
+                group["lr"] = peak * share
             chunk = rows[:, at : at + step_len + 1].to(device())
             x, y = chunk[:, :-1], chunk[:, 1:]
             h, state, _ = model.advance(x, torch.ones_like(x, dtype=torch.bool), state)
@@ -1237,7 +1273,7 @@ def save_model(model: EDMGPT2ForCausalLM, base: Base, folder: Path) -> None:
 def fingerprint(model: EDMGPT2ForCausalLM) -> str:
     """sha256 of the weights and of what shapes a memory: whose memory a file is."""
     digest = hashlib.sha256(repr([getattr(model.config, name) for name in (
-        "window", "stride", "read_layer", "slots", "write_every", "eviction")]).encode())
+        "window", "stride", "read_layer", "slots", "write_every", "eviction", "key_of")]).encode())
     for name, weight in sorted(model.state_dict().items()):
         digest.update(name.encode() + weight.detach().cpu().contiguous().view(-1).view(
             torch.uint8).numpy().tobytes())

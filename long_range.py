@@ -101,7 +101,7 @@ class Config:
     knn_width: int = 64  # of the keys of knn_store
     knn_top_k: int = 16  # keys that a query of knn_store or of edm reads
     edm_slots: int = 8192  # of the EDM's notebook
-    edm_base_steps: int = 800  # of its trunk inside the window, before it is frozen
+    edm_base_steps: int = 2000  # of its trunk inside the window, before it is frozen
     # training
     steps: int = 400  # of every run but those of mqar
     mqar_steps: int = 600  # more symbols, more steps
@@ -626,8 +626,9 @@ class LongRangeModel(nn.Module):
         self.arm, C = arm, config.hidden_size
         self.block = longest(config, task) if arm == "full" else config.window
         self.segment = longest(config, task)  # tokens between which a memory is carried
+        positions = 2 * self.block if arm == "edm" else self.block
         self.controller = GPT2Model(GPT2Config(
-            vocab_size=vocabulary(task, config), n_positions=self.block, n_embd=C,
+            vocab_size=vocabulary(task, config), n_positions=positions, n_embd=C,
             n_layer=config.num_layers, n_head=config.num_heads, n_inner=mlp_width, resid_pdrop=0.0,
             embd_pdrop=0.0, attn_pdrop=0.0, use_cache=False, bos_token_id=None, eos_token_id=None))
         self.output = nn.Linear(C, C, bias=False)
@@ -640,7 +641,7 @@ class LongRangeModel(nn.Module):
                     2 * config.num_layers if "c_proj" in name else 1)
                 own = torch.Generator().manual_seed(1000 * seed + i)
                 weight.data.normal_(0, std, generator=own)
-        self.controller.wpe.weight.data = 0.5 * waves(self.block, C)
+        self.controller.wpe.weight.data = 0.5 * waves(positions, C)
         torch.manual_seed(seed)
         self.memory = None
         if arm == "knn_store":
@@ -675,10 +676,15 @@ class LongRangeModel(nn.Module):
         """tokens (B, L), L at most one block or a multiple of it -> (B, L, C), state, trace."""
         B, L = tokens.shape
         blocks = tokens.reshape(-1, min(self.block, L))  # (B * blocks, block)
-        if self.arm == "edm" and state is not None:
-            # Read before the last transformer block, as edm_gpt2.py does.
+        if self.arm == "edm" and state is None:  # the trunk sees two windows at once
+            blocks = tokens.reshape(-1, min(2 * self.block, L))
+        elif self.arm == "edm":
+            # Read before the last transformer block. Attention is cut to a window; the positions of
+            # all but a row's first are those of the trunk's second.
             trunk, *layers = self.controller, *self.controller.h
-            h = trunk.wte(blocks) + trunk.wpe(torch.arange(blocks.shape[1], device=tokens.device))
+            place = state.seen.unsqueeze(1) + torch.arange(L, device=tokens.device)  # (B, L)
+            place = place % self.block + self.block * (place >= self.block)
+            h = trunk.wte(blocks) + trunk.wpe(place.reshape(blocks.shape))
             for layer in layers[:-1]:
                 h = layer(h)
             h, state, trace = self.memory(h.reshape(B, L, -1), state)
@@ -781,14 +787,21 @@ def batches(groups: list[dict], config: Config, steps: int, seed: int):
         yield groups[i], torch.from_numpy(rows)
 
 def train_trunk(model: LongRangeModel, train: list[dict], config: Config, job: Job) -> None:
-    """The base of an EDM: what is inside a window, so that it recalls there, and a third of rows of
-    the first group, so that it knows when the answer is elsewhere; then frozen."""
-    inside = [group for group in train if group["length"] == config.window] or train[:1]
+    """The base of an EDM, trained without memory and then frozen: on rows of at most two windows,
+    with attention over both. Every second step has the study part of another row: where the base
+    finds nothing it then says so, and not because the row looks longer, which would go on when a
+    memory has the answer."""
+    w, steps = config.window, config.edm_base_steps
+    inside = [group for group in train if group["length"] <= 2 * w]
+    require(bool(inside), "train", config.train, f"with a length of at most {2 * w} for arm edm")
     both = optimizers(model, config, job.lr)
-    plan = dataclasses.replace(config, curriculum=0.6)
-    steps = config.edm_base_steps
-    drawn = batches([*inside[:1], *inside[:1], *train[:1]], plan, steps, job.seed)
-    for step, (group, rows) in enumerate(drawn):
+    for step, (group, rows) in enumerate(batches(inside, config, steps, job.seed)):
+        study = min(w, group["length"] // 2)
+        if step % 2 and step > steps // 2 and group["at"].min() >= study:
+            tokens = group["inputs"][rows]
+            tokens[:, :study] = tokens[:, :study].roll(1, 0)
+            group, rows = {name: group[name][rows] for name in ("at", "answers")} | {
+                "inputs": tokens}, slice(None)
         train_step(model, both, group, rows, rate_share(step, steps, config), config)
     model.controller.requires_grad_(False)
     model.output.requires_grad_(False)

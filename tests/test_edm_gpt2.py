@@ -908,6 +908,24 @@ def test_edm_starts_as_the_attention_of_its_block(base):
         close(added[:, 0], mixed @ block.attn.c_proj.weight, 1e-4)
 
 
+def test_edm_of_the_token_before_finds_what_followed():
+    """Each token is stored under the h of the one before it, across calls too; at first it finds
+    the nearest h and hands on the one that followed."""
+    edm = eg.EDM(C, 2, C // 2, 20, 1, key_of="previous")
+    edm.start_from(None)
+    edm.alpha.data.fill_(50.0)
+    h = torch.randn(2, 12, C)
+    with torch.no_grad():
+        _, state, _ = edm(h[:, :5], edm.init_state(2))
+        _, state, _ = edm(h[:, 5:], state)
+        before = torch.cat([torch.zeros(2, 1, C), h[:, :-1]], 1)
+        keys = F.normalize(edm.split(edm.key(edm.norm(before))), dim=-1)
+        close(state.keys[:, :, :12], keys, 1e-6)
+        added, slots, _ = edm.read(h[:, 3:7], state, [])
+        assert (slots[..., 0] == torch.arange(4, 8)).all()
+        close(added, edm.norm(h[:, 4:8]), 1e-5)
+
+
 def test_edm_forward_reads_what_was_before_and_then_stores():
     edm = notebook(slots=20, top_k=4)
     h, state = torch.randn(2, 10, C), edm.init_state(2)
@@ -955,7 +973,7 @@ def test_edm_forward_by_segments_equals_calls_by_segments():
 
 @pytest.mark.parametrize("cut", [(16,) * 4, (8,) * 8, (1, 7, 30, 2, 1, 23), (33, 31), (1,) * 64])
 @pytest.mark.parametrize("fields", [
-    dict(stride=16), dict(stride=8, eviction="lru", slots=20),
+    dict(stride=16, key_of="previous"), dict(stride=8, eviction="lru", slots=20),
     dict(stride=5, document_end=7, write_every=2)], ids=["16", "8", "5"])
 def test_segments_equal_all_at_once(base, fields, cut):
     model, tokens = make(base, dtype=torch.float64, **fields), draw(2, 64, low=7, high=40)

@@ -778,7 +778,7 @@ def test_model_segment_is_the_longest_row_of_its_task(arm, task, L):
     """The full arm's block too: else a training row would be cut, or its positions untrained."""
     model = lr.build_model(tiny(train="64,96:3,32", mqar_train="32:2,64:4"), task, arm, 0)
     assert model.segment == L and model.block == (L if arm == "full" else 32)
-    assert len(model.controller.wpe.weight) == model.block
+    assert len(model.controller.wpe.weight) == model.block * (2 if arm == "edm" else 1)
 
 
 @pytest.mark.parametrize("L", [32, 96])
@@ -946,8 +946,8 @@ def test_optimizers_cover_every_parameter_once(arm):
 
 
 def test_edm_arm_trains_its_trunk_inside_the_window_and_then_freezes_it(tmp_path, monkeypatch):
-    """First without memory, on rows of a window and of the first group; then the notebook alone."""
-    config = tiny(tasks="copy", arms="edm", train="64:4,32,64", edm_base_steps=6, steps=4,
+    """First without memory, on rows of two windows; then the notebook alone, on all."""
+    config = tiny(tasks="copy", arms="edm", train="64:4,32,64,96", edm_base_steps=6, steps=4,
                   edm_slots=64, data_dir=str(tmp_path), save_dir=str(tmp_path))
     lr.generate(config)
     calls, step = [], lr.train_step
@@ -964,7 +964,7 @@ def test_edm_arm_trains_its_trunk_inside_the_window_and_then_freezes_it(tmp_path
     lr.train_run(config, lr.Job("copy", "edm", 0, 0.02))
     base, memory = calls[:6], calls[6:]
     assert len(memory) == 4 and [call[0] for call in calls] == [False] * 6 + [True] * 4
-    assert {call[1:3] for call in base} <= {(32, 0), (64, 4)} and base[0][1] == 32
+    assert base[0][1:3] == base[1][1:3] == (64, 4) and all(call[1] <= 64 for call in base)
     assert set.union(*(call[3] for call in base)) == {"controller", "output"}
     for _, length, _, changed in memory:
         assert changed <= {"memory"} and (length == 32 or changed)
