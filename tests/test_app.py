@@ -1,0 +1,465 @@
+"""Tests of app.py: what a model or a visitor wrote is never HTML, conversations and their limits,
+twenty visitors at once against a really running page, the command and its one-line mistakes, and
+that the server speaks to no other machine.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import contextlib
+import html
+import itertools
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from html.parser import HTMLParser
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from conftest import ROOT, error_line, write_corpus
+
+pytest.importorskip("faiss", reason="pip install faiss-cpu")
+import app  # noqa: E402
+import memory_decoder  # noqa: E402
+from memory_decoder import Neighbour, Sampling, Step  # noqa: E402
+
+HOSTILE = ["<script>alert(1)</script>", "</p></div><img src=x onerror=alert(1)>", "&lt;b&gt;",
+           '" onmouseover="alert(1)', "'><mark>", "${1+1} {{value}} `x` \\", "<!--", "ä 😀 \u202e"]
+SHOWN = {"p", "div", "mark", "span", "h3", "h4", "b", "table", "thead", "tbody", "tr", "th", "td",
+         "ul", "li"}  # fmt: skip
+GREEDY = Sampling("knn", 0.5, 0.0, 0, 5)
+needs_gradio = pytest.mark.skipif(not __import__("importlib").util.find_spec("gradio"),
+                                  reason="pip install gradio")
+
+
+class Reader(HTMLParser):
+    """What a browser would make of HTML: its tags, its attributes, its text."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__(convert_charrefs=True)
+        self.tags, self.names, self.text = set(), set(), ""
+        self.feed(text)
+        self.close()
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.add(tag)
+        self.names |= {name for name, _ in attrs}
+
+    def handle_data(self, data):
+        self.text += data
+
+
+def step(text: str, changed: bool = False, neighbours=(), base: str = " base") -> Step:
+    return Step(1, text, changed, base, 0.25, 0.5, list(neighbours))
+
+
+def write_model(folder: Path, tokenizer_folder: str) -> list[str]:
+    """Build a tiny base, its datastore and its decoder -> the flags that name them."""
+    from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
+    torch.manual_seed(0)
+    GPT2LMHeadModel(GPT2Config(vocab_size=300, n_positions=64, n_embd=16, n_layer=1, n_head=2,
+                               bos_token_id=None, eos_token_id=None)).save_pretrained(folder / "b")
+    PreTrainedTokenizerFast.from_pretrained(tokenizer_folder).save_pretrained(folder / "b")
+    argv = ["--base", str(folder / "b"), "--domain", str(write_corpus(folder / "domain", 600)),
+            "--model_dir", str(folder / "made"), "--plot_dir", str(folder), "--arms", "",
+            "--decoder_dim", "16", "--decoder_layers", "1", "--decoder_heads", "2", "--knn_k", "8",
+            "--index", "flat"]
+    for command in ("build", "train", "tune"):
+        assert memory_decoder.main([command, *argv]) == 0
+    return ["--model_dir", str(folder / "made")]
+
+
+@pytest.fixture(scope="session")
+def model_flags(tmp_path_factory, tokenizer_folder) -> list[str]:
+    return write_model(tmp_path_factory.mktemp("app"), tokenizer_folder)
+
+
+@pytest.fixture(scope="session")
+def lm(model_flags) -> memory_decoder.MemoryLM:
+    return app.load(app.Config(model_dir=model_flags[1]))
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+@contextlib.contextmanager
+def serving(lm, **fields):
+    """A really running page -> its address."""
+    config = app.Config(port=free_port(), **fields)
+    blocks = app.page(lm, config)
+    try:
+        yield app.serve(blocks, config)
+    finally:
+        blocks.close(verbose=False)
+
+
+def client(address: str):
+    from gradio_client import Client
+    return Client(address, verbose=False, analytics_enabled=False)
+
+
+def expected(lm, messages: list[dict], sampling: Sampling) -> str:
+    """The answer by memory_decoder alone."""
+    ids, _ = memory_decoder.chat_ids(lm, messages, min(sampling.max_new_tokens, lm.window // 2))
+    return "".join(step.text for step in memory_decoder.generate(lm, ids, sampling))
+
+
+# ── importing, HTML ──────────────────────────────────────────────────────────────────────────────
+def test_importing_app_loads_nothing_and_says_nothing():
+    code = ("import sys, app; print([m for m in ('gradio', 'transformers', 'faiss') "
+            "if m in sys.modules])")
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "[]\n", "")
+
+
+@pytest.mark.parametrize("text", HOSTILE)
+@pytest.mark.parametrize("changed", [False, True])
+def test_what_others_wrote_is_shown_and_never_html(text, changed):
+    answer = app.Answer("both")
+    answer.add(step(text, changed, [Neighbour(text, text, 1.0, 0.5)], base=text))
+    turn = Reader(app.turn_html(text, [app.Answer("base"), answer], live=False))
+    assert turn.tags <= SHOWN and turn.names <= {"class", "title"}
+    assert turn.text.count(text) == 2  # the visitor's, the model's
+    found = Reader(app.evidence_html(answer))
+    assert found.tags <= SHOWN and found.names <= {"class", "style", "data-name"}
+    assert found.text.count(text) == 4 * changed  # with memory, base alone, context, neighbour
+    assert Reader(app.notice_html(text)).text == text
+
+
+def test_change_inside_a_character_is_marked_when_it_is_whole():
+    answer = app.Answer("knn")
+    for part in (step("a"), step("", changed=True), step("é", changed=False), step(" b")):
+        answer.add(part)
+    assert answer.text == "aé b"
+    assert re.findall("<mark[^>]*>(.*?)</mark>", answer.to_html(False, False)) == ["é"]
+
+
+def test_mark_leaves_the_space_before_a_word_alone():
+    answer = app.Answer("knn")
+    answer.add(step("\n word", changed=True))
+    assert "\n <mark" in answer.marked[0] and answer.marked[0].endswith(">word</mark>")
+
+
+@pytest.mark.parametrize("p, text", [(0, "0.0 %"), (0.0004, "&lt; 0.1 %"), (0.0123, "1.2 %"),
+                                     (0.0996, "10 %"), (0.5, "50 %"), (1, "100 %")])
+def test_percent(p, text):
+    assert app.percent(p) == text
+
+
+def test_evidence_counts_lists_and_stops_at_its_limit():
+    answer = app.Answer("decoder")
+    for i in range(200):
+        answer.add(step(f" w{i}", changed=i % 2 == 0))
+    found = app.evidence_html(answer)
+    assert "100 of 200 tokens" in found and f"The first {app.MAX_ROWS} are listed" in found
+    assert found.count("<tr>") == app.MAX_ROWS + 1 and "25 % → 50 %" in found
+    assert app.evidence_html(app.Answer("base")) == ""
+    same = app.Answer("both")
+    same.add(step("x"))
+    assert "0 of 1 tokens" in app.evidence_html(same) and "<table" not in app.evidence_html(same)
+
+
+# ── a conversation, with a stand-in for the model ────────────────────────────────────────────────
+@pytest.fixture
+def fake(monkeypatch):
+    """A model that answers with the number of messages and the mode, then words; see `fail`."""
+    fake = SimpleNamespace(window=64, fail=None, words=["a", " b", " c"], dropped=0, asked=[])
+
+    def chat_ids(lm, messages, reserve):
+        fake.asked.append(messages)
+        return [len(messages)], fake.dropped
+
+    def generate(lm, ids, sampling):
+        for i, word in enumerate([f"{ids[0]} {sampling.mode}: ", *fake.words]):
+            if i == 2 and fake.fail:
+                raise fake.fail
+            yield step(word, changed=sampling.mode != "base" and i == 1)
+
+    monkeypatch.setattr(app, "chat_ids", chat_ids)
+    monkeypatch.setattr(app, "generate", generate)
+    monkeypatch.setattr(app, "EVERY_S", 0.0)
+    return fake
+
+
+def talk(lm, session, text, sampling=GREEDY, beside=False):
+    return [*app.converse(lm, session, text, sampling, beside, "UNCHANGED")]
+
+
+def test_answer_streams_and_is_remembered_as_message_dicts(fake):
+    session = app.Session()
+    views = talk(fake, session, "hello")
+    texts = [Reader(view.live).text for view in views]
+    assert texts[:-1] == ["hello…", "hello1 knn: ", "hello1 knn: a", "hello1 knn: a b",
+                          "hello1 knn: a b c"]
+    assert (views[-1].live, views[-1].box) == ("", "") and "1 of 4 tokens" in views[-1].evidence
+    assert session.messages == [{"role": "user", "content": "hello"},
+                                {"role": "assistant", "content": "1 knn: a b c"}]
+    last = talk(fake, session, "again")[-1]
+    assert Reader(last.past).text == "hello1 knn: a b cagain3 knn: a b c"
+    assert fake.asked[-1][-1] == {"role": "user", "content": "again"} and len(fake.asked[-1]) == 3
+
+
+def test_beside_the_base_shows_both_and_goes_on_with_the_chosen(fake):
+    session = app.Session()
+    last = talk(fake, session, "x", beside=True)[-1]
+    assert Reader(last.past).text == "xbase1 base: a b ckNN-LM1 knn: a b c"
+    assert session.messages[-1]["content"] == "1 knn: a b c"
+    alone = talk(fake, app.Session(), "x", GREEDY._replace(mode="base"), beside=True)[-1]
+    assert Reader(alone.past).text == "x1 base: a b c" and alone.evidence == ""
+
+
+@pytest.mark.parametrize("text, said", [("", "empty"), (" \n\t", "empty"), ("x" * 20_001, "20,001"),
+                                        ("x" * 3_000_000, "20,000")])
+def test_empty_or_enormous_message_is_refused_in_the_page(fake, text, said):
+    session = app.Session()
+    talk(fake, session, "first")
+    (view,) = talk(fake, session, text)
+    assert said in view.notice and 'class="error"' in view.notice and view.box == "UNCHANGED"
+    assert "first" in view.past and view.live == "" and len(session.messages) == 2
+
+
+def test_half_a_surrogate_pair_is_replaced(fake):
+    view = talk(fake, app.Session(), "a\ud800b")[-1]
+    assert "a?b" in view.past
+    view.past.encode()
+
+
+@pytest.mark.parametrize("mode", ["base", "both"])
+def test_left_out_messages_are_counted_in_the_page(fake, mode):
+    fake.dropped = 4
+    views = talk(fake, app.Session(), "x", GREEDY._replace(mode=mode))
+    assert all("oldest first: 4." in view.notice and "64 tokens" in view.notice for view in views)
+
+
+@pytest.mark.parametrize("failure", [RuntimeError("CUDA out of <memory>"), ValueError("no"),
+                                     MemoryError(), OSError("disk")])
+def test_failing_model_becomes_a_sentence_and_keeps_what_was_said(fake, failure, capsys):
+    fake.fail = failure
+    session = app.Session()
+    last = talk(fake, session, "x")[-1]
+    assert "could not go on" in last.notice and "memory" not in last.notice
+    assert session.messages[-1]["content"] == "1 knn: a" and session.draft is None
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+@pytest.mark.parametrize("wish", ["stop", "clear"])
+def test_stop_and_clear_end_the_run_which_has_the_last_word(fake, wish):
+    session = app.Session()
+    run = app.converse(fake, session, "x", GREEDY, False, None)
+    for _ in range(3):
+        next(run)
+    session.draft.wish = wish
+    (last,) = run
+    assert last.live == "" and session.draft is None
+    if wish == "stop":
+        assert "1 of 2 tokens" in last.evidence and Reader(last.past).text == "x1 knn: a"
+        assert session.messages[-1]["content"] == "1 knn: a"
+    else:
+        assert last == app.View(app.EMPTY) and session == app.Session()
+
+
+def test_visitor_who_left_keeps_what_was_said(fake):
+    session = app.Session()
+    run = app.converse(fake, session, "x", GREEDY, False, None)
+    for _ in range(3):
+        next(run)
+    run.close()  # as the server does when the page is closed
+    assert session.draft is None and session.messages[-1]["content"] == "1 knn: a"
+
+
+def test_asking_again_stops_the_answer_before(fake):
+    session = app.Session()
+    first = app.converse(fake, session, "x", GREEDY, False, None)
+    next(first), next(first)
+    assert Reader(talk(fake, session, "y")[-1].past).text == "x1 knn: y3 knn: a b c"
+    assert [*first] == []
+
+
+def test_answer_without_a_word_is_shown_but_not_remembered(fake, monkeypatch):
+    monkeypatch.setattr(app, "generate", lambda *_: (x for x in ()))
+    session = app.Session()
+    assert "(no answer)" in talk(fake, session, "x")[-1].past and session.messages == []
+
+
+def test_conversation_has_a_limit(fake):
+    session = app.Session(turns=["t"] * app.MAX_TURNS)
+    (view,) = talk(fake, session, "x")
+    assert "clear it" in view.notice and fake.asked == []
+
+
+# ── the page, really running, with a tiny real model ─────────────────────────────────────────────
+def test_tuned_alpha_is_the_modes_own():
+    lm = SimpleNamespace(settings={"alpha": 0.5, "lambda": 0.25, "both": {"alpha": 0.75}})
+    assert [app.tuned_alpha(lm, mode) for mode in app.MODES] == [0.5, 0.25, 0.5, 0.75]
+
+
+@needs_gradio
+def test_twenty_visitors_at_once_are_not_mixed(lm):
+    modes = itertools.cycle(["knn", "both", "decoder", "base"])
+    visitors = [(f"visitor number {i} says {'ba' * i}", next(modes)) for i in range(20)]
+
+    def visit(text, mode):
+        chat, messages, past = client(address), [], ""
+        for turn in range(2):
+            said = f"{text} {turn}"
+            messages.append({"role": "user", "content": said})
+            sampling = Sampling(mode, 0.5, 0.8, 50, 12, seed=turn)
+            past = chat.predict(said, mode, False, 0.5, 0.8, 50, 12, api_name="/chat")[0]
+            messages.append({"role": "assistant", "content": expected(lm, messages, sampling)})
+        return Reader(past).text, "".join(message["content"] for message in messages)
+
+    with serving(lm, concurrency=8) as address:
+        with concurrent.futures.ThreadPoolExecutor(20) as pool:
+            answers = [*pool.map(visit, *zip(*visitors, strict=True))]
+    assert [shown for shown, _ in answers] == [known for _, known in answers]
+    assert len({shown for shown, _ in answers}) == 20
+
+
+@needs_gradio
+def test_stop_clear_and_refusals_over_http(lm):
+    with serving(lm) as address:
+        one, two = client(address), client(address)
+        job = one.submit("ba den fi", "knn", True, 0.5, 0, 0, 400, api_name="/chat")
+        while len(job.outputs()) < 3:
+            time.sleep(0.01)
+        assert "ba den fi" in job.outputs()[-1][1]
+        two.predict(api_name="/stop")  # another visitor's, stops nothing
+        one.predict(api_name="/stop")
+        stopped = job.result(timeout=60)
+        assert "ba den fi" in stopped[0] and stopped[1] == ""
+        assert 0 < int(re.search(r"of (\d+) tokens", stopped[2])[1]) < 400
+        assert "Write a message" in two.predict(api_name="/clear")[0]
+        seen = one.predict(" ", "knn", False, 0.5, 0, 0, 5, api_name="/chat")[0]
+        assert "ba den fi" in seen and "Write a message" in one.predict(api_name="/clear")[0]
+        view = two.predict("x" * 30_000, "knn", False, 0.5, 0, 0, 5, api_name="/chat")
+        assert "30,000 characters" in view[3]
+        long = " ".join(["gor"] * 300)  # fewer characters than allowed, too many tokens
+        view = two.predict(long, "knn", False, 0.5, 0, 0, 5, api_name="/chat")
+        assert 'class="error"' in view[3] and "window" in html.unescape(view[3])
+
+
+@needs_gradio
+def test_queue_is_limited(lm, monkeypatch):
+    monkeypatch.setattr(app, "generate", lambda *_: (time.sleep(0.1) or step("x")
+                                                     for _ in range(20)))
+    with serving(lm, concurrency=1, queue_size=1) as address:
+        clients = [client(address) for _ in range(6)]
+        jobs = [chat.submit("hello", "base", False, 0, 0, 0, 5, api_name="/chat")
+                for chat in clients]
+        failed = [job.exception(timeout=60) for job in jobs]
+    assert 1 <= sum(error is None for error in failed) <= 3
+    assert all("ueue" in str(error) or "busy" in str(error) for error in failed if error)
+
+
+@needs_gradio
+def test_server_limits_requests_and_names_no_other_machine(lm):
+    with serving(lm) as address:
+        with urllib.request.urlopen(address) as answer:
+            page, policy = answer.read().decode(), answer.headers["content-security-policy"]
+        assert policy.startswith("default-src 'self'") and "http" not in policy
+        loaded = re.findall(r'<(?:script|link|img|iframe)[^>]+(?:src|href)="([^"]+)"', page)
+        assert loaded and not [url for url in loaded if "//" in url]
+        assert "fonts.g" not in page
+        huge = urllib.request.Request(address + "gradio_api/queue/join",
+                                      data=b"x" * (app.MAX_REQUEST + 1))
+        with pytest.raises((urllib.error.HTTPError, urllib.error.URLError, OSError)) as refused:
+            urllib.request.urlopen(huge)
+        assert getattr(refused.value, "code", 413) == 413
+
+
+# ── the command ──────────────────────────────────────────────────────────────────────────────────
+@pytest.mark.parametrize("argv, said", [
+    (["--port", "0"], "port = 0"), (["--port", "70000"], "65535"), (["--host", " "], "host"),
+    (["--temperature", "3"], "from 0 to 2"), (["--queue_size", "0"], "above 0"),
+    (["--top_k", "-1"], "top_k"), (["--max_new_tokens", "0"], "max_new_tokens"),
+    (["--share", "True"], "no such field"), (["--port"], "port"),
+    (["--model_dir", "/nowhere/at/all"], "/nowhere/at/all"), (["--host", "256.1.1.1"], "256.1.1.1"),
+])
+def test_mistakes_are_one_line(argv, said, capsys):
+    if "--port" not in argv:
+        argv = [*argv, "--port", str(free_port())]
+    assert app.main(argv) == 2
+    assert said in error_line(capsys.readouterr().err)
+
+
+def test_port_in_use_is_one_line_and_said_before_the_model_loads(capsys):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        assert app.main(["--port", str(port), "--model_dir", "/nowhere"]) == 2
+    line = error_line(capsys.readouterr().err)
+    assert f"port = {port}" in line and "127.0.0.1" in line and "--port" in line
+
+
+def test_help_lists_every_field(capsys):
+    assert app.main(["--help"]) == 0
+    said = capsys.readouterr().out
+    assert all(f"--{name} " in said for name in app.Config.__dataclass_fields__)
+
+
+@pytest.mark.parametrize("host, own", [("127.0.0.1", True), ("::1", True), ("localhost", True),
+                                       ("127.9.9.9", True), ("0.0.0.0", False), ("::", False),
+                                       ("10.0.0.1", False), ("example.org", False)])
+def test_loopback(host, own):
+    assert app.is_loopback(host) == own
+
+
+# Every connection that the process opens is written down.
+WATCHED = """
+import sys
+def hook(event, args):
+    if event == "socket.connect" and isinstance(args[1], tuple):
+        print("CONNECT", args[1][0], file=sys.stderr, flush=True)
+    if event == "socket.getaddrinfo" and args[0] not in (None, "127.0.0.1", "localhost", "0.0.0.0"):
+        print("CONNECT", args[0], file=sys.stderr, flush=True)
+    if event == "pickle.find_class":
+        print("PICKLE", args, file=sys.stderr, flush=True)
+sys.addaudithook(hook)
+import app
+sys.exit(app.main(sys.argv[1:]))
+"""
+
+
+@needs_gradio
+@pytest.mark.parametrize("host", ["127.0.0.1", "0.0.0.0"])
+def test_command_serves_until_stopped_and_speaks_to_nobody(model_flags, tmp_path, host):
+    port = free_port()
+    argv = [*model_flags, "--port", str(port), "--host", host]
+    env = {name: value for name, value in os.environ.items() if "proxy" not in name.lower()}
+    env |= {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    errors = tmp_path / "stderr"
+    with errors.open("w") as err:
+        server = subprocess.Popen([sys.executable, "-c", WATCHED, *argv], cwd=ROOT, text=True,
+                                  stdout=subprocess.PIPE, stderr=err, env=env)
+    try:
+        said = []
+        for line in server.stdout:
+            said.append(line)
+            if "the chat is at" in line:
+                break
+        assert "the chat is at" in said[-1], errors.read_text()
+        view = client(f"http://127.0.0.1:{port}/").predict(
+            "ba den fi", "both", True, 0.5, 0, 0, 8, api_name="/chat")
+        assert "ba den fi" in view[0]
+    finally:
+        server.send_signal(signal.SIGTERM)
+        code = server.wait(timeout=60)
+        server.stdout.close()
+    assert code == 128 + signal.SIGTERM
+    assert any(line.startswith("warning: 0.0.0.0") for line in said) == (host == "0.0.0.0")
+    log = errors.read_text()
+    outside = {line.split()[1] for line in log.splitlines() if line.startswith("CONNECT")}
+    assert outside <= {"127.0.0.1", "localhost", "0.0.0.0"}
+    assert "PICKLE" not in log and "Traceback" not in log
