@@ -764,7 +764,7 @@ class Config:
     # base and data
     base: str = "auto"  # hub name, folder, checkpoint of dnc_gpt2.py; auto = gpt2, else the newest
     base_dir: str = "checkpoints/"  # where auto looks for a baseline, and trains one
-    base_steps: int = 800  # of the base that auto trains
+    base_steps: int = 600  # of the base that auto trains
     base_positions: int = 512  # its window
     dataset: str = "auto"  # as in dnc_gpt2.py: auto, hub id, folder with train, valid and test.txt
     # memory
@@ -788,7 +788,7 @@ class Config:
     qlora: bool = False  # the base in 4 bits (bitsandbytes), with adapters
     # training
     seeds: str = "0"  # of the memories' weights, one run each
-    max_steps: int = 400  # of every arm
+    max_steps: int = 200  # of every arm
     batch_size: int = 16  # windows a step
     bptt_segments: int = 4  # consecutive windows of a row in one step, through which gradient runs
     lr: float = 2e-3  # peak of AdamW
@@ -1072,7 +1072,8 @@ def by_distance(nll: torch.Tensor, back: np.ndarray, scored: torch.Tensor) -> li
 def planted_recall(model: EDMGPT2ForCausalLM, stream: torch.Tensor, config: Config,
                    swap: bool = False) -> list[dict]:
     """A string of eight random tokens, text, and the string again, so many windows later: the share
-    of its last four tokens that are the most likely ones. With `swap` the text is another row's."""
+    of its last four tokens that are the most likely ones, and their mean loss (nats). With `swap`
+    the text is another row's."""
     W, n, found = config.window, config.recall_rows, []
     size = model.config.vocab_size
     for windows in RECALL_WINDOWS:
@@ -1087,13 +1088,15 @@ def planted_recall(model: EDMGPT2ForCausalLM, stream: torch.Tensor, config: Conf
         # The first string stands whole in the first window, the second whole in the last.
         tokens = torch.cat([text[:, : W // 2 - 4], first, text[:, W // 2 + 4 : ],
                             stream[: W // 2 - 4].expand(n, -1), planted], 1).to(device())
-        right = 0
+        right, loss = 0, 0.0
         for part in tokens.split(max(1, 65_536 // tokens.shape[1])):
             h, _, _ = model.advance(part, torch.ones_like(part, dtype=torch.bool),
                                     model.init_state(len(part)))
             logits = h[:, -5:-1] @ model.transformer.wte.weight.T  # (n, 4, V)
             right += int((logits.argmax(-1) == part[:, -4:]).sum())
-        found.append({"windows": windows, "accuracy": right / (4 * n)})
+            loss += F.cross_entropy(logits.flatten(0, 1), part[:, -4:].flatten(),
+                                    reduction="sum").item()
+        found.append({"windows": windows, "accuracy": right / (4 * n), "loss": loss / (4 * n)})
     return found
 
 RARE = 1e-4  # a rare word is less than that share of the words of training
@@ -1213,12 +1216,12 @@ def print_tables(runs: list[dict], base: Base, corpus, config: Config) -> None:
         if cells["base"][0]["tokens"]:
             print(f"  {name:<15}{cells['base'][0]['tokens']:>9,}" + "".join(
                 cell([math.exp(c["loss"]) for c in cells[arm]], ",.1f") for arm in heads))
-    print(f"\n{RULE}\n  Recall of a planted random string, % of its last four tokens\n"
-          f"{RULE}\n  {'windows back':<15}{'':>9}" + "".join(f"{h:>15}" for h in heads))
-    for i, row in enumerate(short["recall"]):
-        print(f"  {row['windows']:<15}{'':>9}" + "".join(
-            cell([run["recall"][i]["accuracy"] if i < len(run["recall"]) else None
-                  for run in of(arm)], ".1f", 100) for arm in heads))
+    print(f"\n{RULE}\n  Recall of a planted random string: its last four tokens\n"
+          f"{RULE}\n  {'windows back':<24}" + "".join(f"{h:>15}" for h in heads))
+    for key, share, form, unit in (("accuracy", 100, ".1f", "% right"), ("loss", 1, ".2f", "nats")):
+        for i, row in enumerate(short["recall"]):
+            print(f"  {row['windows']:<15}{unit:<9}" + "".join(
+                cell([run["recall"][i][key] for run in of(arm)], form, share) for arm in heads))
     print(f"\n{RULE}\n  Topic: % of a prompt's rare words that return when it has left the window\n"
           f"{RULE}\n  {'':<24}" + "".join(f"{h:>15}" for h in heads))
     for name, key in (("its own prompt's", "own"), ("another prompt's", "other")):
@@ -1231,17 +1234,17 @@ def plot_runs(runs: list[dict], base: Base, config: Config) -> None:
     """Draw plots/edm_gpt2.png: perplexity and recall against distance."""
     colors = {"base": "#4fc3f7", "recurrent": "#aed581", "edm": "#ff8a65", "both": "#fff176",
               "full": "#ce93d8"}
-    names = bucket_names()
+    names = [row["windows_back"] for row in runs[0]["by_distance"] if row["tokens"]]
     with dnc_gpt2.dark_figure(Path(config.plot_dir) / "edm_gpt2.png", 1, 2, (12, 4.8)) as (_, axes):
         for arm in ("base", *config.arm_list, "full"):
             found = [run for run in runs if run["arm"] == arm]
             label = {"base": f"base, window {config.window}",
                      "full": f"base, window {found[0]['window']}"}.get(arm, arm)
-            losses = np.array([[row["loss"] if row["tokens"] else math.nan
-                                for row in run["by_distance"]] for run in found])
+            losses = np.array([[row["loss"] for row in run["by_distance"] if row["tokens"]]
+                               for run in found])
             axes[0].plot(range(len(names)), np.exp(losses).mean(0), marker="o", ms=4,
                          color=colors[arm], label=label)
-            recall = np.array([[row["accuracy"] for row in run["recall"]] for run in found])
+            recall = np.array([[row["loss"] for row in run["recall"]] for run in found])
             axes[1].plot([row["windows"] for row in found[0]["recall"]], recall.mean(0),
                          marker="o", ms=4, color=colors[arm], label=label)
         axes[0].set(yscale="log", ylabel="perplexity", title="Perplexity by last use of a token",
@@ -1249,7 +1252,7 @@ def plot_runs(runs: list[dict], base: Base, config: Config) -> None:
         axes[0].set_xticks(range(len(names)), names, rotation=30, fontsize=8)
         axes[1].set_xscale("log", base=2)
         axes[1].set_xticks(RECALL_WINDOWS, [str(x) for x in RECALL_WINDOWS])
-        axes[1].set(ylabel="share of tokens", xlabel="windows back", ylim=(-0.03, 1.03),
+        axes[1].set(ylabel="loss (nats / token)", xlabel="windows back",
                     title="Recall of a planted random string")
         axes[0].legend(fontsize=8)
         for axis in axes:

@@ -1932,7 +1932,9 @@ def recall_of(fake: Fake, window: int, length: int, **options) -> list[dict]:
 @pytest.mark.parametrize("window", [8, 15, 16])
 def test_planted_recall_of_a_copier_is_whole(window):
     found = recall_of(Fake(499), window, 4 * window + 8)
-    assert found == [{"windows": n, "accuracy": 1.0} for n in (1, 2, 4)]
+    assert [(row["windows"], row["accuracy"]) for row in found] == [(1, 1.0), (2, 1.0), (4, 1.0)]
+    for row in found:  # one logit of 1 among 498 of 0
+        assert row["loss"] == pytest.approx(math.log(math.e + 498) - 1, abs=1e-4)
 
 
 def test_planted_recall_of_a_constant_is_none():
