@@ -800,8 +800,8 @@ def train_trunk(model: LongRangeModel, train: list[dict], config: Config, job: J
         if step % 2 and step > steps // 2 and group["at"].min() >= study:
             tokens = group["inputs"][rows]
             tokens[:, :study] = tokens[:, :study].roll(1, 0)
-            group, rows = {name: group[name][rows] for name in ("at", "answers")} | {
-                "inputs": tokens}, slice(None)
+            taken = {name: group[name][rows] for name in ("at", "answers")}
+            group, rows = group | taken | {"inputs": tokens}, slice(None)
         train_step(model, both, group, rows, rate_share(step, steps, config), config)
     model.controller.requires_grad_(False)
     model.output.requires_grad_(False)
@@ -1147,7 +1147,7 @@ def compare(config: Config) -> None:
 def plot(config: Config) -> None:
     """Draw plots/long_range.png: accuracy above, loss below, a column a task; costs at the end."""
     rows, path = measure(config), Path(config.plot_dir) / "long_range.png"
-    colors = dict(zip(ARMS, ("#4fc3f7", "#aed581", "#ff8a65", "#ce93d8"), strict=True))
+    colors = dict(zip(ARMS, ("#4fc3f7", "#aed581", "#ff8a65", "#fff176", "#ce93d8"), strict=True))
     tasks = config.task_list
     size = (3.6 * (len(tasks) + 1), 7)
     with dark_figure(path, 2, len(tasks) + 1, size, squeeze=False) as (figure, axes):

@@ -48,7 +48,8 @@ def make_model(args: argparse.Namespace, arm: str, device: torch.device) -> EDMG
     """An arm with random weights and open gates."""
     edm, recurrent = FLAGS[arm]
     torch.manual_seed(0)
-    base = GPT2Config(n_positions=max(1024, args.window), **SIZES[args.size])
+    base = GPT2Config(n_positions=max(1024, args.window), bos_token_id=None, eos_token_id=None,
+                      **SIZES[args.size])
     model = EDMGPT2ForCausalLM(EDMGPT2Config(
         base=base.to_dict(), window=args.window, edm=edm, early=recurrent, late=recurrent,
         slots=args.slots, bos_token_id=None, eos_token_id=None))
