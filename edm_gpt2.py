@@ -1390,6 +1390,9 @@ def run_comparison(config: Config) -> None:
     folder = Path(config.save_dir)
     for name in ("save_dir", "plot_dir"):
         dnc_gpt2.check_folder(config, name, 64 if name == "save_dir" else 1)
+    if not dnc_gpt2.hub_reachable():  # what it sets is read at import, which is over: no retries
+        import huggingface_hub
+        huggingface_hub.constants.HF_HUB_OFFLINE = True
     base = load_base(config)
     gpt2 = GPT2Config(**base.config)
     from transformers import PreTrainedTokenizerFast
