@@ -433,7 +433,8 @@ def test_dnc_scan_gradients_of_one_output(output, options, backend):
 @numba_only
 @pytest.mark.parametrize("wanted", [
     {"write_vector"}, {"read_keys", "read_strengths"}, {"state.memory"}, {"state.usage"},
-    {"state.link"}, {"free_gates", "state.read_weights"}], ids=lambda names: "+".join(sorted(names)))
+    {"state.link"}, {"free_gates", "state.read_weights"}],
+    ids=lambda names: "+".join(sorted(names)))  # fmt: skip
 def test_dnc_scan_only_some_inputs_require_grad(wanted, backend):
     """The gradients asked for are right, whichever of the others are not."""
     x, state = make_case(backend, LINKS_WIPE, 64)
