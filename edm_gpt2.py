@@ -923,6 +923,9 @@ def check_base(name: str, found, config: Config) -> None:
     require(config.read_layer < found.n_layer, "read_layer", config.read_layer,
             f"below the {found.n_layer} blocks of {name}")
 
+def device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
 def build_model(base: Base, config: Config, arm: str, seed: int) -> EDMGPT2ForCausalLM:
     """The base with the memories of an arm, whose weights are of the seed; evaluated by blocks: a
     full window leaves whole (generation has it leave by halves)."""
@@ -952,9 +955,6 @@ def build_model(base: Base, config: Config, arm: str, seed: int) -> EDMGPT2ForCa
         quantize(model.transformer)
     model.freeze()
     return model.to(device())
-
-def device() -> torch.device:
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 # ══ Training and evaluation ══════════════════════════════════════════════════════════════════════
 def head_loss(model: EDMGPT2ForCausalLM, h: torch.Tensor, targets: torch.Tensor):

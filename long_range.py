@@ -177,6 +177,12 @@ class Config:
                     f"most {longest(self, task)}, where the positions of full end in {task}; or "
                     "leave full out of --arms")
 
+        for task in self.task_list if "edm" in self.arm_list else ():
+            shortest = min(length for length, _ in train_groups(self, task))
+            require(shortest <= 2 * w, "mqar_train" if task == "mqar" else "train", shortest,
+                    f"at most {2 * w} in one group, two windows, to train the trunk of edm on; or "
+                    "leave edm out of --arms")
+
 # What --full changes: every task, every seed, Zoology's 8,192 symbols and number of rows.
 FULL = dict(
     tasks="copy,associative_recall,mqar,repeat_copy,brackets,repeats,random", seeds="0,1,2,3,4",
@@ -793,7 +799,6 @@ def train_trunk(model: LongRangeModel, train: list[dict], config: Config, job: J
     memory has the answer."""
     w, steps = config.window, config.edm_base_steps
     inside = [group for group in train if group["length"] <= 2 * w]
-    require(bool(inside), "train", config.train, f"with a length of at most {2 * w} for arm edm")
     both = optimizers(model, config, job.lr)
     for step, (group, rows) in enumerate(batches(inside, config, steps, job.seed)):
         study = min(w, group["length"] // 2)

@@ -945,6 +945,13 @@ def test_optimizers_cover_every_parameter_once(arm):
     assert [group["lr"] for o in both for group in o.param_groups] == [0.02, 0.01]
 
 
+@pytest.mark.parametrize("fields", [
+    {"train": "96"}, {"tasks": "mqar", "mqar_train": "96:4"}], ids=["train", "mqar_train"])
+def test_config_refuses_an_edm_without_rows_for_its_trunk(fields):
+    with pytest.raises(ValueError, match=f"^{[*fields][-1]} = 96: must be at most 64"):
+        tiny(arms="edm", **{"tasks": "copy"} | fields)
+
+
 def test_edm_arm_trains_its_trunk_inside_the_window_and_then_freezes_it(tmp_path, monkeypatch):
     """First without memory, on rows of two windows; then the notebook alone, on all."""
     config = tiny(tasks="copy", arms="edm", train="64:4,32,64,96", edm_base_steps=6, steps=4,
