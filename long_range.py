@@ -636,7 +636,8 @@ class LongRangeModel(nn.Module):
         self.controller = GPT2Model(GPT2Config(
             vocab_size=vocabulary(task, config), n_positions=positions, n_embd=C,
             n_layer=config.num_layers, n_head=config.num_heads, n_inner=mlp_width, resid_pdrop=0.0,
-            embd_pdrop=0.0, attn_pdrop=0.0, use_cache=False, bos_token_id=None, eos_token_id=None))
+            embd_pdrop=0.0, attn_pdrop=0.0, use_cache=False, bos_token_id=None, eos_token_id=None,
+            activation_function="gelu_pytorch_tanh"))  # GPT-2's function in one fused call
         self.output = nn.Linear(C, C, bias=False)
         # Random codes of about norm 4 for the symbols, waves for the positions: "the token before"
         # is then a linear map, where from GPT-2's 0.02 both codes would first have to be learned.

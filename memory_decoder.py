@@ -1496,8 +1496,9 @@ def tune(config: Config, base: Base, domain: Domain) -> None:
           f"alpha {both['alpha']:g}, lambda {both['lambda']:g}")
 
 @torch.no_grad()
-def latency(config: Config, base: Base, found: Systems, prompt: list[int]) -> dict[str, float]:
-    """Milliseconds a generated token, greedy, one user: systems take turns, medians count."""
+def latency(config: Config, base: Base, found: Systems, prompt: list[int]
+            ) -> dict[str, list[float]]:
+    """Milliseconds a generated token in every turn, greedy, one user: the systems take turns."""
     chosen = found.manifest["settings"]
     lm = MemoryLM("", base, None, found.store, chosen, config.mixing)
     runs = {"base": (lm, "base"), "knn": (lm, "knn")}
@@ -1519,7 +1520,7 @@ def latency(config: Config, base: Base, found: Systems, prompt: list[int]) -> di
                 reading = conversation.feed([token])
             if turn:  # the first warms up
                 times[name].append(1e3 * (time.perf_counter() - began) / config.latency_tokens)
-    return {name: statistics.median(x) for name, x in times.items()}
+    return times
 
 def evaluate(config: Config, base: Base, domain: Domain) -> None:
     """Score every system on test once, with what was chosen on validation; time them; write
@@ -1541,8 +1542,8 @@ def evaluate(config: Config, base: Base, domain: Domain) -> None:
              "both": add_knn(mixed, p_knn, both["lambda"])}
     log_p |= {"finetuned": scores.log_p["finetuned"]} if found.finetuned else {}
     room = min(32, base.window // 2)
-    times = latency(config, base, found, domain.test[:room].tolist()) if config.latency_tokens \
-        else {}
+    prompt = domain.test[:room].tolist()
+    times = latency(config, base, found, prompt) if config.latency_tokens else {}
     rows = []
     for arm, name in NAMES.items():
         if arm in log_p:
@@ -1552,7 +1553,7 @@ def evaluate(config: Config, base: Base, domain: Domain) -> None:
                 "system": name, "alpha": both["alpha"] if arm == "both" else alphas.get(arm),
                 "lambda": share, "tau": knn.get("tau"), "k": knn.get("k"),
                 "valid_ppl": chosen["valid_ppl"].get(arm), "test_ppl": perplexity(log_p[arm]),
-                "ms_per_token": times.get(arm)})
+                "ms_per_token": statistics.median(times[arm]) if times else None})
     about = {"base": base.name, "domain": domain.name, "valid_tokens": chosen["valid_tokens"],
              "test_tokens": len(log_base), "keys": len(found.store.keys), "index":
              found.store.kind, "mixing": config.mixing, "device": str(base.device), "torch":

@@ -6,6 +6,7 @@
 #   scan       the recurrence alone at the card's shape: back ends, floors
 #   sanitize   compute-sanitizer's memcheck and racecheck (shared memory) on two tiny cases
 #   edm        a generated token of GPT-2 + EDM beside GPT-2's on the same schedule
+#   decoder    a generated token with kNN-LM and with the memory decoders, beside the base's
 #   epoch      the main job's default run, one epoch of both arms; continues where it stopped
 #   sweep      the recurrence over T, N and B, where time is left
 # A part that fails or runs out of its time does not stop the next, but the exit code is then 1 in
@@ -15,7 +16,7 @@
 set -uo pipefail
 out=$(realpath -m "${1:-benchmarks/results}")  # as the caller means it
 cd "$(dirname "$0")/.." || exit 2
-all="check step scan sanitize edm epoch sweep"
+all="check step scan sanitize edm decoder epoch sweep"
 python=${PYTHON:-python3} budget=${BUDGET:-460} failed=0
 shift || true
 parts=${*:-$all}
@@ -80,6 +81,7 @@ part scan 40 "$python" benchmarks/scan.py --backends eager,fused --repeats 5 --d
     --json "$out/scan.json"
 part sanitize 60 bash -c 'sanitize "$1"' sanitize "$python"
 part edm 60 "$python" benchmarks/edm.py --tokens 512 --device cuda --json "$out/edm.json"
+part decoder 60 "$python" benchmarks/decoder.py --device cuda --json "$out/decoder.json"
 # One epoch of WikiText-2, both arms, all of validation and test. --resume auto starts at step 0
 # where there is no checkpoint, and has no more to do than print where the run is finished.
 part epoch 520 "$python" dnc_gpt2.py --preset full --precision bf16 --num_gpus 1 \

@@ -14,6 +14,7 @@ import json
 import math
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -360,15 +361,32 @@ def kill_at(monkeypatch, group: int) -> None:
     monkeypatch.setattr(md, "read_group", read)
 
 
+SIGKILL_AT_THE_SEVENTH = """
+import os, signal, sys
+import memory_decoder as md
+real, calls = md.read_group, []
+def read(*args):
+    calls.append(0)
+    if len(calls) == 7:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return real(*args)
+md.read_group = read
+sys.exit(md.main(sys.argv[1:]))
+"""
+
+
 def test_a_killed_build_resumes_with_the_same_bytes(
         made, checkpoint, text_folder, tmp_path, monkeypatch, capsys):
     argv = ["build", *argv_of(tmp_path, checkpoint, text_folder)]
-    for group in (7, 5):
-        with monkeypatch.context() as patch:
-            kill_at(patch, group)
-            with pytest.raises(Killed):
-                md.main(argv)
-        assert not (tmp_path / md.MANIFEST).exists() and not (tmp_path / md.KEYS).exists()
+    done = subprocess.run([sys.executable, "-c", SIGKILL_AT_THE_SEVENTH, *argv], cwd=ROOT,
+                          capture_output=True, text=True, timeout=120)
+    assert done.returncode == -signal.SIGKILL, done.stderr[-2000:]
+    assert not (tmp_path / md.MANIFEST).exists() and not (tmp_path / md.KEYS).exists()
+    with monkeypatch.context() as patch:
+        kill_at(patch, 5)
+        with pytest.raises(Killed):
+            md.main(argv)
+    assert not (tmp_path / md.MANIFEST).exists() and not (tmp_path / md.KEYS).exists()
     # What was written after the last flush is not trusted.
     part = np.load(tmp_path / f"{md.KEYS}.part", mmap_mode="r+")
     part[-50:] = 7
@@ -791,6 +809,18 @@ def test_the_benchmark_of_the_datastore_runs(tmp_path, monkeypatch, capsys):
     assert all(row["recall"] > 0.9 for row in rows) and rows[0]["recall"] == 1
     assert datastore.main(["--tiny", "--keys", str(tmp_path / "none.npy")]) == 2
     assert "datastore_keys.npy" in error_line(capsys.readouterr().err)
+
+
+def test_the_benchmark_of_a_generated_token_times_every_system(tmp_path, monkeypatch, capsys):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    import decoder
+    monkeypatch.setattr(sys, "argv", [
+        "decoder.py", "--size", "small", "--dim", "32", "--keys", "1000", "--prompt", "4",
+        "--tokens", "2", "--rounds", "2", "--device", "cpu", "--json", str(tmp_path / "d.json")])
+    decoder.main()
+    rows = json.loads((tmp_path / "d.json").read_text())["rows"]
+    assert [row["system"] for row in rows] == ["base", "knn", "hidden", "tokens", "both"]
+    assert rows[0]["ratio"] == 1 and all(len(row["ms_by_turn"]) == 2 for row in rows)
 
 
 def test_targets_on_disk_are_the_knn_distribution_without_the_own_position(made, lm):
