@@ -830,11 +830,13 @@ def train_step(model: LongRangeModel, both: list, group: dict, rows: torch.Tenso
         return found
     if carried and model.arm == "dnc":
         # Short rows never punish what writing a little at each filler does to long ones. Late: a
-        # cost that comes before recall is learned closes the gate for good. First of the gate (and
-        # of being undecided), so that fillers fall to 0; in the end of being undecided alone: small
-        # gates with large vectors evade a cost of the gate, and the slots so written count as free.
+        # cost that comes before recall is learned closes the gate for good. First -log(1 - g), whose
+        # slope in the gate's input is g: it closes a gate that is wide open and not needed, where a
+        # cost of g has no slope left. In the end g (1 - g), of being undecided, alone: small gates
+        # with large vectors evade a cost of the gate, and the slots so written count as free.
         g = trace.write_gate
-        loss = loss + config.lambda_gate * late * (g * (1 - g) + (1 - late) * g).mean()
+        closing = -torch.log((1 - g).clamp_min(1e-7))
+        loss = loss + config.lambda_gate * late * (g * (1 - g) + (1 - late) * closing).mean()
     for optimizer in both:
         optimizer.zero_grad(set_to_none=True)
     loss.backward()
