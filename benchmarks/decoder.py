@@ -65,7 +65,7 @@ def measure(args: argparse.Namespace, device: torch.device, folder: Path) -> lis
     base = random_base(args, device)
     config = md.Config(decoder_dim=args.dim, latency_tokens=args.tokens,
                        latency_rounds=args.rounds)
-    decoders = {kind: md.new_decoder(config, base, kind).eval().requires_grad_(False)
+    decoders = {kind: md.new_decoder(config, base, kind).ready()
                 for kind in ("hidden", "tokens")}
     tuned = {"lambda": 0.3, "tau": 10.0, "k": min(md.Config.knn_k, args.keys // 2),
              "both": {"alpha": 0.9, "lambda": 0.3}, "alphas": {"hidden": 0.9, "tokens": 0.9}}
