@@ -830,10 +830,11 @@ def train_step(model: LongRangeModel, both: list, group: dict, rows: torch.Tenso
         return found
     if carried and model.arm == "dnc":
         # Short rows never punish what writing a little at each filler does to long ones. Late: a
-        # cost that comes before recall is learned closes the gate for good. First -log(1 - g), whose
-        # slope in the gate's input is g: it closes a gate that is wide open and not needed, where a
-        # cost of g has no slope left. In the end g (1 - g), of being undecided, alone: small gates
-        # with large vectors evade a cost of the gate, and the slots so written count as free.
+        # cost that comes before recall is learned closes the gate for good. First -log(1 - g): its
+        # slope in the gate's input is g, so that it closes a gate that stands wide open without
+        # need, where a cost of g has no slope left. In the end g (1 - g), of being undecided,
+        # alone: small gates with large vectors evade a cost of the gate, and the slots so written
+        # count as free.
         g = trace.write_gate
         closing = -torch.log((1 - g).clamp_min(1e-7))
         loss = loss + config.lambda_gate * late * (g * (1 - g) + (1 - late) * closing).mean()
