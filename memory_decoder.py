@@ -98,7 +98,7 @@ class Config:
     decoder_reach: int = 256  # tokens that it attends to, and of a training row
     decoder_lr: float = 4e-3  # peak rate of AdamW
     num_epochs: int = 1  # passes over the training positions
-    train_tokens: int = 0  # training positions of decoders and fine-tuning, 0 = all keys
+    train_tokens: int = 200_000  # training positions of decoders and fine-tuning, 0 = all keys
     batch_tokens: int = 1024  # of a training step; small: docs/lab-notes.md, 12
     beta: float = 0.5  # of the loss: beta KL(p_knn || p_dec) + (1 - beta) CE
     target_width: int = 64  # M, heaviest tokens of a kNN target that are kept
@@ -110,7 +110,7 @@ class Config:
     temperature: float = 0.8  # of sampling, 0 = greedy
     top_k: int = 50  # tokens that sampling chooses from, 0 = all
     # evaluation
-    tune_tokens: int = 0  # of validation, 0 = all
+    tune_tokens: int = 20_000  # the first of validation, 0 = all
     eval_tokens: int = 0  # of test, 0 = all
     latency_tokens: int = 48  # generated in one timed turn, 0 = no timing
     latency_rounds: int = 5  # turns of each system; the median counts
