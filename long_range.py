@@ -82,7 +82,7 @@ class Config:
     mqar_test: str = "64:4,64:8,64:16,128:32,256:64"  # as Zoology tests, length:pairs
     train_rows: int = 4000  # of every training group; of the first, five times as many
     valid_rows: int = 32  # of every training group, for the choice of the learning rate
-    test_rows: int = 64  # of every tested length
+    test_rows: int = 32  # of every tested length
     data_seed: int = 0  # of the data
     # model
     hidden_size: int = 64  # C
