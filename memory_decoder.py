@@ -62,7 +62,7 @@ from dnc_gpt2 import (
 )
 
 COMMANDS = ("build", "train", "tune", "evaluate")
-ARMS = ("hidden", "tokens", "distilled", "finetuned")
+ARMS = ("hidden", "tokens", "text", "distilled", "finetuned")
 MODES = ("base", "knn", "decoder", "both")
 MESSAGE_LIMIT = 20_000  # characters of one chat message
 
@@ -102,7 +102,7 @@ class Config:
     batch_tokens: int = 1024  # of a training step; small: docs/lab-notes.md, 12
     beta: float = 0.5  # of the loss: beta KL(p_knn || p_dec) + (1 - beta) CE
     target_width: int = 64  # M, heaviest tokens of a kNN target that are kept
-    arms: str = "hidden,tokens,distilled,finetuned"  # trained beside decoder_kind to compare
+    arms: str = "hidden,tokens,text,distilled,finetuned"  # trained beside decoder_kind
     finetune_lrs: str = "1e-4,3e-4"  # of the fine-tuned base; the better on validation is kept
     # mixing
     mixing: str = "probability"  # of base and decoder: probability | logits
@@ -1156,9 +1156,11 @@ def optimize(model: nn.Module, lr: float, steps: list, loss_of, label: str) -> N
 
 def train_decoder(config: Config, base: Base, domain: Domain, store: Datastore, arm: str,
                   targets) -> Decoder:
-    """beta KL(teacher || decoder) + (1 - beta) CE; the teacher is the kNN distribution, or, in the
-    arm distilled, the base itself: what the datastore adds is the difference between the two."""
-    kind = config.decoder_kind if arm == "distilled" else arm
+    """beta KL(teacher || decoder) + (1 - beta) CE; the teacher is the kNN distribution. Controls in
+    which the datastore has no part: arm text has no teacher (beta 0), in arm distilled it is the
+    base itself. What the datastore adds is the difference to them."""
+    kind = config.decoder_kind if arm in ("text", "distilled") else arm
+    beta = 0.0 if arm == "text" else config.beta
     decoder, device = new_decoder(config, base, kind), base.device
     count = min(config.train_tokens or len(store.keys), len(store.keys))
     # The base as a teacher is given its whole window.
@@ -1181,7 +1183,7 @@ def train_decoder(config: Config, base: Base, domain: Domain, store: Datastore, 
             p = p / p.sum(1, keepdim=True).clamp_min(1e-30)
             kl = sparse_kl(tokens.long(), p, log_q).mean()
         shown = f"KL {kl.item():.3f} CE {ce.item():.3f}"
-        return config.beta * kl + (1 - config.beta) * ce, shown
+        return beta * kl + (1 - beta) * ce, shown
 
     steps = batches(config, count, window)
     optimize(decoder, config.decoder_lr, steps, loss_of, f"decoder {arm}")
@@ -1452,7 +1454,7 @@ def chat_ids(lm: MemoryLM, messages: list[dict], reserve: int) -> tuple[list[int
 # ══ Evaluation: settings from validation, test once, latency, table, picture ═════════════════════
 NAMES = {"base": "base", "knn": "kNN-LM", "hidden": "memory decoder (hidden)",
          "tokens": "memory decoder (tokens)", "both": "both", "finetuned": "fine-tuned base",
-         "distilled": "plain distillation"}
+         "text": "decoder (text alone)", "distilled": "plain distillation"}
 
 class Systems(NamedTuple):
     """What is compared, loaded."""
@@ -1591,7 +1593,7 @@ def print_table(rows: list[dict], about: dict) -> None:
     base, knn = by_name["base"]["test_ppl"], by_name["kNN-LM"]["test_ppl"]
     print(LINE)
     for row in rows:
-        if row["system"].startswith(("memory", "plain")) and knn < base:
+        if row["system"].startswith(("memory", "decoder", "plain")) and knn < base:
             share = (base - row["test_ppl"]) / (base - knn)
             times = [x["ms_per_token"] for x in (row, by_name["base"])]
             slower = f", {times[0] / times[1]:.2f} times the base's latency" if all(times) else ""

@@ -855,16 +855,27 @@ def test_targets_on_disk_are_the_knn_distribution_without_the_own_position(made,
 def test_training_lowers_the_loss_of_every_arm(config, lm, domain, made):
     targets = [np.load(made / f"targets_{x}.npy") for x in ("tokens", "weights")]
     config = dataclasses.replace(config, num_epochs=6, decoder_lr=3e-3)
-    for arm in ("hidden", "tokens", "distilled"):
-        start = md.new_decoder(config, lm.base, "hidden" if arm == "distilled" else arm)
+    for arm in ("hidden", "tokens", "text", "distilled"):
+        start = md.new_decoder(config, lm.base, arm if arm in ("hidden", "tokens") else "hidden")
         end = md.train_decoder(config, lm.base, domain, lm.datastore, arm, targets)
         scores = md.score(config, lm.base, domain.train, 300, {"a": start, "b": end}, alphas=[1.0])
         before, after = (md.perplexity(scores.mixed[name]) for name in "ab")
         assert after < 0.9 * before, arm
 
 
+def test_the_datastore_has_no_part_in_the_controls_and_has_one_in_the_decoder(
+        config, lm, domain, made):
+    targets = [np.load(made / f"targets_{x}.npy") for x in ("tokens", "weights")]
+    others = [targets[0][::-1].copy(), targets[1][::-1].copy()]
+    for arm in ("text", "distilled", "hidden"):
+        one, two = (md.train_decoder(config, lm.base, domain, lm.datastore, arm, x).state_dict()
+                    for x in (targets, others))
+        assert all(torch.equal(one[name], two[name]) for name in one) == (arm != "hidden"), arm
+
+
 def test_what_is_written_holds_tensors_and_plain_values_alone(made):
-    for name in ("memory_decoder", "decoder_tokens", "decoder_distilled", "base_finetuned"):
+    for name in ("memory_decoder", "decoder_tokens", "decoder_text", "decoder_distilled",
+                 "base_finetuned"):
         payload = torch.load(made / f"{name}.pt", weights_only=True)
         assert all(isinstance(x, torch.Tensor) for x in payload["model_state_dict"].values())
     for name in (md.KEYS, md.VALUES, "targets_tokens.npy", "targets_weights.npy"):
