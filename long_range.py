@@ -112,6 +112,7 @@ class Config:
     lr_warmup: float = 0.05  # share of all steps with a linearly rising rate
     lr_decay: float = 0.6  # share of the last steps, in which the rate falls linearly to zero
     lambda_gate: float = 1.0  # cost of write gates, then of undecided ones; in the second half
+    lambda_closing: float = 0.0  # of it, for gates that stand wide open; 0.1 for repeats
     grad_clip: float = 1.0  # global gradient norm
     log_every_steps: int = 100  # a row of the history, with accuracy on validation
     # hardware
@@ -138,7 +139,7 @@ class Config:
              "knn_top_k edm_slots edm_base_steps steps mqar_steps batch_tokens "
              "adam_lr grad_clip log_every_steps",
              lambda x: x > 0, "above 0"),
-            ("lambda_gate", lambda x: x >= 0, "0 or more"),
+            ("lambda_gate lambda_closing", lambda x: x >= 0, "0 or more"),
             ("test_rows", lambda x: x >= 2, "2 or more, to swap memories between rows"),
             ("data_seed", lambda x: 0 <= x < 2**32, "from 0 to 2**32 - 1"),
             ("curriculum lr_warmup lr_decay", lambda x: 0 <= x <= 1, "from 0 to 1"),
@@ -813,6 +814,16 @@ def train_trunk(model: LongRangeModel, train: list[dict], config: Config, job: J
     model.output.requires_grad_(False)
     model.memory.start_from(model.controller.h[-1])
 
+def gate_cost(g: torch.Tensor, late: float, closing: float) -> torch.Tensor:
+    """Mean cost of write gates g, late (0 to 1) in training; docs/lab-notes.md, 5. Short rows never
+    punish what writing a little at each filler does to long ones. First of the gate, so that those
+    of fillers fall to 0, and of being undecided; in the end of being undecided alone, g (1 - g):
+    small gates with large vectors evade a cost of the gate, and the slots so written count as free.
+    The slope of both in the gate's input vanishes at g = 1; that of -log(1 - g), times closing,
+    does not, and closes gates that stand wide open without need."""
+    early = g - closing * torch.log((1 - g).clamp_min(1e-7))
+    return (g * (1 - g) + (1 - late) * early).mean()
+
 def train_step(model: LongRangeModel, both: list, group: dict, rows: torch.Tensor, rate: float,
                config: Config, carried: bool = False, late: float = 0.0) -> float:
     """One step on these rows of a group, at a share of the peak rate, with memory if `carried`;
@@ -828,16 +839,9 @@ def train_step(model: LongRangeModel, both: list, group: dict, rows: torch.Tenso
     found = loss.item()
     if not loss.requires_grad:  # of a frozen trunk, in a row of one block: nothing could be read
         return found
-    if carried and model.arm == "dnc":
-        # Short rows never punish what writing a little at each filler does to long ones. Late: a
-        # cost that comes before recall is learned closes the gate for good. First -log(1 - g): its
-        # slope in the gate's input is g, so that it closes a gate that stands wide open without
-        # need, where a cost of g has no slope left. In the end g (1 - g), of being undecided,
-        # alone: small gates with large vectors evade a cost of the gate, and the slots so written
-        # count as free.
-        g = trace.write_gate
-        closing = -torch.log((1 - g).clamp_min(1e-7))
-        loss = loss + config.lambda_gate * late * (g * (1 - g) + (1 - late) * closing).mean()
+    if carried and model.arm == "dnc":  # late: before recall is learned it closes gates for good
+        cost = gate_cost(trace.write_gate, late, config.lambda_closing)
+        loss = loss + config.lambda_gate * late * cost
     for optimizer in both:
         optimizer.zero_grad(set_to_none=True)
     loss.backward()

@@ -952,6 +952,23 @@ def test_config_refuses_an_edm_without_rows_for_its_trunk(fields):
         tiny(arms="edm", **{"tasks": "copy"} | fields)
 
 
+def test_cost_of_gates_closes_wide_open_gates_at_first_and_leaves_decided_ones_in_the_end():
+    logits = torch.tensor([9.0, 3.0, -9.0], dtype=torch.float64, requires_grad=True)
+
+    def slope(late: float, closing: float) -> torch.Tensor:
+        cost = 3 * lr.gate_cost(logits.sigmoid(), late, closing)  # the mean is over three
+        return torch.autograd.grad(cost, logits)[0]
+
+    g = logits.detach().sigmoid()
+    undecided, small = g * (1 - g) * (1 - 2 * g), g * (1 - g)
+    torch.testing.assert_close(slope(0.25, 0.1), undecided + 0.75 * small + 0.075 * g)
+    torch.testing.assert_close(slope(1.0, 0.1), undecided)
+    assert slope(0.25, 0.1)[0] > 0.07 > 1e-3 > slope(0.25, 0.0)[0].abs()
+    saturated = torch.ones(2, requires_grad=True)
+    assert lr.gate_cost(saturated, 0.5, 0.1).isfinite()
+
+
+
 def test_edm_arm_trains_its_trunk_inside_the_window_and_then_freezes_it(tmp_path, monkeypatch):
     """First without memory, on rows of two windows; then the notebook alone, on all."""
     config = tiny(tasks="copy", arms="edm", train="64:4,32,64,96", edm_base_steps=6, steps=4,
