@@ -19,10 +19,10 @@ import statistics
 import sys
 import tempfile
 from pathlib import Path
-from types import SimpleNamespace
 
 import torch
 from datastore import random_keys
+from edm import SIZES
 from scan import (
     OneLineParser,
     add_common_flags,
@@ -31,6 +31,7 @@ from scan import (
     number,
     print_head,
     print_table,
+    run_command,
     write_json,
 )
 
@@ -40,9 +41,6 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 import memory_decoder as md
 
-SIZES = {"card": dict(n_embd=768, n_layer=6, n_head=8, vocab_size=50257),
-         "gpt2": dict(n_embd=768, n_layer=12, n_head=12, vocab_size=50257),
-         "small": dict(n_embd=256, n_layer=4, n_head=4, vocab_size=4096)}
 
 def random_base(args: argparse.Namespace, device: torch.device) -> md.Base:
     """A GPT-2 of random weights with the keys of its forward pass."""
@@ -69,9 +67,8 @@ def measure(args: argparse.Namespace, device: torch.device, folder: Path) -> lis
                 for kind in ("hidden", "tokens")}
     tuned = {"lambda": 0.3, "tau": 10.0, "k": min(md.Config.knn_k, args.keys // 2),
              "both": {"alpha": 0.9, "lambda": 0.3}, "alphas": {"hidden": 0.9, "tokens": 0.9}}
-    found = SimpleNamespace(
-        manifest={"settings": tuned}, decoders=decoders, finetuned=None,
-        store=random_store(args, base.width, base.vocab, folder))
+    store = random_store(args, base.width, base.vocab, folder)
+    found = md.Systems({"settings": tuned}, store, decoders, finetuned=None)
     prompt = torch.randint(0, base.vocab, (args.prompt,)).tolist()
     times = md.latency(config, base, found, prompt)
     sizes = {"base": base.model} | decoders
@@ -101,4 +98,4 @@ def main() -> None:
                                  "ms": ("ms/token", ".2f"), "ratio": ("of base", ".2f")})
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

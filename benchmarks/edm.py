@@ -30,6 +30,7 @@ from scan import (
     number,
     print_head,
     print_table,
+    run_command,
     synchronize,
     write_json,
 )
@@ -40,7 +41,8 @@ from transformers import GPT2Config
 
 from edm_gpt2 import FLAGS, EDMGPT2Config, EDMGPT2ForCausalLM
 
-SIZES = {"gpt2": dict(n_embd=768, n_layer=12, n_head=12, vocab_size=50257),
+SIZES = {"card": dict(n_embd=768, n_layer=6, n_head=8, vocab_size=50257),
+         "gpt2": dict(n_embd=768, n_layer=12, n_head=12, vocab_size=50257),
          "small": dict(n_embd=256, n_layer=4, n_head=4, vocab_size=4096)}
 
 
@@ -104,4 +106,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

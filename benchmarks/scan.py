@@ -92,6 +92,15 @@ class OneLineParser(argparse.ArgumentParser):
     def error(self, message: str):
         self.exit(2, f"error: {message}\n")
 
+def run_command(main: Callable[[], None]) -> None:
+    """A bad value ends as a bad flag does: in one line and exit code 2."""
+    sys.stdout.reconfigure(errors="replace")  # a terminal that lacks the dash still gets the table
+    try:
+        main()
+    except (ValueError, OSError, MemoryError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+
 def number(least: float, kind: type = int) -> Callable[[str], float]:
     """A flag's type: a number of at least `least`."""
     def read(text: str) -> float:

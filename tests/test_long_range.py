@@ -968,7 +968,6 @@ def test_cost_of_gates_closes_wide_open_gates_at_first_and_leaves_decided_ones_i
     assert lr.gate_cost(saturated, 0.5, 0.1).isfinite()
 
 
-
 def test_edm_arm_trains_its_trunk_inside_the_window_and_then_freezes_it(tmp_path, monkeypatch):
     """First without memory, on rows of two windows; then the notebook alone, on all."""
     config = tiny(tasks="copy", arms="edm", train="64:4,32,64,96", edm_base_steps=6, steps=4,
