@@ -107,12 +107,12 @@ class Config:
     mqar_steps: int = 600  # more symbols, more steps
     batch_tokens: int = 4096  # tokens a step
     curriculum: float = 0.35  # share of the steps on the first training group alone, few items
-    lr_grid: str = "0.015,0.025"  # of Muon; the best on validation at the first seed is taken
+    lr_grid: str = "0.015,0.025"  # of Muon; that of least validation loss at the first seed
     adam_lr: float = 0.15  # rate of AdamW (embeddings, biases, norms), as a share of Muon's
     lr_warmup: float = 0.05  # share of all steps with a linearly rising rate
     lr_decay: float = 0.6  # share of the last steps, in which the rate falls linearly to zero
-    lambda_gate: float = 1.0  # cost of write gates, then of undecided ones; in the second half
-    lambda_closing: float = 0.0  # of it, for gates that stand wide open; 0.1 for repeats
+    lambda_gate: float = 1.0  # cost of the DNC's write gates, in the second half of training
+    lambda_closing: float = 0.1  # of it, early on: of open gates; later of undecided ones alone
     grad_clip: float = 1.0  # global gradient norm
     log_every_steps: int = 100  # a row of the history, with accuracy on validation
     # hardware
@@ -742,7 +742,10 @@ class Job(NamedTuple):
 FREE_FIELDS = {"tasks", "arms", "seeds", "lengths", "mqar_test", "test_rows", "lr_grid", "workers",
                "scan", "data_dir", "save_dir", "plot_dir", "log_every_steps"}
 
-EDM_FIELDS = {"edm_slots", "edm_base_steps"}  # of no other arm
+OWN_FIELDS = {  # of no other arm, and without influence on the number of parameters
+    "edm": {"edm_slots", "edm_base_steps"},
+    "dnc": {"mem_slots", "strength_bias", "free_bias", "write_bias", "allocation_bias",
+            "lambda_gate", "lambda_closing"}}
 
 def load_checkpoint(config: Config, job: Job) -> dict:
     """A finished run. Raises ValueError when it is missing, damaged, or of other fields or data."""
@@ -752,7 +755,7 @@ def load_checkpoint(config: Config, job: Job) -> dict:
             and {"job", "config", "data", "model_state_dict"} <= found.keys(),
             "checkpoint", str(path), "of long_range.py; delete it, or set another save_dir")
     free = FREE_FIELDS | {"steps" if job.task == "mqar" else "mqar_steps"}
-    free |= set() if job.arm == "edm" else EDM_FIELDS
+    free |= set().union(*(names for arm, names in OWN_FIELDS.items() if arm != job.arm))
     for name, value in dataclasses.asdict(config).items():
         if name not in free and (saved := found["config"].get(name)) != value:
             raise ValueError(f"checkpoint {path}: was trained with {name} = {saved!r}, this run "
@@ -816,13 +819,13 @@ def train_trunk(model: LongRangeModel, train: list[dict], config: Config, job: J
 
 def gate_cost(g: torch.Tensor, late: float, closing: float) -> torch.Tensor:
     """Mean cost of write gates g, late (0 to 1) in training; docs/lab-notes.md, 5. Short rows never
-    punish what writing a little at each filler does to long ones. First of the gate, so that those
-    of fillers fall to 0, and of being undecided; in the end of being undecided alone, g (1 - g):
-    small gates with large vectors evade a cost of the gate, and the slots so written count as free.
-    The slope of both in the gate's input vanishes at g = 1; that of -log(1 - g), times closing,
-    does not, and closes gates that stand wide open without need."""
-    early = g - closing * torch.log((1 - g).clamp_min(1e-7))
-    return (g * (1 - g) + (1 - late) * early).mean()
+    punish what writing a little at each filler does to long ones. First -log(1 - g), times closing:
+    its slope in the gate's input is g, so that it closes gates which stand wide open, too, unless
+    recall needs them. In the end g (1 - g), of being undecided: small gates with large vectors
+    evade a cost of the gate, and the slots so written count as free. The one gives way to the
+    other, which holds up whatever is above a half."""
+    early = -closing * torch.log((1 - g).clamp_min(1e-7))
+    return (late * g * (1 - g) + (1 - late) * early).mean()
 
 def train_step(model: LongRangeModel, both: list, group: dict, rows: torch.Tensor, rate: float,
                config: Config, carried: bool = False, late: float = 0.0) -> float:
@@ -919,7 +922,8 @@ def first_jobs(config: Config) -> list[Job]:
             for arm in config.arm_list for lr in config.rates]
 
 def chosen_jobs(config: Config) -> list[Job]:
-    """The runs that are compared: of each task and arm the rate that was best on validation."""
+    """The runs that are compared: of each task and arm the rate of least validation loss. Not of
+    best accuracy, which two rates that have learned a task share but for a question or two."""
     chosen = []
     for task in config.task_list:
         for arm in config.arm_list:
@@ -927,7 +931,7 @@ def chosen_jobs(config: Config) -> list[Job]:
             for job in first_jobs(config):
                 if (job.task, job.arm) == (task, arm):
                     payload = load_checkpoint(config, job)
-                    found[-payload["val_accuracy"], payload["val_loss"], job.lr] = job.lr
+                    found[payload["val_loss"], job.lr] = job.lr
             chosen += [Job(task, arm, seed, found[min(found)]) for seed in config.seed_list]
     return chosen
 
