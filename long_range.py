@@ -1164,7 +1164,9 @@ def compare(config: Config) -> None:
 def plot(config: Config) -> None:
     """Draw plots/long_range.png: accuracy above, loss below, a column a task; costs at the end."""
     rows, path = measure(config), Path(config.plot_dir) / "long_range.png"
-    colors = dict(zip(ARMS, ("#4fc3f7", "#aed581", "#ff8a65", "#fff176", "#ce93d8"), strict=True))
+    colors = ("#4fc3f7", "#aed581", "#ff8a65", "#fff176", "#ce93d8")
+    widths = (1.5, 5.5, 3.5, 2.0, 1.0)  # what lies below stays visible where curves coincide
+    styles = dict(zip(ARMS, zip(colors, widths, strict=True), strict=True))
     tasks = config.task_list
     size = (3.6 * (len(tasks) + 1), 7)
     with dark_figure(path, 2, len(tasks) + 1, size, squeeze=False) as (figure, axes):
@@ -1172,7 +1174,7 @@ def plot(config: Config) -> None:
             mine = cells_of(rows, task=task, items=0)
             for axis, key in zip(axes[:, column], ("accuracy", "loss"), strict=True):
                 for arm in config.arm_list:
-                    draw(axis, cells_of(mine, arm=arm), key, colors[arm], arm)
+                    draw(axis, cells_of(mine, arm=arm), key, styles[arm], arm)
                 flat = sorted({(row["length"], row["chance" if key == "accuracy" else
                                                     "chance_loss"]) for row in mine})
                 axis.plot(*zip(*flat, strict=True), color="white", ls=":", lw=1, label="chance")
@@ -1187,7 +1189,7 @@ def plot(config: Config) -> None:
         for axis, key, label in ((axes[0, -1], "tokens_per_s", "evaluation tokens/s"),
                                  (axes[1, -1], "kept", "KiB that a row keeps")):
             for arm in config.arm_list:
-                draw(axis, cells_of(costs, arm=arm), key, colors[arm], arm)
+                draw(axis, cells_of(costs, arm=arm), key, styles[arm], arm)
             axis.set(yscale="log", title=label)
             label_lengths(axis, sorted({row["length"] for row in costs}))
         figure.suptitle(f"Trained up to the dashed line, window {config.window}, "
@@ -1203,13 +1205,14 @@ def label_lengths(axis, lengths: list[int]) -> None:
     axis.set_xlabel("length, tokens")
     axis.grid(alpha=0.2)
 
-def draw(axis, rows: list[dict], key: str, color: str, label: str) -> None:
+def draw(axis, rows: list[dict], key: str, style: tuple[str, float], label: str) -> None:
     """Mean over seeds against length, with its interval where there is one."""
+    color, width = style
     lengths = sorted({row["length"] for row in rows})
     stats = [mean_and_half([row[key] for row in cells_of(rows, length=x)]) for x in lengths]
     means = np.array([mean for mean, _ in stats])
     halves = np.nan_to_num(np.array([half for _, half in stats]))
-    axis.plot(lengths, means, color=color, marker="o", ms=3.5, lw=1.5, label=label)
+    axis.plot(lengths, means, color=color, marker="o", ms=width + 2, lw=width, label=label)
     axis.fill_between(lengths, means - halves, means + halves, color=color, alpha=0.2, lw=0)
 
 # ══ Main ═════════════════════════════════════════════════════════════════════════════════════════
