@@ -539,4 +539,9 @@ def main(argv: list[str]) -> int:
 
 if __name__ == "__main__":
     sys.stdout.reconfigure(errors="replace")
-    sys.exit(main(sys.argv[1:]))
+    code = main(sys.argv[1:])
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # Not sys.exit: threads of the server and of PyTorch are still there, and one that meets the
+    # interpreter while it is taken down may abort the process (seen once: "terminate called").
+    os._exit(code)

@@ -427,8 +427,8 @@ def hook(event, args):
     if event == "pickle.find_class":
         print("PICKLE", args, file=sys.stderr, flush=True)
 sys.addaudithook(hook)
-import app
-sys.exit(app.main(sys.argv[1:]))
+import runpy
+runpy.run_path("app.py", run_name="__main__")
 """
 
 
