@@ -112,7 +112,7 @@ class Config:
     lr_warmup: float = 0.05  # share of all steps with a linearly rising rate
     lr_decay: float = 0.6  # share of the last steps, in which the rate falls linearly to zero
     lambda_gate: float = 1.0  # cost of the DNC's write gates, in the second half of training
-    lambda_closing: float = 0.1  # of it, early on: of open gates; later of undecided ones alone
+    lambda_closing: float = 0.1  # weight in it of closing open gates; gives way to deciding them
     grad_clip: float = 1.0  # global gradient norm
     log_every_steps: int = 100  # a row of the history, with accuracy on validation
     # hardware
