@@ -143,7 +143,7 @@ def mask(text: str, work: Path) -> str:
     for line in text.splitlines():
         if re.search(r"tokens/s|Peak memory|config  |times the base's latency", line):
             line = re.sub(r"[\d.,]+|[▲▼=]|%|—", "#", line)
-        lines.append(line.rstrip())
+        lines.append(re.sub(r" +", " ", line.rstrip()) if "#" in line else line.rstrip())
     return "\n".join(lines) + "\n"
 
 
