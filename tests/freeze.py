@@ -203,10 +203,11 @@ def digest_of_weights(files: list[Path], work: Path) -> str:
     return digest.hexdigest()
 
 
-def digest_of_json(files: list[Path]) -> str:
-    """sha256 of what JSON files measured."""
+def digest_of_json(files: list[Path], work: Path) -> str:
+    """sha256 of what JSON files measured, wherever they lie."""
     rows = {path.name: measured(read_rows(path)) for path in files if path.name != "config.json"}
-    return hashlib.sha256(json.dumps(rows, sort_keys=True).encode()).hexdigest()
+    text = json.dumps(rows, sort_keys=True).replace(str(work), "WORK")
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def run_one(name: str, repo: Path, work: Path) -> str:
@@ -222,7 +223,7 @@ def run_one(name: str, repo: Path, work: Path) -> str:
     text = mask(stdout, work)
     (work / "stdout").mkdir(exist_ok=True)
     (work / "stdout" / f"{name}.txt").write_text(text, encoding="utf-8")
-    parts = (digest_of_weights(weights, work), digest_of_json(numbers),
+    parts = (digest_of_weights(weights, work), digest_of_json(numbers, work),
              hashlib.sha256(text.encode()).hexdigest())
     return f"{name:<16}" + " ".join(
         f"{label} {part[:16]}" for label, part in zip(("weights", "json", "stdout"), parts,
