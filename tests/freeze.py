@@ -137,6 +137,7 @@ def run_page(repo: Path, work: Path) -> str:
 def mask(text: str, work: Path) -> str:
     """Mask paths, the port, times, speeds and sizes in memory."""
     text = text.replace(str(work), "WORK")
+    text = re.sub(r"(  config    ).*\n( {12}.*\n)*", r"\1#\n", text)  # wraps with the paths' length
     text = re.sub(r"127\.0\.0\.1:\d+", "127.0.0.1:PORT", text)
     text = re.sub(r"\d[\d.,]*(?= *(s\b|s,|MiB|tok/s|ms|it/s))", "#", text)
     lines = []
