@@ -79,12 +79,19 @@ def empty_results(parts, state, every: int, record: bool) -> list[torch.Tensor]:
 # infinity keep their meaning, because the training loop looks for them.
 FAST = {"reassoc", "contract", "nsz", "arcp"}
 
-def compiled(fastmath):
-    """Decorator: numba.njit, cached on disk where a folder for it can be written."""
+def compiled(fastmath, inlined=True):
+    """Decorator: numba.njit, cached on disk where a folder for it can be written.
+
+    A callee exists twice: compiled alone, and as a copy in its caller's machine code, which LLVM
+    optimised once more and which may round differently. In the process that compiles, a call
+    reaches the first, as its name is known before the caller's code is loaded; in one that loads
+    the caller from the cache, it reaches the copy. An inlined callee is not called: then both
+    processes compute the same bits, and a run resumes in the bits in which it began."""
     def decorate(function):
         if numba is None:
             return function
-        options = {"nogil": True, "fastmath": fastmath, "error_model": "numpy"}
+        options = {"nogil": True, "fastmath": fastmath, "forceinline": inlined,
+                   "error_model": "numpy"}
         try:
             return numba.njit(cache=True, **options)(function)
         except RuntimeError:  # no folder can be written
@@ -205,7 +212,7 @@ def follow_links(link, weights, forward, backward, one):
     for r in range(weights.shape[0]):
         row_dots(weights[r], link, forward[r], one)
 
-@compiled(FAST)
+@compiled(FAST, inlined=False)
 def forward_rows(
         begin, end, every, wipe, links, record, one, eps,
         write_key, write_strength, erase, write_vector, write_gate, allocation_gate,
@@ -264,7 +271,7 @@ def forward_rows(
                 usages[b, t], cosines[b, t], inverse_norms[b, t] = u, cosine, norms
                 precedences[b, t] = p
 
-@compiled(FAST)
+@compiled(FAST, inlined=False)  # its sums, which both of its forms round alike, would change
 def content_backward(strength, key_norm, norms, cosine, content, d_content, d_dots, shrink, one):
     """Backward of content_step down to the dot products of the key with every slot: sets d_dots
     (N,) and adds to shrink (N,), the share of its own row that a slot's gradient loses to its norm
@@ -405,7 +412,7 @@ def replay(start, end, wipe, links, one, eps, erase, write_vector, free_gates, w
             link_history[now] = link_history[now - 1]
             link_step(link_history[now], p, write_weights[t], one)
 
-@compiled(FAST)
+@compiled(FAST, inlined=False)
 def backward_rows(
         begin, end, every, wipe, links, one, eps,
         write_key, write_strength, erase, write_vector, write_gate, allocation_gate,
