@@ -564,7 +564,7 @@ def pick_scan(scan: str, state: DNCState, options: DNCOptions):
         from dnc_scan import dnc_scan, refusal
         reason = refusal(state, options)
     except ImportError as error:
-        reason = f"{error}; put dnc_scan.py beside dnc_gpt2.py"
+        reason = f"{error}; put the folder dnc_scan beside dnc_gpt2.py"
     require(scan == "auto" or not reason, "scan", scan, f"auto or eager here: {reason}")
     if reason:
         say_once(f"scan auto: the recurrence runs in the eager loop, slower: {reason}")
