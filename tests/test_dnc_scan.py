@@ -57,7 +57,7 @@ from dnc_gpt2 import (
     usage_update,
     zero_state,
 )
-from dnc_scan import cpu, cuda
+from dnc_scan import cpu, operator
 
 FUSED = [o for o in COMBINATIONS if o.mask_min == 1 and not o.sharpen_links]
 EAGER_ONLY = [o for o in COMBINATIONS if o not in FUSED]
@@ -84,7 +84,7 @@ def short_chunks(request, monkeypatch):
     """Triton's T of 3 to 5 steps spans several chunks."""
     callspec = getattr(request.node, "callspec", None)
     if callspec is not None and callspec.params.get("backend") == "triton":
-        monkeypatch.setattr(cuda, "CHECKPOINT_EVERY", 2)
+        monkeypatch.setattr(operator, "CHECKPOINT_EVERY", 2)
 
 
 # ══ Helpers ══════════════════════════════════════════════════════════════════════════════════════
@@ -506,7 +506,7 @@ def test_dnc_scan_checkpoints_change_nothing(every, options, backend, monkeypatc
     """However far apart the checkpoints, T short of, at and beyond a border: the same results."""
     x, state = make_case(backend, options, 65, sizes=(2, 37, 7, 5, 3))
     want = run(fused(backend), x, state, options)
-    monkeypatch.setattr(cuda, "CHECKPOINT_EVERY", every)
+    monkeypatch.setattr(operator, "CHECKPOINT_EVERY", every)
     got = run(fused(backend), x, state, options)
     assert_equal(got[0], want[0], "value of")
     assert_near(got[1], want[1], 1e-10, "gradient of")
@@ -1022,7 +1022,7 @@ def test_dnc_scan_saves_a_memory_a_checkpoint(backend, monkeypatch):
     x, state = make_case(backend, PLAIN, 111, "zero", sizes, dtype=torch.float32)
     saved = {}
     for every in (2, 4, 8):
-        monkeypatch.setattr(cuda, "CHECKPOINT_EVERY", every)
+        monkeypatch.setattr(operator, "CHECKPOINT_EVERY", every)
         saved[every] = saved_bytes(fused(backend), x, state, PLAIN)
     memories = {every: sizes[1] // every * state.memory.nbytes for every in saved}
     for every in (2, 4):
