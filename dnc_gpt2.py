@@ -1600,6 +1600,7 @@ def check_fields(config: object) -> None:
 def read_config(cls: type, argv: list[str], description: str, preset: dict | None = None):
     """Read `--name value` words over `preset` over the defaults of the Config class `cls`.
 
+    description: the module docstring, of which the part before "Read downward" is shown by --help.
     A path that begins with ~/ is expanded. Raises ValueError where a value breaks a rule of the
     class, SystemExit (0 after --help, 2 for an unknown name or a mistyped value) as tyro does.
     """
@@ -1609,7 +1610,8 @@ def read_config(cls: type, argv: list[str], description: str, preset: dict | Non
     members = {"__doc__": cls.__doc__, "__post_init__": lambda self: None}
     unchecked = type(cls.__name__, (cls,), members)
     options = tyro.cli(
-        unchecked, args=argv, default=unchecked(**(preset or {})), description=description,
+        unchecked, args=argv, default=unchecked(**(preset or {})),
+        description=description.partition("\nRead downward")[0],
         prog=f"python {Path(sys.argv[0]).name}", use_underscores=True,
         config=(tyro.conf.FlagConversionOff,))
     values = vars(options)
@@ -2152,7 +2154,8 @@ def main(argv: list[str]) -> int:
 
     def job(stop: StopSignal) -> None:
         fields, preset = choose_preset(argv, torch.cuda.is_available())
-        config = read_config(Config, argv, __doc__, fields)
+        usage = __doc__.replace("\nRead downward", f"\nPreset: {preset}\nRead downward", 1)
+        config = read_config(Config, argv, usage, fields)
         if config.inspect:
             run_inspection(config)
         else:
