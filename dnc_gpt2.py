@@ -7,19 +7,21 @@
     python dnc_gpt2.py --resume auto           continue an interrupted run, bit for bit
     python dnc_gpt2.py --inspect checkpoints/GPT2_+_DNC_FINAL_step600.pt --text "Some text"
 
-Read downward; each section, from Config to Main, uses only what stands above it.
-Letters, everywhere: B batch rows, T time, S segments (windows) a step, C hidden width,
-V vocabulary, N memory slots, W word width, R read heads, P sampled positions.
+Read downward: Config, memory, model, loss, training, comparison; then what serves them: data,
+checkpoints, the shell of a command, main. It runs as the only file; the folder dnc_scan beside it
+makes the same computations faster.
+Letters, everywhere: B batch rows, T time, S segments (windows) a step, L = S * T, C hidden width,
+V vocabulary, N memory slots, W word width, R read heads, P sampled positions, M rows of logits.
 The DNC is Graves et al. 2016, "Hybrid computing using a neural network with dynamic external
 memory", Methods. Options marked (M), (D), (S) are Csordas & Schmidhuber 2019, arXiv 1904.10278.
 """
 
 import ast
+import concurrent.futures
 import contextlib
 import dataclasses
 import functools
 import hashlib
-import inspect
 import json
 import math
 import os
@@ -28,212 +30,1163 @@ import re
 import shlex
 import shutil
 import signal
+import subprocess
 import sys
 import sysconfig
 import textwrap
 import threading
 import time
 import urllib.request
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import NamedTuple, get_args
+from typing import Annotated, Literal, NamedTuple, get_args, get_origin, get_type_hints
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 EPS = 1e-6  # the epsilon of every equation; float32 resolves 1 - 1e-6, bfloat16 does not
 ARMS = {"baseline": "GPT2 Baseline", "matched": "GPT2 Matched", "dnc": "GPT2 + DNC"}
 
+
 # ══ Config ═══════════════════════════════════════════════════════════════════════════════════════
+class Bound(NamedTuple):
+    """What a number in a Config has to be, besides its type: words for people, and a test."""
+    words: str
+    holds: Callable[[float], bool]
+
+
+Count = Annotated[int, Bound("above 0", lambda x: x > 0)]
+Whole = Annotated[int, Bound("0 or more", lambda x: x >= 0)]
+Seed = Annotated[int, Bound("from 0 to 2**32 - 1", lambda x: 0 <= x < 2**32)]
+Positive = Annotated[float, Bound("above 0", lambda x: x > 0)]
+NotNegative = Annotated[float, Bound("0 or more", lambda x: x >= 0)]
+Share = Annotated[float, Bound("from 0 to 1", lambda x: 0 <= x <= 1)]
+
+
 @dataclasses.dataclass(frozen=True)
 class Config:
     """Every constant of a run. Edit here, or override as `--name value`."""
 
     # model
-    hidden_size: int = 768  # C, width of the controller
-    num_layers: int = 6  # transformer blocks
-    num_heads: int = 8  # attention heads; divides hidden_size
-    dropout: float = 0.0  # of the controller; one epoch from scratch underfits, so none
-    mlp_width: int = 0  # feed-forward width, 0 = 4 * hidden_size
+    hidden_size: Count = 768  # C, width of the controller
+    num_layers: Count = 6  # transformer blocks
+    num_heads: Count = 8  # attention heads; divides hidden_size
+    dropout: Share = 0.0  # of the controller; one epoch from scratch underfits, so none
+    mlp_width: Whole = 0  # feed-forward width, 0 = 4 * hidden_size
     init_from: str = "scratch"  # or hub name or folder of a pretrained GPT-2: its sizes are used
     # memory
-    memory: str = "dnc"  # dnc | none; every arm sets its own
-    mem_slots: int = 64  # N, rows of the memory matrix
-    mem_width: int = 128  # W, width of one row
-    num_reads: int = 4  # R, read heads
+    memory: Literal["dnc", "none"] = "dnc"  # set by every arm: choose with arms
+    mem_slots: Count = 64  # N, rows of the memory matrix
+    mem_width: Count = 128  # W, width of one row
+    num_reads: Count = 4  # R, read heads
     carry_memory: bool = True  # memory crosses windows; False: empty at every window
-    bptt_segments: int = 1  # S, windows of a row in a step: the gradient's reach in the memory
+    bptt_segments: Count = 1  # S, windows of a row in a step: the gradient's reach in the memory
     use_links: bool = False  # temporal links and read modes (Graves)
-    mask_min: float = 1.0  # (M) lowest key mask, 1 = no masks; 0.1 where they are used
+    mask_min: Share = 1.0  # (M) lowest key mask, 1 = no masks; 0.1 where they are used
     dealloc_wipe: bool = False  # (D) de-allocation also wipes the freed content
     sharpen_links: bool = False  # (S) sharpen what is read along links; needs use_links
     # training
-    epochs: int = 1  # passes over the training split
-    max_steps: int = 0  # > 0 overrides epochs
-    batch_size: int = 4  # windows a step; rows of the stream = batch_size / bptt_segments
-    seq_len: int = 128  # tokens a window; attention never crosses windows
-    lr: float = 3e-4  # peak learning rate
-    memory_lr: float = 0.1  # of the memory's parameters, as a share of lr; 1.0 is measured worse
-    lr_schedule: str = "cosine"  # cosine (to a tenth of the peak) | constant
-    lr_warmup: float = 0.05  # share of all steps with a linearly rising rate
-    weight_decay: float = 0.01  # AdamW, on matrices only
-    grad_clip: float = 1.0  # global gradient norm
-    lambda_routing: float = 0.1  # weight of L_routing
-    lambda_entropy: float = 0.05  # weight of L_entropy
-    routing: str = "benefit"  # reward the gate where memory helps (benefit) or changes (kl) it
-    routing_fraction: float = 0.125  # share of positions at which routing is computed, 1 = all
-    seed: int = 0  # weights, dropout and routing positions
+    epochs: Count = 1  # passes over the training split
+    max_steps: Whole = 0  # above 0 it overrides epochs
+    batch_size: Count = 4  # windows a step; rows of the stream = batch_size / bptt_segments
+    seq_len: Count = 128  # tokens a window; attention never crosses windows
+    lr: Positive = 3e-4  # peak learning rate
+    memory_lr: Positive = 0.1  # of the memory's parameters, as a share of lr; 1.0 is measured worse
+    lr_schedule: Literal["cosine", "constant"] = "cosine"  # cosine ends at a tenth of the peak
+    lr_warmup: Share = 0.05  # share of all steps with a linearly rising rate
+    weight_decay: NotNegative = 0.01  # AdamW, on matrices only
+    grad_clip: Positive = 1.0  # global gradient norm
+    lambda_routing: NotNegative = 0.1  # weight of L_routing
+    lambda_entropy: NotNegative = 0.05  # weight of L_entropy
+    routing: Literal["benefit", "kl"] = "benefit"  # reward the gate where memory helps | changes
+    routing_fraction: Share = 0.125  # share of positions at which routing is computed, 1 = all
+    seed: Seed = 0  # weights, dropout and routing positions
     arms: str = "baseline,dnc"  # of baseline, matched (as many parameters as dnc), dnc; in order
     # data
-    dataset: str = "auto"  # auto | hub id | folder with train.txt, valid.txt, test.txt
+    dataset: str = "auto"  # auto | hub id, id:configuration | folder with train, valid, test.txt
     tokenizer: str = "auto"  # auto (gpt2 from the hub) | hub name | folder
-    preset: str = "auto"  # full (the numbers above) | small | auto = full with CUDA, else small
-    eval_tokens: int = 20_000  # of the validation split, at every save_every_steps
-    final_eval_tokens: int = 0  # of validation and test for the final figures, 0 = all
-    eval_rows: int = 8  # parallel rows in evaluation, at least 2 for the swapped-memory control
+    preset: Literal["auto", "full", "small"] = "auto"  # full (as shipped) with CUDA, else small
+    eval_tokens: Count = 20_000  # of the validation split, at every save_every_steps
+    final_eval_tokens: Whole = 0  # of validation and test for the final figures, 0 = all
+    eval_rows: Count = 8  # parallel rows in evaluation, at least 2 for the swapped-memory control
     # logging
-    log_every_steps: int = 50  # a metrics.jsonl row
-    save_every_steps: int = 3000  # validation and a checkpoint
+    log_every_steps: Count = 50  # a metrics.jsonl row
+    save_every_steps: Count = 3000  # validation and a checkpoint
     save_dir: str = "checkpoints/"  # checkpoints
     plot_dir: str = "plots/"  # pictures and metrics.jsonl
     # hardware
-    use_compile: bool = False  # torch.compile of the controller; needs num_gpus=1 or 0
-    compile_mode: str = "reduce-overhead"  # mode of torch.compile
-    scan: str = "auto"  # the recurrence: auto | eager (the loop) | fused (dnc_scan.py)
-    num_gpus: int | str = "auto"  # auto (up to 2, nn.DataParallel) | 0 (CPU) | 1 | 2
-    precision: str = "auto"  # auto = bf16 autocast on GPUs that have it | bf16 | float32
+    use_compile: bool = False  # torch.compile of the controller; needs num_gpus 1 or 0
+    compile_mode: Literal["default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"
+                          ] = "reduce-overhead"  # of torch.compile
+    scan: Literal["auto", "eager", "fused"] = "auto"  # the recurrence: eager is the readable loop
+    num_gpus: Literal["auto", 0, 1, 2] = "auto"  # auto: up to 2, by nn.DataParallel; 0: the CPU
+    precision: Literal["auto", "bf16", "float32"] = "auto"  # auto: bf16 autocast on GPUs with it
     # commands
     resume: str = ""  # auto = newest valid state of the whole job | path of a checkpoint
     inspect: str = ""  # path of a GPT2 + DNC checkpoint: print its gates on text, no training
     text: str = "Albert Einstein was born in Ulm in 1879 and died in Princeton."  # the sample
 
-    # derived: parallel rows of the training stream; tokens of one row a step; arms in order
-    rows = property(lambda self: self.batch_size // self.bptt_segments)
-    step_len = property(lambda self: self.bptt_segments * self.seq_len)
-    arm_list = property(lambda self: self.arms.replace(" ", "").split(","))
+    @property
+    def rows(self) -> int:
+        """Parallel rows of the training stream."""
+        return self.batch_size // self.bptt_segments
+
+    @property
+    def step_len(self) -> int:
+        """Tokens of one row in a training step."""
+        return self.bptt_segments * self.seq_len
+
+    @property
+    def arm_list(self) -> list[str]:
+        """The arms in order."""
+        return self.arms.replace(" ", "").split(",")
 
     def __post_init__(self) -> None:
-        check_types(self)
-        arms, heads, batch, gpus = self.arm_list, self.num_heads, self.batch_size, self.num_gpus
-        choices = {"memory": ("dnc", "none"), "lr_schedule": ("cosine", "constant"),
-                   "routing": ("kl", "benefit"), "num_gpus": ("auto", 0, 1, 2),
-                   "precision": ("auto", "bf16", "float32"), "scan": ("auto", "eager", "fused"),
-                   "compile_mode": (
-                       "default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")}
-        check_values(self, (
-            ("hidden_size num_layers num_heads mem_slots mem_width num_reads bptt_segments epochs "
-             "batch_size seq_len lr memory_lr grad_clip routing_fraction eval_tokens "
-             "log_every_steps save_every_steps", lambda x: x > 0, "above 0"),
-            ("mlp_width max_steps weight_decay lambda_routing lambda_entropy seed "
-             "final_eval_tokens", lambda x: x >= 0, "0 or more"),
-            ("dropout mask_min lr_warmup routing_fraction", lambda x: 0 <= x <= 1, "from 0 to 1"),
-            *((name, options.__contains__, "one of " + ", ".join(map(str, options)))
-              for name, options in choices.items()),
-            ("arms", lambda _: set(arms) <= set(ARMS) and len(set(arms)) == len(arms),
-             "a comma-separated choice of " + ", ".join(ARMS) + ", each once"),
-            ("arms", lambda _: "matched" not in arms or self.init_from == "scratch",
-             "without matched where init_from names a model, whose sizes are given"),
-            ("eval_rows", lambda x: x >= 2, "2 or more"),
-            ("seed", lambda x: x < 2**32, "below 2**32"),
-            ("hidden_size", lambda x: x % heads == 0, f"divisible by num_heads ({heads})"),
-            ("bptt_segments", lambda x: batch % x == 0, f"a divisor of batch_size ({batch})"),
-            ("sharpen_links", lambda x: self.use_links or not x,
-             "False without links; set use_links True as well"),
-            ("text", lambda x: x.strip() and not re.search("[\ud800-\udfff]", x), "words in UTF-8"),
-            ("num_gpus", lambda x: x != 2 or batch >= 2 * self.bptt_segments,
-             f"at most the rows, batch_size ({batch}) / bptt_segments; set num_gpus=1"),
-            ("use_compile", lambda x: not x or gpus != 2, "False on two GPUs; set num_gpus=1")))
+        check_fields(self)
+        arms, heads, batch = self.arm_list, self.num_heads, self.batch_size
+        rule = functools.partial(require_field, self)
+        rule("arms", set(arms) <= set(ARMS) and len(set(arms)) == len(arms),
+             "a comma-separated choice of " + ", ".join(ARMS) + ", each once")
+        rule("arms", "matched" not in arms or self.init_from == "scratch",
+             "without matched where init_from names a model, whose sizes are given")
+        rule("hidden_size", self.hidden_size % heads == 0, f"divisible by num_heads ({heads})")
+        rule("bptt_segments", batch % self.bptt_segments == 0, f"a divisor of batch_size ({batch})")
+        rule("routing_fraction", self.routing_fraction > 0, "above 0; without it: lambda_routing 0")
+        rule("eval_rows", self.eval_rows >= 2, "2 or more")
+        rule("sharpen_links", self.use_links or not self.sharpen_links,
+             "False without links; set use_links True as well")
+        rule("text", self.text.strip() and not re.search("[\ud800-\udfff]", self.text),
+             "words in UTF-8")
+        rule("num_gpus", self.num_gpus != 2 or self.rows >= 2,
+             f"at most the rows, batch_size ({batch}) / bptt_segments; set num_gpus=1")
+        rule("use_compile", not self.use_compile or self.num_gpus != 2,
+             "False on two GPUs; set num_gpus=1")
 
-# "full" repeats the shipped values of Config: a field edited away from them wins over "small".
-PRESETS: dict[str, dict] = {
-    "full": dict(hidden_size=768, num_layers=6, num_heads=8, mem_slots=64, mem_width=128,
-                 num_reads=4, max_steps=0, batch_size=4, seq_len=128, bptt_segments=1, lr=3e-4,
-                 log_every_steps=50, save_every_steps=3000),
-    "small": dict(hidden_size=256, num_layers=4, num_heads=4, mem_slots=32, mem_width=64,
-                  num_reads=4, max_steps=600, batch_size=8, seq_len=64, bptt_segments=1, lr=1e-3,
-                  log_every_steps=10, save_every_steps=300),
-}
 
-def require(holds: bool, field: str, value: object, requirement: str) -> None:
-    """Raise ValueError, naming field, value and requirement, unless the condition holds."""
-    if not holds:
-        raise ValueError(f"{field} = {value!r}: must be {requirement}")
+# ══ Memory: the DNC, addressing as pure functions in the paper's order ═══════════════════════════
+class DNCOptions(NamedTuple):
+    """Switches of the recurrence; the defaults are Graves' DNC without temporal links."""
+    use_links: bool = False
+    mask_min: float = 1.0  # (M), 1 = no masks
+    dealloc_wipe: bool = False  # (D)
+    sharpen_links: bool = False  # (S)
 
-def field_types(cls: type) -> dict[str, tuple[type, ...]]:
-    """The types that each field of a Config class takes; one of float takes an int as well."""
-    return {f.name: (float, int) if f.type is float else get_args(f.type) or (f.type,)
-            for f in dataclasses.fields(cls)}
 
-def check_types(config) -> None:
-    """Raise ValueError unless every field of a Config has its type; a bool is no int here."""
-    for name, types in field_types(type(config)).items():
-        value, wanted = getattr(config, name), " or ".join(kind.__name__ for kind in types)
-        require(type(value) in types and math.isfinite(value if type(value) is float else 0),
-                name, value, "a finite " + wanted)
+class DNCState(NamedTuple):
+    """What one step hands to the next, one row a sequence. Without links the last two are empty."""
+    memory: Tensor  # (B, N, W)
+    usage: Tensor  # (B, N) in [0, 1]
+    write_weights: Tensor  # (B, N) >= 0, sum <= 1
+    read_weights: Tensor  # (B, R, N) >= 0, sum <= 1
+    link: Tensor  # (B, N, N) in [0, 1], or (B, 0, 0)
+    precedence: Tensor  # (B, N), or (B, 0)
 
-def check_values(config, rules) -> None:
-    """Raise ValueError unless the fields named in each rule (names, fits, requirement) fit it."""
-    for names, fits, requirement in rules:
-        for name in names.split():
-            require(fits(getattr(config, name)), name, getattr(config, name), requirement)
 
-def parse_value(name: str, text: str, types: tuple[type, ...]) -> int | float | bool | str:
-    """Read one command-line value as the first of `types` that it fits. Raises ValueError."""
-    for kind in types:
-        with contextlib.suppress(ValueError, KeyError):
-            return {"true": True, "false": False}[text.lower()] if kind is bool else kind(text)
-    expected = " or ".join(kind.__name__ for kind in types).replace("bool", "True or False")
-    raise ValueError(f"{name} = {text!r}: must be {expected}")
+class DNCTrace(NamedTuple):
+    """What the memory did at each token, for losses, metrics and plots."""
+    write_gate: Tensor  # (B, T) in (0, 1)
+    write_weights: Tensor  # (B, T, N)
+    read_weights: Tensor  # (B, T, R, N)
 
-def parse_overrides(cls: type, argv: list[str]) -> dict[str, int | float | bool | str]:
-    """Read `--name value` and `--name=value` into a dict of fields of the Config class `cls`.
-    Raises ValueError for an unknown field (listing what exists), a missing or a mistyped value."""
-    types, overrides, words = field_types(cls), {}, list(argv)
-    while words:
-        word = words.pop(0)
-        name, equals, text = word.removeprefix("--").partition("=")
-        if not word.startswith("--") or name not in types:
-            raise ValueError(f"{word}: no such field; there are {', '.join(types)}")
-        require(bool(equals or words), name, "", f"followed by a value, as in --{name} VALUE")
-        overrides[name] = parse_value(name, text if equals else words.pop(0), types[name])
-    return overrides
 
-def make_config(cls: type, overrides: dict, presets: dict[str, dict], cuda: bool):
-    """Command line over edits in the file over the preset -> (config, which preset and why)."""
-    preset = overrides.get("preset", cls.preset)
-    require(preset in ("auto", *presets), "preset", preset, "one of auto, " + ", ".join(presets))
-    chosen = preset if preset != "auto" else "full" if cuda else "small"
-    values = {k: v for k, v in presets[chosen].items() if getattr(cls, k) == presets["full"][k]}
-    why = {"full": "auto: a CUDA device is visible", "small": "auto: no CUDA device is visible; "
-           "--preset full is the real size, about 1.7 s a step on two CPU cores"}[chosen]
-    if "epochs" in overrides or cls.epochs != 1:  # or max_steps would override them
-        values.pop("max_steps", None)
-    return cls(**{**values, **overrides}), f"{chosen} ({why if preset == 'auto' else 'as asked'})"
+class Interface(NamedTuple):
+    """The controller's instructions to the memory, activations applied; optional parts None."""
+    write_key: Tensor  # (B, T, W)
+    write_strength: Tensor  # (B, T) >= 1
+    erase: Tensor  # (B, T, W) in (0, 1)
+    write_vector: Tensor  # (B, T, W)
+    write_gate: Tensor  # (B, T) in (0, 1)
+    allocation_gate: Tensor  # (B, T) in (0, 1)
+    read_keys: Tensor  # (B, T, R, W)
+    read_strengths: Tensor  # (B, T, R) >= 1
+    free_gates: Tensor  # (B, T, R) in (0, 1)
+    read_modes: Tensor | None  # (B, T, R, 3), softmax over backward, content, forward
+    write_mask: Tensor | None  # (B, T, W) in (mask_min, 1)
+    read_masks: Tensor | None  # (B, T, R, W) in (mask_min, 1)
+    sharpening: Tensor | None  # (B, T, R, 2) >= 1, backward and forward
 
-def print_help(cls: type, doc: str, small: dict, heading: str = "full and (small)") -> None:
-    """Print the usage, then every field with its default and its comment, read from the source."""
-    print(doc.split("\n\nRead downward")[0] + f"\n\nFields with their defaults, {heading}:")
-    for line in inspect.getsource(cls).split("# derived")[0].splitlines():
-        if group := re.fullmatch(r"    # (\w+)", line):
-            print(f"\n  {group[1]}")
-        elif field := re.fullmatch(r"    (\w+): [\w| ]+ = (.+?)  # (.+)", line):
-            other = str(small.get(field[1], field[2]))
-            default = field[2] if other == field[2] else f"{field[2]} ({other})"
-            print(f"    --{field[1]:<17} {textwrap.shorten(default, 24):<25} {field[3]}")
+
+def interface_sizes(width: int, reads: int, options: DNCOptions) -> dict[str, int]:
+    """Sizes of the parts of one interface vector, in order; 0 for what is switched off."""
+    return {
+        "write_key": width,
+        "write_strength": 1,
+        "erase": width,
+        "write_vector": width,
+        "write_gate": 1,
+        "allocation_gate": 1,
+        "read_keys": reads * width,
+        "read_strengths": reads,
+        "free_gates": reads,
+        "read_modes": 3 * reads if options.use_links else 0,
+        "masks": (reads + 1) * width if options.mask_min < 1 else 0,
+        "sharpening": 2 * reads if options.sharpen_links else 0,
+    }
+
+
+def oneplus(x: Tensor) -> Tensor:
+    """1 + log(1 + exp(x)), Graves' name for what strengths go through."""
+    return 1 + F.softplus(x)
+
+
+def split_interface(z: Tensor, width: int, reads: int, options: DNCOptions) -> Interface:
+    """Split interface vectors z (B, T, I) and apply the activations (Graves, "interface")."""
+    B, T, _ = z.shape
+    sizes = interface_sizes(width, reads, options)
+    part = dict(zip(sizes, z.split([*sizes.values()], dim=-1), strict=True))
+
+    read_modes = write_mask = read_masks = sharpening = None
+    if options.use_links:
+        read_modes = part["read_modes"].view(B, T, reads, 3).softmax(-1)
+    if options.mask_min < 1:
+        masks = part["masks"].sigmoid() * (1 - options.mask_min) + options.mask_min
+        masks = masks.view(B, T, reads + 1, width)
+        write_mask, read_masks = masks[:, :, 0], masks[:, :, 1:]  # (B, T, W), (B, T, R, W)
+    if options.sharpen_links:
+        sharpening = oneplus(part["sharpening"].view(B, T, reads, 2))
+
+    return Interface(
+        write_key=part["write_key"],
+        write_strength=oneplus(part["write_strength"].squeeze(-1)),
+        erase=part["erase"].sigmoid(),
+        write_vector=part["write_vector"],
+        write_gate=part["write_gate"].squeeze(-1).sigmoid(),
+        allocation_gate=part["allocation_gate"].squeeze(-1).sigmoid(),
+        read_keys=part["read_keys"].view(B, T, reads, width),
+        read_strengths=oneplus(part["read_strengths"]),
+        free_gates=part["free_gates"].sigmoid(),
+        read_modes=read_modes,
+        write_mask=write_mask,
+        read_masks=read_masks,
+        sharpening=sharpening,
+    )
+
+
+def zero_state(batch: int, slots: int, width: int, reads: int, options: DNCOptions,
+               dtype: torch.dtype = torch.float32, device: torch.device | None = None) -> DNCState:
+    """An empty memory: contents, usage, weightings and links are zero."""
+    zeros = functools.partial(torch.zeros, dtype=dtype, device=device)
+    linked = slots if options.use_links else 0
+    return DNCState(
+        memory=zeros(batch, slots, width),
+        usage=zeros(batch, slots),
+        write_weights=zeros(batch, slots),
+        read_weights=zeros(batch, reads, slots),
+        link=zeros(batch, linked, linked),
+        precedence=zeros(batch, linked),
+    )
+
+
+def usage_update(usage: Tensor, write_weights: Tensor, read_weights: Tensor,
+                 free_gates: Tensor) -> tuple[Tensor, Tensor]:
+    """u = (u + w - u*w) * psi, psi = prod_r (1 - f_r * wr_r), w and wr of the step before.
+
+    usage, write_weights (B, N), read_weights (B, R, N), free_gates (B, R) -> usage, psi (B, N).
+    """
+    retained = 1 - free_gates.unsqueeze(-1) * read_weights  # (B, R, N)
+    # A chain of products: the backward of torch.prod synchronises a GPU with the host.
+    retention = functools.reduce(torch.mul, retained.unbind(1))  # (B, N)
+    return (usage + write_weights - usage * write_weights) * retention, retention
+
+
+def allocation_weighting(usage: Tensor) -> Tensor:
+    """a_i = (1 - u~_i) * prod of u~_j over the slots j freer than i, with u~ = eps + (1 - eps) u.
+
+    usage (B, N) -> (B, N), sum <= 1. Ties break to the lowest slot; the order is constant for the
+    gradient. Not renormalised: a full memory allocates nothing. A comparison matrix stands in for
+    Graves' sort: same order, and the product becomes a sum of logarithms (u~ >= eps).
+    """
+    used = EPS + (1 - EPS) * usage
+    mine, other = used.unsqueeze(2), used.unsqueeze(1)  # (B, N, 1), (B, 1, N)
+    slot = torch.arange(usage.shape[1], device=usage.device)
+    lower = slot < slot.unsqueeze(1)  # (N, N), j < i
+    freer = (other < mine) | ((other == mine) & lower)  # (B, N, N), slot j comes before slot i
+    before = (freer.to(used.dtype) @ used.log().unsqueeze(2)).squeeze(2)  # (B, N)
+    return (1 - used) * before.exp()
+
+
+def content_weighting(keys: Tensor, strengths: Tensor, memory: Tensor,
+                      masks: Tensor | None = None) -> Tensor:
+    """softmax over slots of strength * cos(key, slot); a mask (M) multiplies both.
+
+    keys (B, K, W), strengths (B, K), memory (B, N, W), masks (B, K, W) or None -> (B, K, N). The
+    eps stands INSIDE the root of each norm, or the gradient into an empty slot is thousands of
+    times larger.
+    """
+    if masks is None:
+        dots = keys @ memory.transpose(1, 2)  # (B, K, N)
+        slot_norms = (memory * memory).sum(-1).unsqueeze(1)  # (B, 1, N)
+    else:
+        keys = keys * masks
+        dots = (keys * masks) @ memory.transpose(1, 2)  # (B, K, N)
+        slot_norms = (masks * masks) @ (memory * memory).transpose(1, 2)  # (B, K, N)
+    key_norms = (keys * keys).sum(-1, keepdim=True)  # (B, K, 1)
+    cosine = dots * (slot_norms + EPS).rsqrt() * (key_norms + EPS).rsqrt()
+    return (strengths.unsqueeze(-1) * cosine).softmax(-1)
+
+
+def link_update(link: Tensor, precedence: Tensor, write_weights: Tensor
+                ) -> tuple[Tensor, Tensor]:
+    """L_ij = (1 - w_i - w_j) L_ij + w_i p_j with zero diagonal, then p = (1 - sum w) p + w.
+
+    link (B, N, N), precedence and write_weights (B, N) -> link, precedence.
+    """
+    w_i, w_j = write_weights.unsqueeze(2), write_weights.unsqueeze(1)  # (B, N, 1), (B, 1, N)
+    link = (1 - w_i - w_j) * link + w_i * precedence.unsqueeze(1)  # (B, N, N)
+    link = link.tril(-1) + link.triu(1)
+    return link, (1 - write_weights.sum(-1, keepdim=True)) * precedence + write_weights
+
+
+def sharpen(weights: Tensor, strengths: Tensor) -> Tensor:
+    """(S): ((d + eps) / max(d + eps))^s over its sum. weights (B, R, N), strengths (B, R)."""
+    weights = weights + EPS
+    powered = (weights / weights.amax(-1, keepdim=True)).pow(strengths.unsqueeze(-1))
+    return powered / powered.sum(-1, keepdim=True)
+
+
+def write_weighting(x: Interface, usage: Tensor, memory: Tensor) -> Tensor:
+    """w = g_w * (g_a * a + (1 - g_a) * c): one step's interface, usage (B, N) -> (B, N)."""
+    mask = None if x.write_mask is None else x.write_mask.unsqueeze(1)  # (B, 1, W)
+    content = content_weighting(x.write_key.unsqueeze(1), x.write_strength.unsqueeze(1), memory,
+                                mask).squeeze(1)  # (B, N)
+    allocation = allocation_weighting(usage)  # (B, N)
+    gate = x.allocation_gate.unsqueeze(1)  # (B, 1)
+    return x.write_gate.unsqueeze(1) * (gate * allocation + (1 - gate) * content)
+
+
+def follow_links(x: Interface, content: Tensor, previous: Tensor, link: Tensor,
+                 options: DNCOptions) -> Tensor:
+    """wr = pi_b L^T wr + pi_c c + pi_f L wr, wr the previous read weights. All but link (B, N, N)
+    are (B, R, N), as is the result."""
+    backward = previous @ link  # L^T wr: (B, R, N)
+    forward = previous @ link.transpose(1, 2)  # L wr: (B, R, N)
+    if options.sharpen_links:
+        backward = sharpen(backward, x.sharpening[..., 0])
+        forward = sharpen(forward, x.sharpening[..., 1])
+    by_mode = torch.stack((backward, content, forward), dim=-1)  # (B, R, N, 3)
+    return (by_mode @ x.read_modes.unsqueeze(-1)).squeeze(-1)  # (B, R, N)
+
+
+def dnc_step(x: Interface, state: DNCState, options: DNCOptions) -> tuple[Tensor, DNCState]:
+    """One token: usage, allocation and content, write, links, read. x holds one step's (B, ...).
+    Returns the read vectors (B, R, W) and the new state."""
+    usage, retention = usage_update(state.usage, state.write_weights, state.read_weights,
+                                    x.free_gates)
+    write_weights = write_weighting(x, usage, state.memory)  # (B, N)
+
+    memory = state.memory
+    if options.dealloc_wipe:
+        memory = memory * retention.unsqueeze(2)
+    slots = write_weights.unsqueeze(2)  # (B, N, 1)
+    memory = memory * (1 - slots * x.erase.unsqueeze(1)) + slots * x.write_vector.unsqueeze(1)
+
+    link, precedence = state.link, state.precedence
+    read_weights = content_weighting(x.read_keys, x.read_strengths, memory, x.read_masks)
+    if options.use_links:
+        link, precedence = link_update(link, precedence, write_weights)
+        read_weights = follow_links(x, read_weights, state.read_weights, link, options)
+
+    state = DNCState(memory, usage, write_weights, read_weights, link, precedence)
+    return read_weights @ memory, state  # (B, R, W)
+
+
+def dnc_loop(interface: Interface, state: DNCState, options: DNCOptions
+             ) -> tuple[Tensor, Tensor, Tensor, DNCState]:
+    """The readable recurrence over T tokens; a faster one must return the same: reads (B, T, R, W),
+    write_weights (B, T, N), read_weights (B, T, R, N) and the state after the last token."""
+    length = interface.write_gate.shape[1]
+    parts = [[None] * length if part is None else part.unbind(1) for part in interface]
+    reads, write_weights, read_weights = [], [], []
+    for step in zip(*parts, strict=True):
+        read, state = dnc_step(Interface(*step), state, options)
+        reads.append(read)
+        write_weights.append(state.write_weights)
+        read_weights.append(state.read_weights)
+    traces = (torch.stack(rows, dim=1) for rows in (reads, write_weights, read_weights))
+    return *traces, state
+
+
+def pick_scan(scan: str, state: DNCState, options: DNCOptions) -> Callable:
+    """The recurrence for such a state: dnc_loop, or dnc_scan, the same function fused, where it can
+    run. Says once why it cannot; raises ValueError then if `scan` is "fused"."""
+    if scan == "eager":
+        return dnc_loop
+    try:
+        from dnc_scan import dnc_scan, refusal
+
+        reason = refusal(state, options)
+    except ImportError as error:
+        reason = f"{error}; put the folder dnc_scan beside dnc_gpt2.py"
+    require(scan == "auto" or not reason, "scan", scan, f"auto or eager here: {reason}")
+    if reason:
+        say_once(f"scan auto: the recurrence runs in the eager loop, slower: {reason}")
+    return dnc_loop if reason else dnc_scan
+
+
+class DNCMemory(nn.Module):
+    """DNC over hidden states, a pure function of (h, state): h + read_proj(reads).
+
+    departs from Graves: the controller never sees its reads (there those of step t-1 enter at step
+    t), so the interface of all T tokens, from LN(h), is one matrix product. `read_proj` has no bias
+    and starts at zero: step 0 is the baseline, zeroed reads are the model without memory.
+    `biases` are added to the initial biases of parts of the interface, by their names.
+    """
+
+    def __init__(self, hidden_size: int, slots: int, width: int, reads: int,
+                 options: DNCOptions = DNCOptions(), scan: str = "auto",
+                 biases: dict[str, float] | None = None) -> None:
+        super().__init__()
+        self.slots, self.width, self.reads = slots, width, reads
+        self.options, self.scan = options, scan
+        sizes = interface_sizes(width, reads, options)
+        self.norm = nn.LayerNorm(hidden_size)
+        self.interface = nn.Linear(hidden_size, sum(sizes.values()))
+        biases = biases or {}
+        added = [torch.full((size,), biases.get(part, 0.0)) for part, size in sizes.items()]
+        self.interface.bias.data += torch.cat(added)
+        self.read_proj = nn.Linear(reads * width, hidden_size, bias=False)
+        nn.init.zeros_(self.read_proj.weight)
+
+    def init_state(self, batch_size: int) -> DNCState:
+        weight = self.read_proj.weight
+        dtype = torch.promote_types(weight.dtype, torch.float32)
+        return zero_state(batch_size, self.slots, self.width, self.reads, self.options, dtype,
+                          weight.device)
+
+    def forward(self, h: Tensor, state: DNCState) -> tuple[Tensor, DNCState, DNCTrace]:
+        """h (B, T, C), state of B rows -> h_out (B, T, C), state after the last token, trace."""
+        z = self.interface(self.norm(h))  # (B, T, I)
+        with torch.autocast(h.device.type, enabled=False):  # 1 - 1e-6 is 1 in bfloat16
+            z = z if z.dtype == torch.float64 else z.float()
+            x = split_interface(z, self.width, self.reads, self.options)
+            recurrence = pick_scan(self.scan, state, self.options)
+            reads, write_weights, read_weights, state = recurrence(x, state, self.options)
+        h_out = h + self.read_proj(reads.flatten(2))  # (B, T, R*W) -> (B, T, C)
+        return h_out, state, DNCTrace(x.write_gate, write_weights, read_weights)
+
+
+def map_state(fn: Callable, state: tuple | None) -> tuple | None:
+    """Apply fn to every tensor of a state: detach, move, roll or select rows. None stays None."""
+    return None if state is None else type(state)(*map(fn, state))
+
+
+# ══ Model: GPT2Model, memory, tied LM head ═══════════════════════════════════════════════════════
+class Output(NamedTuple):
+    """A training step's forward pass, batch first, so that nn.DataParallel can gather it."""
+    loss: Tensor  # (B,) mean of nll, the same in every row; it alone has a gradient
+    nll: Tensor  # (B, L) next-token cross-entropy in nats; 0 where the target is -100
+    top1: Tensor  # (B, L) 1 where the most likely token is the target
+    effect: Tensor  # (B, P) KL or benefit at the sampled positions, no gradient
+    trace: DNCTrace | None
+    state: DNCState | None
+
+
+LOGITS_AT_ONCE = 2**25  # elements of one chunk of logits (128 MiB in float32)
+
+
+def logit_chunks(rows: int, weight: Tensor, tensors: int = 1) -> list[slice]:
+    """Slices of rows of which that many tensors of logits, weight (V, C), fit LOGITS_AT_ONCE."""
+    size = max(1, LOGITS_AT_ONCE // tensors // weight.shape[0])
+    starts = range(0, rows, size)
+    return [slice(start, min(start + size, rows)) for start in starts]
+
+
+def chunked_head_loss(h: Tensor, weight: Tensor, targets: Tensor,
+                      dtype: torch.dtype, slices: list[slice]
+                      ) -> tuple[Tensor, Tensor, Tensor]:
+    """The readable LM head: a chunk of logits at a time, computed again in the backward.
+
+    h (M, C), weight (V, C), targets (M,), dtype of the products, slices of the M rows ->
+    mean loss (), nll (M,), top1 (M,); a target of -100 counts 0 in all three.
+    """
+    from torch.utils.checkpoint import checkpoint
+
+    def score(x, target):  # (m, C), (m,)
+        logits = F.linear(x.to(dtype), weight.to(dtype)).to(h.dtype)  # (m, V)
+        nll = F.cross_entropy(logits, target, ignore_index=-100, reduction="none")
+        return nll, (logits.detach().argmax(-1) == target).to(h.dtype)
+
+    chunks = [checkpoint(score, h[rows], targets[rows], use_reentrant=False) for rows in slices]
+    nll, top1 = (torch.cat(parts) for parts in zip(*chunks, strict=True))
+    return nll.mean(), nll.detach(), top1
+
+
+def head_loss(h: Tensor, weight: Tensor, targets: Tensor, dtype: torch.dtype
+              ) -> tuple[Tensor, Tensor, Tensor]:
+    """`chunked_head_loss`, or dnc_scan.head, the same function in less memory and time."""
+    slices = logit_chunks(len(h), weight, tensors=1 if dtype == h.dtype else 2)
+    try:
+        from dnc_scan.head import HeadLoss
+    except ImportError:
+        say_once("head: runs as a chunked F.cross_entropy, slower: put the folder dnc_scan beside "
+                 "dnc_gpt2.py")
+        return chunked_head_loss(h, weight, targets, dtype, slices)
+    return HeadLoss.apply(h, weight, targets, dtype, slices)
+
+
+def build_memory(config: Config) -> DNCMemory:
+    """The memory that Config describes."""
+    options = DNCOptions(config.use_links, config.mask_min, config.dealloc_wipe,
+                         config.sharpen_links)
+    return DNCMemory(config.hidden_size, config.mem_slots, config.mem_width, config.num_reads,
+                     options, config.scan)
+
+
+class GPT2WithMemory(nn.Module):
+    """GPT2Model, then (with config.memory "dnc") DNCMemory, then the LM head tied to the embedding.
+    Every arm is this class, built from the same seed: the controllers start equal."""
+
+    def __init__(self, config: Config, controller: nn.Module) -> None:
+        super().__init__()
+        self.config, self.controller = config, controller
+        torch.manual_seed(config.seed + 1)
+        self.memory = build_memory(config) if config.memory == "dnc" else None
+        torch.manual_seed(config.seed + 2)  # dropout: the same stream in every arm
+
+    def init_state(self, rows: int) -> DNCState | None:
+        return None if self.memory is None else self.memory.init_state(rows)
+
+    def head_weight(self) -> Tensor:
+        """The embedding, which is the head as well: (V, C)."""
+        return self.controller.get_input_embeddings().weight
+
+    def autocast(self, device: torch.device) -> torch.autocast:
+        # Entered inside a forward because nn.DataParallel's threads inherit no autocast dtype.
+        enabled = self.config.precision == "bf16"
+        return torch.autocast(device.type, dtype=torch.bfloat16, enabled=enabled)
+
+    def hidden(self, tokens: Tensor, state: DNCState | None):
+        """tokens (B, L) -> h without and with memory (B, L, C), state, trace. The controller sees
+        L / seq_len independent windows in one call, the memory the whole length if carried."""
+        if self.config.use_compile:
+            torch.compiler.cudagraph_mark_step_begin()
+        B, L = tokens.shape
+        windows = tokens.reshape(-1, min(self.config.seq_len, L))  # (B*S, T)
+        h = self.controller(input_ids=windows, use_cache=False).last_hidden_state  # (B*S, T, C)
+        if self.memory is None:
+            h = h.reshape(B, L, -1)
+            return h, h, None, None
+        if self.config.carry_memory:
+            h = h.reshape(B, L, -1)
+            return h, *self.memory(h, state)
+        h_out, _, trace = self.memory(h, self.memory.init_state(len(windows)))
+        trace = DNCTrace(*(part.reshape(B, L, *part.shape[2:]) for part in trace))
+        return h.reshape(B, L, -1), h_out.reshape(B, L, -1), state, trace
+
+    def forward(self, tokens: Tensor, targets: Tensor, state: DNCState | None,
+                positions: Tensor | None = None) -> Output:
+        """One training pass. tokens, targets (B, L), one window or a multiple of seq_len (target
+        -100 = not scored), state of B rows, positions (B, P) of the routing effect or None."""
+        B, L = tokens.shape
+        with self.autocast(tokens.device):
+            h, h_out, state, trace = self.hidden(tokens, state)
+            weight = self.head_weight()
+            dtype = torch.bfloat16 if self.config.precision == "bf16" else h_out.dtype
+            loss, nll, top1 = head_loss(h_out.flatten(0, 1), weight, targets.flatten(), dtype)
+            nll, top1 = nll.view(B, L), top1.view(B, L)
+            effect = h.new_zeros(B, 0)
+            if positions is not None:
+                effect = self.routing_effect(h, h_out, nll, targets, positions)
+        return Output(loss.expand(B), nll, top1, effect, trace, state)
+
+    @torch.no_grad()
+    def routing_effect(self, h: Tensor, h_out: Tensor, nll: Tensor,
+                       targets: Tensor, positions: Tensor) -> Tensor:
+        """What memory does at positions (B, P): the benefit NLL without - NLL with, or KL(with ||
+        without), both (B, P) in nats. Logits without memory exist here alone, a chunk at a time."""
+        weight = self.head_weight()
+        at = (torch.arange(len(h), device=h.device).unsqueeze(1), positions)  # (B, 1), (B, P)
+        h, h_out, nll, targets = (x[at].flatten(0, 1) for x in (h, h_out, nll, targets))  # (B*P, …)
+        effect = torch.zeros_like(nll)
+        for rows in logit_chunks(len(h), weight, tensors=4):
+            without = F.linear(h[rows], weight).float()  # (m, V)
+            if self.config.routing == "kl":
+                log_p = F.linear(h_out[rows], weight).float().log_softmax(-1)  # (m, V)
+                log_q = without.log_softmax(-1)
+                effect[rows] = (log_p.exp() * (log_p - log_q)).sum(-1)
+            else:
+                nll_without = F.cross_entropy(without, targets[rows], reduction="none")
+                effect[rows] = nll_without - nll[rows]
+        return effect.view(positions.shape)
+
+    @torch.no_grad()
+    def measure(self, tokens: Tensor, targets: Tensor, state: DNCState | None,
+                brief: bool = False) -> tuple[Tensor, DNCState | None]:
+        """STATS of every token (B, L, K) (brief: the nll, the rest 0) and the state behind them;
+        arguments as of `forward`. Logits are float32, without autocast."""
+        with self.autocast(tokens.device):
+            h, h_out, state, trace = self.hidden(tokens, state)
+        stats = token_statistics(h, h_out, targets, self.head_weight(), trace, brief)
+        return stats, state
+
+
+# ══ Loss ═════════════════════════════════════════════════════════════════════════════════════════
+def weight_entropy(weights: Tensor) -> Tensor:
+    """H(w / sum w) / log N of weightings (..., N), in [0, 1]; a closed gate is no focus."""
+    p = weights / weights.sum(-1, keepdim=True).clamp_min(1e-12)
+    entropy = -(p * p.clamp_min(1e-12).log()).sum(-1)
+    return entropy / math.log(max(2, weights.shape[-1]))
+
+
+def total_loss(output: Output, positions: Tensor | None, config: Config) -> Tensor:
+    """L = L_LM + lambda_r L_routing + lambda_e L_entropy, a scalar. L_routing, -mean(g sg(effect))
+    over positions (B, P), rewards a gate that is open where memory changes the prediction."""
+    loss = output.loss.mean()
+    if positions is not None:
+        gates = output.trace.write_gate.gather(1, positions)  # (B, P)
+        loss = loss - config.lambda_routing * (gates * output.effect).mean()
+    if output.trace is not None and config.lambda_entropy > 0:
+        loss = loss + config.lambda_entropy * weight_entropy(output.trace.write_weights).mean()
+    return loss
+
+
+def routing_positions(config: Config, step: int, device: torch.device | str = "cpu"
+                      ) -> Tensor | None:
+    """Positions (rows, P) at which L_routing is computed, drawn from seed and step alone; None
+    where there is no such loss: a step without it computes no logits without memory."""
+    if config.memory == "none" or config.lambda_routing == 0:
+        return None
+    count = max(1, round(config.routing_fraction * config.step_len))
+    generator = torch.Generator().manual_seed(config.seed * 1_000_003 + step)
+    order = torch.rand(config.rows, config.step_len, generator=generator).argsort(1)
+    return order[:, :count].to(device)  # (rows, P)
+
+
+# ══ Training: one loop for every arm ═════════════════════════════════════════════════════════════
+@dataclasses.dataclass
+class Run:
+    """One arm in training: all that a checkpoint holds. The only mutable record in this file."""
+    arm: str  # its name in tables and file names
+    config: Config
+    model: GPT2WithMemory
+    optimizer: torch.optim.Optimizer
+    total_steps: int
+    steps_per_epoch: int
+    step: int = 0
+    state: DNCState | None = None
+    history: list[dict] = dataclasses.field(default_factory=list)  # rows of metrics.jsonl
+    meter: dict = dataclasses.field(default_factory=lambda: dict(  # speed; means since the last row
+        seconds=0.0, tokens=0, peak_mb=0.0, steps=0, loss=0.0, top1=0.0, gate=0.0))
+    results: dict = dataclasses.field(default_factory=dict)  # of the finished arm
+    last_saved: str = ""
+
+    @property
+    def tokens_per_s(self) -> float:
+        """Training tokens a second, warm-up and evaluation left out; NaN before any."""
+        return self.meter["tokens"] / (self.meter["seconds"] or math.nan)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        return self.model.head_weight().device
+
+
+def train_step(run: Run, forward: nn.Module, rows: Tensor) -> None:
+    """One step on the next step_len tokens of every row. Raises Diverged, the weights untouched."""
+    config, within = run.config, run.step % run.steps_per_epoch
+    if within == 0:  # a new pass over the stream starts with an empty memory
+        run.state = run.model.init_state(config.rows)
+    start = within * config.step_len
+    tokens = rows[:, start : start + config.step_len + 1]  # (B, L + 1)
+    positions = routing_positions(config, run.step, rows.device)
+    set_rates(run)
+
+    output = forward(tokens[:, :-1], tokens[:, 1:], run.state, positions)
+    loss = total_loss(output, positions, config)
+    run.optimizer.zero_grad(set_to_none=True)
+    loss.backward()
+    norm = nn.utils.clip_grad_norm_(run.model.parameters(), config.grad_clip)
+
+    check_and_count(run, output, loss, norm)
+    run.optimizer.step()
+    run.state = map_state(Tensor.detach, output.state)
+    run.step += 1
+
+
+def check_and_count(run: Run, output: Output, loss: Tensor, norm: Tensor) -> None:
+    """Add a step to the meter. Raises Diverged where its loss or gradient norm is not finite."""
+    gate = loss.new_zeros(())
+    if output.trace is not None:
+        gate = output.trace.write_gate.mean()
+    # One transfer a step: the loss must be looked at before the weights change.
+    scalars = torch.stack([loss, norm, output.nll.mean(), output.top1.mean(), gate]).detach()
+    loss_value, norm_value, nll, top1, gate_value = scalars.tolist()
+    if not math.isfinite(loss_value + norm_value):
+        raise Diverged(f"{run.arm} at step {run.step}: loss {loss_value}, gradient norm "
+                       f"{norm_value}; the last good checkpoint is {run.last_saved or 'none yet'}; "
+                       "try a smaller --lr, a smaller --grad_clip, or --precision float32")
+    meter = run.meter
+    meter["steps"] += 1
+    meter["loss"] += nll
+    meter["top1"] += top1
+    meter["gate"] += gate_value
+
+
+def make_optimizer(model: GPT2WithMemory, config: Config) -> torch.optim.Optimizer:
+    """AdamW, fused; weight decay on matrices only; the memory's rate is lr * memory_lr. Reads share
+    a large common part, so that at the controller's rate one Adam step of read_proj moves every
+    logit at once: the noise of that bias, not the memory, would decide the comparison."""
+    parts = [(model.controller, 1.0)]
+    if model.memory is not None:
+        parts.append((model.memory, config.memory_lr))
+    groups = []
+    for matrices in (True, False):
+        for part, scale in parts:
+            chosen = [p for p in part.parameters() if (p.dim() >= 2) == matrices]
+            decay = config.weight_decay if matrices else 0.0
+            groups.append({"params": chosen, "scale": scale, "weight_decay": decay})
+    return torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, 0.95), fused=True)
+
+
+def set_rates(run: Run) -> None:
+    """Give every parameter group its rate of this step."""
+    config = run.config
+    floor = 0.1 if config.lr_schedule == "cosine" else 1.0
+    rate = config.lr * rate_share(run.step, run.total_steps, config.lr_warmup, floor)
+    for group in run.optimizer.param_groups:
+        group["lr"] = rate * group["scale"]
+
+
+def log_row(run: Run, split: str, metrics: dict) -> None:
+    """Append one row to the history and to metrics.jsonl."""
+    run.history.append({"arm": run.arm, "step": run.step, "split": split, **metrics})
+    with open(Path(run.config.plot_dir) / "metrics.jsonl", "a", encoding="utf-8") as file:
+        file.write(json.dumps(run.history[-1]) + "\n")
+
+
+def log_train(run: Run) -> str:
+    """Log the means since the last logged step; returns what the bar shows."""
+    meter = run.meter
+    loss, top1, gate = (meter[name] / meter["steps"] for name in ("loss", "top1", "gate"))
+    row = {"loss": loss, "ppl": perplexity(loss), "top1_acc": top1,
+           "lr": run.optimizer.param_groups[0]["lr"]}
+    if run.model.memory is not None:
+        row["avg_gate"] = gate
+    log_row(run, "train", row)
+    meter.update(steps=0, loss=0.0, top1=0.0, gate=0.0)
+    return f"loss {loss:.3f} ppl {row['ppl']:.1f} gate {gate:.2f} tok/s {run.tokens_per_s:,.0f}"
+
+
+def validation_due(run: Run) -> bool:
+    """Whether this step ends with a validation that a resumed run has not done already."""
+    at_end = run.step >= run.total_steps
+    if run.step == 0 or not (at_end or run.step % run.config.save_every_steps == 0):
+        return False
+    done = {row["step"] for row in run.history if row["split"] == "validation"}
+    return run.step not in done
+
+
+def validate(run: Run, corpus: "Corpus", stop: "StopSignal") -> None:
+    """Log the metrics of the first eval_tokens of validation; save, unless the arm is about to be
+    saved as finished."""
+    stream = corpus.valid[: run.config.eval_tokens + 1]
+    log_row(run, "validation", evaluate(run.model, stream, run.config, stop)["metrics"])
+    if run.step < run.total_steps:
+        save_checkpoint(run, corpus)
+
+
+def finish(run: Run, corpus: "Corpus", stop: "StopSignal") -> None:
+    """Score validation and test, and save the finished arm."""
+    run.meter["peak_mb"] = max(peak_memory_mb(run.device), run.meter["peak_mb"])
+    print(f"{run.arm}: evaluating on validation and test", flush=True)
+    end = run.config.final_eval_tokens + 1 if run.config.final_eval_tokens else None
+    run.results = {
+        "valid": evaluate(run.model, corpus.valid[:end], run.config, stop),
+        "test": evaluate(run.model, corpus.test[:end], run.config, stop, brief=True),
+        "steps": run.step,
+        "parameters": count_parameters(run.model),
+        "peak_mb": run.meter["peak_mb"],
+        "tokens_per_s": run.tokens_per_s,
+    }
+    save_checkpoint(run, corpus, final=True)
+
+
+def timed_step(run: Run, forward: nn.Module, rows: Tensor, warm: bool) -> None:
+    """A training step, on the clock once the first ones have warmed up."""
+    clock = time.perf_counter()
+    train_step(run, forward, rows)  # its transfer to the host has synchronised
+    if warm:
+        run.meter["seconds"] += time.perf_counter() - clock
+        run.meter["tokens"] += run.config.batch_size * run.config.seq_len
+
+
+def train(run: Run, corpus: "Corpus", forward: nn.Module, stop: "StopSignal") -> None:
+    """Train, evaluate on validation and test, and save one arm. Raises StopSignal, once saved."""
+    from tqdm import tqdm
+
+    config, started = run.config, run.step
+    rows = training_rows(corpus.train, config.rows, config.step_len).to(run.device)
+    peak_memory_mb(run.device, reset=True)
+    bar = tqdm(total=run.total_steps, initial=run.step, desc=run.arm, unit="step")
+    with stop.held(), contextlib.closing(bar):
+        try:
+            while True:
+                if validation_due(run):
+                    validate(run, corpus, stop)
+                if run.step >= run.total_steps:
+                    break
+                stop.check()
+                timed_step(run, forward, rows, warm=run.step >= started + 3)
+                bar.update()
+                if run.step % config.log_every_steps == 0 or run.step == run.total_steps:
+                    bar.set_postfix_str(log_train(run))
+            bar.close()
+            finish(run, corpus, stop)
+        except StopSignal:
+            save_checkpoint(run, corpus)
+            raise
+
+
+def peak_memory_mb(device: torch.device, reset: bool = False) -> float:
+    """Peak MiB since the reset, of the device or (CPU) of the process; NaN where none can tell."""
+    if device.type == "cuda":
+        if reset:
+            torch.cuda.reset_peak_memory_stats(device)
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    try:
+        if reset:
+            Path("/proc/self/clear_refs").write_text("5")
+        status = Path("/proc/self/status").read_text()
+        peak_kb = re.search(r"VmHWM:\s+(\d+)", status)[1]
+        return int(peak_kb) / 1024
+    except (OSError, TypeError):
+        return math.nan
+
+
+def count_parameters(module: nn.Module | None) -> int:
+    return 0 if module is None else sum(p.numel() for p in module.parameters())
+
+
+# ══ Evaluation: statistics of every token, and their means ═══════════════════════════════════════
+# Columns of the statistics that evaluation takes of every token; the second line needs a memory.
+STATS = ("nll", "top1", "top5", "confidence", "rank", "pred_entropy",
+         "nll_without", "kl", "gate", "gate_squared", "write_rate", "sparsity")
+MEMORY_STATS = STATS[6:]
+
+
+class Metric(NamedTuple):
+    """One figure of the comparison: the mean of a STATS column, or a function of those means."""
+    key: str
+    label: str  # in the table; "" = not shown there
+    form: str
+    better: int  # +1 higher, -1 lower, 0 neither
+    column: str  # of STATS, on which the paired test rests
+    value: Callable[[dict[str, float]], float] | None = None  # of the means, by column
+
+
+def perplexity(loss: float) -> float:
+    """exp of a mean loss in nats; the argument is bounded, since exp(710) is no float."""
+    return math.exp(min(700, loss))
+
+
+def gate_std(mean: dict[str, float]) -> float:
+    """Standard deviation of the write gates, from the means of gate and gate_squared."""
+    return math.sqrt(max(0.0, mean["gate_squared"] - mean["gate"] ** 2))
+
+
+METRICS = (
+    Metric("ppl", "Perplexity ↓", ",.2f", -1, "nll", lambda mean: perplexity(mean["nll"])),
+    Metric("top1_acc", "Top-1 accuracy ↑", ".4f", 1, "top1"),
+    Metric("avg_gate", "Avg write gate", ".4f", 0, "gate"),
+    Metric("write_sparsity", "Write sparsity ↑", ".4f", 1, "sparsity"),
+    Metric("mem_kl", "Memory KL ↑", ".4f", 1, "kl"),
+    Metric("loss", "Loss (nats) ↓", ".4f", -1, "nll"),
+    Metric("bpt", "Bits per token ↓", ".4f", -1, "nll", lambda mean: mean["nll"] / math.log(2)),
+    Metric("top5_acc", "Top-5 accuracy ↑", ".4f", 1, "top5"),
+    Metric("confidence", "Confidence ↑", ".4f", 1, "confidence"),
+    Metric("mean_rank", "Mean rank ↓", ",.1f", -1, "rank"),
+    Metric("pred_entropy", "Prediction entropy", ".4f", 0, "pred_entropy"),
+    Metric("gate_std", "Gate std", ".4f", 0, "gate_squared", gate_std),
+    Metric("write_rate", "Write rate", ".4f", 0, "write_rate"),
+    Metric("loss_without", "", ".4f", -1, "nll_without"),
+)
+
+
+def prediction_columns(log_p: Tensor, target: Tensor) -> list[Tensor]:
+    """The first six STATS of log-probabilities (M, V) and targets (M, 1), each (M, 1). Ties count
+    against the model in top-k, and for it in rank."""
+    log_p_target = log_p.gather(1, target)  # (M, 1)
+    p = log_p.exp()
+    best = log_p.topk(6).values  # in the top k: above the k + 1st best
+    larger = (log_p > log_p_target).sum(-1, keepdim=True, dtype=torch.int32)
+    minus_entropy = (p.unsqueeze(1) @ log_p.unsqueeze(2))[:, 0]  # (M, 1)
+    return [
+        -log_p_target,
+        log_p_target > best[:, 1:2],
+        log_p_target > best[:, 5:],
+        log_p_target.exp(),
+        1 + larger,
+        -minus_entropy,
+    ]
+
+
+def memory_columns(log_p: Tensor, log_q: Tensor, target: Tensor,
+                   minus_entropy: Tensor, gate: Tensor, write_weights: Tensor
+                   ) -> list[Tensor]:
+    """MEMORY_STATS of log-probabilities with and without memory (M, V), targets, -H(p) and gates
+    (M, 1), write_weights (M, N); each (M, 1)."""
+    cross = (log_p.exp().unsqueeze(1) @ log_q.unsqueeze(2))[:, 0]  # (M, 1)
+    spread = weight_entropy(write_weights).unsqueeze(1)  # (M, 1)
+    return [
+        -log_q.gather(1, target),
+        minus_entropy - cross,
+        gate,
+        gate * gate,
+        gate > 0.7,
+        1 - spread,
+    ]
+
+
+def token_statistics(h: Tensor, h_out: Tensor, targets: Tensor,
+                     weight: Tensor, trace: DNCTrace | None, brief: bool) -> Tensor:
+    """The STATS of every token (brief: the nll, the rest 0): h, h_out (B, L, C), targets (B, L),
+    weight (V, C) -> (B, L, K). Logits in float32 and in chunks: ties among bfloat16 logits would
+    flatter rank and accuracy."""
+    out = torch.zeros(targets.numel(), len(STATS), device=h.device)  # (B*L, K)
+    h, h_out = h.flatten(0, 1).float(), h_out.flatten(0, 1).float()  # (B*L, C)
+    at, weight = targets.reshape(-1, 1), weight.float()
+    for rows in logit_chunks(len(out), weight):
+        target = at[rows].clamp_min(0)  # (M, 1)
+        log_p = (h_out[rows] @ weight.T).log_softmax(-1)  # (M, V)
+        if brief:
+            columns = [-log_p.gather(1, target)]
+        else:
+            columns = prediction_columns(log_p, target)
+        if not brief and trace is not None:
+            log_q = (h[rows] @ weight.T).log_softmax(-1)  # (M, V)
+            gate = trace.write_gate.reshape(-1, 1)[rows]  # (M, 1)
+            write_weights = trace.write_weights.flatten(0, 1)[rows]  # (M, N)
+            columns += memory_columns(log_p, log_q, target, -columns[-1], gate, write_weights)
+        taken = torch.cat([column.float() for column in columns], dim=1)
+        out[rows, : taken.shape[1]] = taken
+    out = out * (at != -100)
+    return out.view(*targets.shape, len(STATS))
+
+
+@torch.no_grad()
+def evaluate(model: GPT2WithMemory, stream: Tensor, config: Config, stop: "StopSignal",
+             brief: bool = False, swap: bool = False) -> dict:
+    """Score every token of a stream but the first, memory carried along each row from an empty
+    state; with `swap`, at each window start every row gets the state of the row before it.
+
+    Returns `metrics` (means over tokens; brief: of the loss alone), and by window, so that arms can
+    be compared, `sums` (windows, rows, K) of STATS and `counts` (windows, rows) of scored tokens.
+    """
+    device = model.head_weight().device
+    state, sums, counts = model.init_state(config.eval_rows), [], []
+    inputs, targets = (rows.split(config.seq_len, 1)
+                       for rows in evaluation_rows(stream, config.eval_rows))
+    model.eval()
+    for x, y in zip(inputs, targets, strict=True):  # (rows, T) each
+        stop.check()
+        if swap:
+            state = map_state(lambda tensor: tensor.roll(1, 0), state)
+        stats, state = model.measure(x.to(device), y.to(device), state, brief)
+        sums.append(stats.double().sum(1).cpu())  # (rows, K)
+        counts.append((y != -100).sum(1))
+    model.train()
+    sums, counts = torch.stack(sums), torch.stack(counts)
+    metrics = means(sums, counts, has_memory=model.memory is not None, brief=brief)
+    return {"metrics": metrics, "sums": sums, "counts": counts}
+
+
+def means(sums: Tensor, counts: Tensor, has_memory: bool, brief: bool
+          ) -> dict[str, float]:
+    """METRICS of evaluate's sums and counts; of the loss alone if brief, without those of a memory
+    where there is none."""
+    mean_of_columns = sums.sum((0, 1)) / counts.sum()  # (K,)
+    mean = dict(zip(STATS, mean_of_columns.tolist(), strict=True))
+    metrics = {}
+    for metric in METRICS:
+        if brief and metric.column != "nll":
+            continue
+        if metric.column in MEMORY_STATS and not has_memory:
+            continue
+        metrics[metric.key] = metric.value(mean) if metric.value else mean[metric.column]
+    return metrics
+
+
+# ══ Comparison: table, memory controls, write inspection, plots ══════════════════════════════════
+def paired_sign(reference: dict, other: dict, column: str) -> int:
+    """+1 / -1 where the mean of a STATS column is surely higher / lower in `other` than in
+    `reference`: the 95 % interval of the paired difference excludes zero; else 0. Neighbouring
+    windows are alike, so the independent units are long stretches, an eighth of a row each."""
+    at = STATS.index(column)
+    difference = (other["sums"] - reference["sums"])[..., at]  # (windows, rows)
+    counts = reference["counts"].double()
+    mean = difference.sum() / counts.sum()
+    stretches = (difference - mean * counts).tensor_split(min(8, len(counts)))  # ratio estimator
+    residual = torch.cat([stretch.sum(0) for stretch in stretches])  # (stretches * rows,)
+    few = math.sqrt(1 + 1 / (len(residual) - 1))
+    error = residual.square().sum().sqrt() / counts.sum() * few
+    if abs(mean) <= 2 * error:
+        return 0
+    return 1 if mean > 0 else -1
+
+
+def print_row(label: str, old: float | None, new: float | None, form: str, mark: str = "") -> None:
+    """One line of a table: two values and the relative change; an em dash for what is not known."""
+    before, after = cell(old, form, 15), cell(new, form, 15)
+    delta = "—"
+    if old and "—" not in before + after:
+        ratio = new / old - 1
+        arrow = "="
+        if ratio:
+            arrow = "▲" if ratio > 0 else "▼"
+        delta = f"{arrow}{abs(ratio):.1%} {mark}"
+    print(f"  {label:<21} {before} {after}     {delta}".rstrip())
+
+
+def print_metric(metric: Metric, old: dict, new: dict) -> None:
+    """The row of a metric, marked where both arms have it and `new` is really better or worse."""
+    values = [result["metrics"].get(metric.key) for result in (old, new)]
+    mark = ""
+    if metric.better and None not in values:
+        mark = MARKS[metric.better * paired_sign(old, new, metric.column)]
+    print_row(metric.label, *values, metric.form, mark)
+
+
+def print_comparison(reference: Run, other: Run, corpus: "Corpus") -> None:
+    """Print the final table; ✓ and ✗ stand only where `other` is really better or worse."""
+    old, new, config = reference.results, other.results, other.config
+    tokens = new["steps"] * config.batch_size * config.seq_len
+    print()
+    print_heading(f"FINAL COMPARISON — {reference.arm[5:]} GPT2 vs {other.arm}")
+    print(f"  {corpus.name}\n"
+          f"  {tokens:,} training tokens in {new['steps']:,} steps, seed {config.seed}; scored on "
+          f"{new['valid']['counts'].sum():,} of the {len(corpus.valid) - 1:,} of validation\n\n"
+          f"  {'Metric':<21} {reference.arm:>15} {other.arm:>15}     Δ\n{LINE}")
+    for metric in METRICS:
+        if metric.label:
+            print_metric(metric, old["valid"], new["valid"])
+    print_metric(METRICS[0]._replace(label="Test perplexity ↓"), old["test"], new["test"])
+    print_row("Parameters", old["parameters"], new["parameters"], ",d")
+    print_row("Training tokens/s ↑", old["tokens_per_s"], new["tokens_per_s"], ",.0f")
+    print_row("Peak memory MiB ↓", old["peak_mb"], new["peak_mb"], ",.0f")
+    print(f"{LINE}\n  ✓ better, ✗ worse: the paired 95 % interval over stretches of text excludes\n"
+          "  zero; ≈ it does not. One seed: it covers the choice of text, not of initial weights.")
+
+
+def print_controls(run: Run, baseline: Run | None, corpus: "Corpus", stop: "StopSignal") -> None:
+    """Print validation perplexity as it is, with reads zeroed, with every row's memory swapped."""
+    as_is = run.results["valid"]
+    # read_proj has no bias: zeroed reads give the logits without memory, which are measured too.
+    nll, nll_without = STATS.index("nll"), STATS.index("nll_without")
+    sums = as_is["sums"].clone()
+    sums[..., nll] = sums[..., nll_without]
+    zeroed = {**as_is, "sums": sums}
+    scored = int(as_is["counts"].sum())
+    stream = corpus.valid[: scored + 1]
+    swapped = evaluate(run.model, stream, run.config, stop, brief=True, swap=True)
+    controls = {"reads zeroed": zeroed, "memory swapped": swapped}
+    if baseline is not None:
+        controls[baseline.arm] = baseline.results["valid"]
+
+    print()
+    print_heading(f"Does the gain come from memory?   {run.arm}, validation")
+    print(f"  {'Perplexity ↓':<21} {'as it is':>15} {'changed':>15}     Δ\n{LINE}")
+    for label, changed in controls.items():
+        losses = [result["sums"][..., nll].sum() / result["counts"].sum()
+                  for result in (as_is, changed)]
+        old, new = map(perplexity, losses)
+        mark = MARKS[-paired_sign(as_is, changed, "nll")]
+        print_row(label, old, new, ",.2f", mark)
+    print("  Zeroed: h + 0 into the head. Swapped: at each window start a row gets the state of\n"
+          "  the row before it; what that loses is what memory carried over from its own text.")
+
+
+@torch.no_grad()
+def trace_text(model: GPT2WithMemory, ids: list[int]) -> DNCTrace:
+    """Run tokens through a model from an empty memory -> the trace without its batch, (T, …)."""
+    tokens = torch.tensor([ids], device=model.head_weight().device)  # (1, T)
+    state, traces = model.init_state(1), []
+    model.eval()
+    for window in tokens.split(model.config.seq_len, dim=1):
+        _, _, state, trace = model.hidden(window, state)
+        traces.append(trace)
+    parts = [torch.cat(windows, dim=1)[0].cpu() for windows in zip(*traces, strict=True)]
+    return DNCTrace(*parts)
+
+
+def inspect_writes(model: GPT2WithMemory, tokenizer: object, text: str, folder: str, corpus: str
+                   ) -> None:
+    """Run a text from an empty memory: print each token's write gate, draw memory_trace.png."""
+    ids = tokenizer.encode(text, add_special_tokens=False).ids
+    require(len(ids) > 0, "text", text, "text that the tokenizer knows")
+    trace = trace_text(model, ids)
+    texts = [tokenizer.decode([i]).strip(" ") for i in ids]
+    words = [text.replace("\n", "\\n") or "␣" for text in texts]
+    width = max(5, *map(len, words))
+    print()
+    print_heading("Write inspection — the gate at every token of the sample")
+    print("  Token  Gate  bar")
+    for word, gate in zip(words, trace.write_gate.tolist(), strict=True):
+        print(f"  {word:<{width}}   {gate:.3f}  {'█' * round(gate * 30)}".rstrip())
+    plot_trace(words, trace, Path(folder) / "memory_trace.png", corpus)
+
+
+def plot_trace(words: list[str], trace: DNCTrace, path: Path, corpus: str) -> None:
+    """Gate above, write weights and read weights (mean of the heads) below, slots by tokens."""
+    T = len(words)
+    step = max(1, T // 120)
+    size = (max(8, min(40, 0.32 * T + 2)), 9)
+    with dark_figure(path, 3, 1, size, sharex=True, height_ratios=[1, 2, 2]) as (figure, axes):
+        axes[0].bar(range(T), trace.write_gate.numpy(), color=PALETTE[5], width=0.8)
+        axes[0].set(ylim=(0, 1), ylabel="write gate")
+        axes[0].set_title(f"GPT2 + DNC, memory by token\n{plain(corpus)}", fontsize=10)
+        panels = {"write": trace.write_weights, "read": trace.read_weights.mean(1)}  # (T, N)
+        for axis, (label, weights) in zip(axes[1:], panels.items(), strict=True):
+            image = axis.imshow(weights.T.numpy(), aspect="auto", cmap="magma")
+            axis.set_ylabel(f"slot ({label} weights)")
+            figure.colorbar(image, ax=axis, pad=0.01)
+        places = range(0, T, step)
+        labels = [plain(word) for word in words[::step]]
+        axes[2].set_xticks(places, labels, rotation=90, fontsize=8)
+
+
+def plot_curves(runs: list[Run], path: Path, corpus: str) -> None:
+    """Loss and top-1 accuracy over steps: train thin, validation dashed with markers."""
+    colors = dict(zip(ARMS.values(), PALETTE, strict=False))
+    styles = {"train": dict(lw=0.9, alpha=0.8),
+              "validation": dict(lw=1.8, ls="--", marker="o", ms=5)}
+    panels = {"loss": "CE loss (nats/token)", "top1_acc": "top-1 accuracy"}
+    with dark_figure(path, 1, 2, (13, 5)) as (figure, axes):
+        for axis, (key, label) in zip(axes, panels.items(), strict=True):
+            for run in runs:
+                for split, style in styles.items():
+                    rows = [row for row in run.history if row["split"] == split]
+                    steps = [row["step"] for row in rows]
+                    values = [row[key] for row in rows]
+                    label_of_curve = f"{run.arm}, {split}"
+                    axis.plot(steps, values, color=colors[run.arm], label=label_of_curve, **style)
+            axis.set(xlabel="step", ylabel=label)
+            axis.grid(alpha=0.2)
+            axis.legend(fontsize=9)
+        title = " vs ".join(run.arm for run in runs)
+        figure.suptitle(f"{title}\n{plain(corpus)}", fontsize=11)
+
 
 # ══ Data: one token stream a split ═══════════════════════════════════════════════════════════════
+SPLITS = ("train", "valid", "test")
+HUB_WIKITEXT = "Salesforce/wikitext:wikitext-2-raw-v1"
+HUB_SECONDS = 8.0  # to decide whether the hub answers; 10 s in all with what follows
+
+
 class Corpus(NamedTuple):
     """Three splits as 1-D int64 token streams, and the tokenizers.Tokenizer that made them."""
     name: str
     tokenizer: object
-    train: torch.Tensor
-    valid: torch.Tensor
-    test: torch.Tensor
+    train: Tensor
+    valid: Tensor
+    test: Tensor
     fingerprint: str  # sha256 of the three streams
-    vocab_size = property(lambda self: max(self.tokenizer.get_vocab().values()) + 1)
 
-HUB_WIKITEXT = ("Salesforce/wikitext", "wikitext-2-raw-v1")
-HUB_SECONDS = 8.0  # to decide whether the hub answers; 10 s in all with what follows
+    @property
+    def vocab_size(self) -> int:
+        """One more than the largest token id."""
+        return max(self.tokenizer.get_vocab().values()) + 1
+
 
 @functools.lru_cache(maxsize=1)
 def hub_reachable() -> bool:
@@ -254,43 +1207,58 @@ def hub_reachable() -> bool:
             os.environ["HF_HUB_OFFLINE"] = "1"  # read when the hub's libraries are first imported
     return answered.is_set()
 
+
 @contextlib.contextmanager
-def had_or_refused(field: str, name: str, folder: str):
+def asking_hub(field: str, name: str, folder: str) -> Iterator[None]:
     """Turn the dozen kinds of error of the hub's libraries into one ValueError: both ways out."""
     reachable = Path(name).is_dir() or hub_reachable()
     try:
         yield
     except Exception as error:
-        why = (str(error).splitlines() or [""])[0][:120] if reachable else "the hub does not answer"
+        why = "the hub does not answer"
+        if reachable:
+            why = (str(error).splitlines() or [""])[0][:120]
         raise ValueError(f"{field} = {name!r}: cannot be had ({why}); connect to the hub, or give "
                          f"{folder}") from None
 
+
+def module_docstrings(path: Path) -> str:
+    """The docstrings of a Python file, read as source text: nothing is imported."""
+    kinds = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+    nodes = [node for node in ast.walk(ast.parse(path.read_bytes())) if isinstance(node, kinds)]
+    return "\n\n".join(filter(None, map(ast.get_docstring, nodes)))
+
+
 def embedded_texts() -> dict[str, list[str]]:
     """English documentation that every CPython carries: language topics, then docstrings by module,
-    split 8 : 1 : 1 by document. Read as source text, nothing is imported. A docstring seen before
-    is left out: modules that share text (posixpath, ntpath) leak none from split to split."""
+    split 8 : 1 : 1 by document. A paragraph seen before is left out: modules that share text
+    (posixpath, ntpath) leak none from split to split."""
     from pydoc_data.topics import topics
-    documents, seen = [topics[name] for name in sorted(topics)], set()
+
+    documents = [topics[name] for name in sorted(topics)]
     skip = {"test", "tests", "idlelib", "lib2to3", "site-packages", "turtledemo", "pydoc_data"}
     stdlib = Path(sysconfig.get_paths()["stdlib"])
-    kinds = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
-    paths = sorted(stdlib.rglob("*.py"))
-    for path in (p for p in paths if skip.isdisjoint(p.relative_to(stdlib).parts)):
-        with contextlib.suppress(SyntaxError, ValueError, OSError):  # templates, not Python
-            nodes = [n for n in ast.walk(ast.parse(path.read_bytes())) if isinstance(n, kinds)]
-            documents.append("\n\n".join(filter(None, map(ast.get_docstring, nodes))))
-    texts: dict[str, list[str]] = {"train": [], "valid": [], "test": []}
+    for path in sorted(stdlib.rglob("*.py")):
+        if skip.isdisjoint(path.relative_to(stdlib).parts):
+            with contextlib.suppress(SyntaxError, ValueError, OSError):  # templates, not Python
+                documents.append(module_docstrings(path))
+
+    texts, seen = {split: [] for split in SPLITS}, set()
+    split_of = ["train"] * 8 + ["valid", "test"]
     for i, document in enumerate(filter(None, documents)):
-        new = [part for part in dict.fromkeys(document.split("\n\n")) if part.strip() not in seen]
+        parts = dict.fromkeys(document.split("\n\n"))
+        new = [part for part in parts if part.strip() not in seen]
         seen.update(map(str.strip, new))
         if new:
-            texts[{8: "valid", 9: "test"}.get(i % 10, "train")].append("\n\n".join(new) + "\n\n")
+            split = split_of[i % 10]
+            texts[split].append("\n\n".join(new) + "\n\n")
     return texts
+
 
 def folder_texts(folder: str) -> dict[str, list[str]]:
     """Read train.txt, valid.txt and test.txt (UTF-8). Raises ValueError naming file and remedy."""
     texts = {}
-    for split in ("train", "valid", "test"):
+    for split in SPLITS:
         path = Path(folder) / f"{split}.txt"
         require(path.is_file(), "dataset", folder, "a folder with train.txt, valid.txt and "
                 f"test.txt ({path.name} is missing), or a hub id")
@@ -302,18 +1270,55 @@ def folder_texts(folder: str) -> dict[str, list[str]]:
         require(texts[split][0].strip() != "", "dataset", folder, f"text ({path.name} has none)")
     return texts
 
-def hub_texts(name: str) -> dict[str, list[str]]:
-    """Load a text data set from the hub or its cache. Raises ValueError naming both ways out."""
-    with had_or_refused("dataset", name, "a folder with train.txt, valid.txt and test.txt"):
-        from datasets import load_dataset
-        splits = load_dataset(*HUB_WIKITEXT) if name == HUB_WIKITEXT[0] else load_dataset(name)
-        names = {"train": "train", "valid": "validation", "test": "test"}
-        return {split: ["".join(splits[theirs]["text"])] for split, theirs in names.items()}
 
-def load_tokenizer(name: str):
+def text_column(name: str, columns: list[str]) -> str:
+    """The column of a hub data set that holds the text: `text`, or the only one."""
+    if "text" in columns:
+        return "text"
+    require(len(columns) == 1, "dataset", name, "with a column named text (its columns are "
+            f"{', '.join(columns)}); write the texts into a folder instead")
+    return columns[0]
+
+
+def hub_texts(name: str) -> dict[str, list[str]]:
+    """Load a text data set, `id` or `id:configuration`, from the hub or its cache.
+
+    A test split that is missing is the validation split once more, a validation split that is
+    missing the last tenth of train; both are printed. Raises ValueError naming both ways out.
+    """
+    with asking_hub("dataset", name, "a folder with train.txt, valid.txt and test.txt"):
+        from datasets import load_dataset
+
+        hub_id, _, configuration = name.partition(":")
+        splits = load_dataset(hub_id, configuration or None)
+        column = text_column(name, next(iter(splits.values())).column_names)
+        texts = {split: list(rows[column]) for split, rows in splits.items()}
+    require("train" in texts, "dataset", name, f"with a train split (it has {', '.join(texts)})")
+    return {split: ["".join(parts)] for split, parts in three_splits(name, texts).items()}
+
+
+def three_splits(name: str, texts: dict[str, list[str]]) -> dict[str, list[str]]:
+    """Texts by a hub's split names -> by ours; prints how a missing split is made up for."""
+    train = texts["train"]
+    valid = next((texts[key] for key in ("validation", "valid", "dev") if key in texts), None)
+    if valid is None:
+        count = len(train)
+        tenth = max(1, count // 10)
+        train, valid = train[:-tenth], train[-tenth:]
+        print(f"dataset {name}: no validation split; the last {tenth:,} of {count:,} texts of "
+              "train are it instead")
+    test = texts.get("test")
+    if test is None:
+        test = valid
+        print(f"dataset {name}: no test split; test figures are of validation once more")
+    return {"train": train, "valid": valid, "test": test}
+
+
+def load_tokenizer(name: str) -> object:
     """Load a tokenizers.Tokenizer by hub name or folder. Raises ValueError naming both ways out."""
-    with had_or_refused("tokenizer", name, "a folder written by a tokenizer's save_pretrained"):
+    with asking_hub("tokenizer", name, "a folder written by a tokenizer's save_pretrained"):
         from transformers import AutoTokenizer
+
         tokenizer = AutoTokenizer.from_pretrained(name).backend_tokenizer
         tokenizer.no_padding()  # tokenizer.json keeps what was on when it was saved
         tokenizer.no_truncation()
@@ -322,674 +1327,224 @@ def load_tokenizer(name: str):
             "one that encodes text (this one is empty); give a folder with tokenizer.json")
     return tokenizer
 
-def train_tokenizer(texts: list[str], vocab_size: int = 4096):
+
+def train_tokenizer(texts: list[str], vocab_size: int = 4096) -> object:
     """Train a byte-level BPE (GPT-2's kind) on the training split alone -> tokenizers.Tokenizer."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.train_from_iterator(texts, trainers.BpeTrainer(
-        vocab_size=vocab_size, show_progress=False,
-        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet())))
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    trainer = trainers.BpeTrainer(vocab_size=vocab_size, show_progress=False,
+                                  initial_alphabet=alphabet)
+    tokenizer.train_from_iterator(texts, trainer)
     return tokenizer
 
-def tokenize(tokenizer, documents: list[str]) -> torch.Tensor:
+
+def tokenize(tokenizer: object, documents: list[str]) -> Tensor:
     """Encode documents into one stream (tokens,), by line: 7 times faster than in one piece."""
     lines = [line for document in documents for line in document.splitlines(keepends=True)]
     encodings = tokenizer.encode_batch(lines, add_special_tokens=False)
     return torch.tensor([i for encoding in encodings for i in encoding.ids], dtype=torch.int64)
 
-def load_corpus(config: Config) -> Corpus:
-    """Load the texts and the tokenizer that Config names, and tokenize. Prints each downgrade."""
-    name, tokenizer = config.dataset, None
-    embedded = f"Python {platform.python_version()} documentation (embedded)"
-    if name == "auto":
-        try:
-            texts, name = hub_texts(HUB_WIKITEXT[0]), f"WikiText-2 ({HUB_WIKITEXT[1]})"
-        except ValueError as error:
-            texts, name = embedded_texts(), embedded
-            print(f"{error}. Running on {embedded} instead")
-    elif Path(name).is_dir() or name.startswith((".", "/", "~")) or name.count("/") > 1:
-        texts, name = folder_texts(name), Path(name).resolve().name
-    else:
-        texts = hub_texts(name)
 
+def load_texts(dataset: str) -> tuple[str, dict[str, list[str]], bool]:
+    """The name of a data set, its texts by split, and whether it is the embedded one. Prints the
+    downgrade of `auto`. Raises ValueError."""
+    if dataset == "auto":
+        try:
+            return "WikiText-2 (wikitext-2-raw-v1)", hub_texts(HUB_WIKITEXT), False
+        except ValueError as error:
+            name = f"Python {platform.python_version()} documentation (embedded)"
+            print(f"{error}. Running on {name} instead")
+            return name, embedded_texts(), True
+    if Path(dataset).is_dir() or dataset.startswith((".", "/", "~")) or dataset.count("/") > 1:
+        return Path(dataset).resolve().name, folder_texts(dataset), False
+    return dataset, hub_texts(dataset), False
+
+
+def choose_tokenizer(config: Config, train_texts: list[str], embedded: bool) -> tuple[object, str]:
+    """The tokenizer that Config names, and what it is called in tables. `auto` is that of
+    init_from, else gpt2, else (and for the embedded corpus) one trained on the training split."""
     wanted = config.init_from if config.tokenizer == "auto" else config.tokenizer
     if wanted != "scratch":
-        tokenizer, kind = load_tokenizer(wanted), Path(wanted).name
-    elif name != embedded:
+        return load_tokenizer(wanted), Path(wanted).name
+    if not embedded:
         try:
-            tokenizer, kind = load_tokenizer("gpt2"), "gpt2"
+            return load_tokenizer("gpt2"), "gpt2"
         except ValueError as error:
             print(f"tokenizer auto: {error}. Training one on the training split instead")
-    if tokenizer is None:
-        tokenizer, kind = train_tokenizer(texts["train"]), "own BPE"
-    streams = {split: tokenize(tokenizer, documents) for split, documents in texts.items()}
-    digest = hashlib.sha256(b"".join(stream.numpy().tobytes() for stream in streams.values()))
-    for split, stream in streams.items():
-        least = (config.batch_size if split == "train" else config.eval_rows) * config.seq_len + 1
-        require(len(stream) >= least, "dataset", config.dataset, f"longer: {split} has "
-                f"{len(stream):,} tokens, a batch {least:,}; give more, or a smaller batch_size")
+    return train_tokenizer(train_texts), "own BPE"
+
+
+def load_corpus(config: Config) -> Corpus:
+    """Load the texts and the tokenizer that Config names, and tokenize. Prints each downgrade."""
+    name, texts, embedded = load_texts(config.dataset)
+    tokenizer, kind = choose_tokenizer(config, texts["train"], embedded)
+    streams, digest = {}, hashlib.sha256()
+    for split, documents in texts.items():
+        stream = streams[split] = tokenize(tokenizer, documents)
+        digest.update(stream.numpy().tobytes())
+        rows = config.batch_size if split == "train" else config.eval_rows
+        least = rows * config.seq_len + 1
+        require_field(config, "dataset", len(stream) >= least, f"longer: {split} has "
+                      f"{len(stream):,} tokens, a batch {least:,}; give more, or a smaller "
+                      "batch_size")
     label = f"{name}, {kind} tokenizer of {tokenizer.get_vocab_size():,}"
     return Corpus(label, tokenizer, **streams, fingerprint=digest.hexdigest())
 
-def training_rows(stream: torch.Tensor, rows: int, step_len: int) -> torch.Tensor:
+
+def training_rows(stream: Tensor, rows: int, step_len: int) -> Tensor:
     """Cut a stream into contiguous rows, (rows, steps * step_len + 1), the end that fills no step
     left out. Position j of a row is input, j + 1 its target: every one scored is a real token."""
-    length = (len(stream) - 1) // (rows * step_len) * step_len
-    return torch.stack([stream[r * length : (r + 1) * length + 1] for r in range(rows)])
+    steps = (len(stream) - 1) // (rows * step_len)
+    length = steps * step_len
+    starts = range(0, rows * length, length)
+    return torch.stack([stream[start : start + length + 1] for start in starts])
 
-def evaluation_rows(stream: torch.Tensor, rows: int) -> tuple[torch.Tensor, torch.Tensor]:
+
+def evaluation_rows(stream: Tensor, rows: int) -> tuple[Tensor, Tensor]:
     """Cut a whole stream into rows of inputs and targets, both (rows, length). Every token but the
     first is a target exactly once; what fills up the last row has target -100, never scored."""
-    padding = -(len(stream) - 1) % rows
-    inputs = F.pad(stream[:-1], (0, padding)).view(rows, -1)
-    return inputs, F.pad(stream[1:], (0, padding), value=-100).view(rows, -1)
+    padding = (0, -(len(stream) - 1) % rows)
+    inputs = F.pad(stream[:-1], padding)
+    targets = F.pad(stream[1:], padding, value=-100)
+    return inputs.view(rows, -1), targets.view(rows, -1)
 
-# ══ Memory: the DNC, addressing as pure functions in the paper's order ═══════════════════════════
-class DNCOptions(NamedTuple):
-    """Switches of the recurrence; the defaults are Graves' DNC without temporal links."""
-    use_links: bool = False
-    mask_min: float = 1.0  # (M), 1 = no masks
-    dealloc_wipe: bool = False  # (D)
-    sharpen_links: bool = False  # (S)
-
-class DNCState(NamedTuple):
-    """What one step hands to the next, one row a sequence. Without links the last two are empty."""
-    memory: torch.Tensor  # (B, N, W)
-    usage: torch.Tensor  # (B, N) in [0, 1]
-    write_weights: torch.Tensor  # (B, N) >= 0, sum <= 1
-    read_weights: torch.Tensor  # (B, R, N) >= 0, sum <= 1
-    link: torch.Tensor  # (B, N, N) in [0, 1], or (B, 0, 0)
-    precedence: torch.Tensor  # (B, N), or (B, 0)
-
-class DNCTrace(NamedTuple):
-    """What the memory did at each token, for losses, metrics and plots."""
-    write_gate: torch.Tensor  # (B, T) in (0, 1)
-    write_weights: torch.Tensor  # (B, T, N)
-    read_weights: torch.Tensor  # (B, T, R, N)
-
-class Interface(NamedTuple):
-    """The controller's instructions to the memory, activations applied; optional parts None."""
-    write_key: torch.Tensor  # (B, T, W)
-    write_strength: torch.Tensor  # (B, T) >= 1
-    erase: torch.Tensor  # (B, T, W) in (0, 1)
-    write_vector: torch.Tensor  # (B, T, W)
-    write_gate: torch.Tensor  # (B, T) in (0, 1)
-    allocation_gate: torch.Tensor  # (B, T) in (0, 1)
-    read_keys: torch.Tensor  # (B, T, R, W)
-    read_strengths: torch.Tensor  # (B, T, R) >= 1
-    free_gates: torch.Tensor  # (B, T, R) in (0, 1)
-    read_modes: torch.Tensor | None  # (B, T, R, 3), softmax over backward, content, forward
-    write_mask: torch.Tensor | None  # (B, T, W) in (mask_min, 1)
-    read_masks: torch.Tensor | None  # (B, T, R, W) in (mask_min, 1)
-    sharpening: torch.Tensor | None  # (B, T, R, 2) >= 1, backward and forward
-
-def interface_sizes(width: int, reads: int, options: DNCOptions) -> dict[str, int]:
-    """Sizes of the parts of one interface vector, in order; 0 for what is switched off."""
-    return dict(write_key=width, write_strength=1, erase=width, write_vector=width, write_gate=1,
-                allocation_gate=1, read_keys=reads * width, read_strengths=reads, free_gates=reads,
-                read_modes=3 * reads * options.use_links,
-                masks=(reads + 1) * width * (options.mask_min < 1),
-                sharpening=2 * reads * options.sharpen_links)
-
-def split_interface(z: torch.Tensor, width: int, reads: int, options: DNCOptions) -> Interface:
-    """Split interface vectors z (B, T, I) and apply the activations (Graves, "interface")."""
-    sizes = interface_sizes(width, reads, options)
-    part = dict(zip(sizes, z.split(list(sizes.values()), dim=-1), strict=True))
-    heads = (*z.shape[:2], reads)
-    modes = write_mask = read_masks = sharpening = None
-    if options.use_links:
-        modes = part["read_modes"].view(*heads, 3).softmax(-1)  # (B, T, R, 3)
-    if options.mask_min < 1:
-        masks = part["masks"].sigmoid() * (1 - options.mask_min) + options.mask_min
-        masks = masks.view(*z.shape[:2], reads + 1, width)  # (B, T, R+1, W)
-        write_mask, read_masks = masks[:, :, 0], masks[:, :, 1:]  # (B, T, W), (B, T, R, W)
-    if options.sharpen_links:
-        sharpening = 1 + F.softplus(part["sharpening"].view(*heads, 2))  # (B, T, R, 2)
-    return Interface(
-        part["write_key"], 1 + F.softplus(part["write_strength"].squeeze(-1)),
-        part["erase"].sigmoid(), part["write_vector"], part["write_gate"].squeeze(-1).sigmoid(),
-        part["allocation_gate"].squeeze(-1).sigmoid(), part["read_keys"].view(*heads, width),
-        1 + F.softplus(part["read_strengths"]), part["free_gates"].sigmoid(),
-        modes, write_mask, read_masks, sharpening)
-
-def zero_state(batch: int, slots: int, width: int, reads: int, options: DNCOptions,
-               dtype: torch.dtype = torch.float32, device: torch.device | None = None) -> DNCState:
-    """An empty memory: contents, usage, weightings and links are zero."""
-    zeros = functools.partial(torch.zeros, dtype=dtype, device=device)
-    linked = slots if options.use_links else 0
-    return DNCState(zeros(batch, slots, width), zeros(batch, slots), zeros(batch, slots),
-                    zeros(batch, reads, slots), zeros(batch, linked, linked), zeros(batch, linked))
-
-def usage_update(usage, write_weights, read_weights, free_gates):
-    """u = (u + w - u*w) * psi, psi = prod_r (1 - f_r * wr_r), w and wr of the step before. usage,
-    write_weights (B, N), read_weights (B, R, N), free_gates (B, R) -> usage, psi (B, N)."""
-    kept = 1 - free_gates.unsqueeze(-1) * read_weights  # (B, R, N)
-    # A chain of products: the backward of torch.prod synchronises a GPU with the host.
-    retention = functools.reduce(torch.mul, kept.unbind(1))  # (B, N)
-    return (usage + write_weights - usage * write_weights) * retention, retention
-
-def allocation_weighting(usage: torch.Tensor) -> torch.Tensor:
-    """a_i = (1 - u~_i) * prod of u~_j over the slots j freer than i, with u~ = eps + (1 - eps) u:
-    usage (B, N) -> (B, N), sum <= 1. Ties break to the lowest slot; the order is constant for the
-    gradient. Not renormalised: a full memory allocates nothing. A comparison matrix stands in for
-    Graves' sort: same order, and the product becomes a sum of logarithms (u~ >= eps)."""
-    used = EPS + (1 - EPS) * usage
-    mine, other = used.unsqueeze(2), used.unsqueeze(1)  # (B, N, 1), (B, 1, N)
-    slot = torch.arange(usage.shape[1], device=usage.device)
-    lower = slot < slot.unsqueeze(1)  # (N, N), j < i
-    freer = (other < mine) | ((other == mine) & lower)  # (B, N, N), slot j comes before slot i
-    before = (freer.to(used.dtype) @ used.log().unsqueeze(2)).squeeze(2)  # (B, N)
-    return (1 - used) * before.exp()
-
-def content_weighting(keys, strengths, memory, masks=None):
-    """softmax over slots of strength * cos(key, slot); the eps stands INSIDE the root of each norm,
-    or the gradient into an empty slot is thousands of times larger. A mask (M) multiplies both.
-    keys (B, K, W), strengths (B, K), memory (B, N, W), masks (B, K, W) or None -> (B, K, N)."""
-    if masks is None:
-        dots = keys @ memory.transpose(1, 2)  # (B, K, N)
-        slot_norms = (memory * memory).sum(-1).unsqueeze(1)  # (B, 1, N)
-    else:
-        keys = keys * masks
-        dots = (keys * masks) @ memory.transpose(1, 2)  # (B, K, N)
-        slot_norms = (masks * masks) @ (memory * memory).transpose(1, 2)  # (B, K, N)
-    key_norms = (keys * keys).sum(-1, keepdim=True)  # (B, K, 1)
-    cosine = dots * (slot_norms + EPS).rsqrt() * (key_norms + EPS).rsqrt()
-    return (strengths.unsqueeze(-1) * cosine).softmax(-1)
-
-def link_update(link, precedence, write_weights):
-    """L_ij = (1 - w_i - w_j) L_ij + w_i p_j with zero diagonal, then p = (1 - sum w) p + w.
-    link (B, N, N), precedence and write_weights (B, N). Returns link and precedence."""
-    w_i, w_j = write_weights.unsqueeze(2), write_weights.unsqueeze(1)  # (B, N, 1), (B, 1, N)
-    link = (1 - w_i - w_j) * link + w_i * precedence.unsqueeze(1)  # (B, N, N)
-    link = link.tril(-1) + link.triu(1)
-    return link, (1 - write_weights.sum(-1, keepdim=True)) * precedence + write_weights
-
-def sharpen(weights: torch.Tensor, strengths: torch.Tensor) -> torch.Tensor:
-    """(S): ((d + eps) / max(d + eps))^s over its sum. weights (B, R, N), strengths (B, R)."""
-    weights = weights + EPS
-    powered = (weights / weights.amax(-1, keepdim=True)).pow(strengths.unsqueeze(-1))
-    return powered / powered.sum(-1, keepdim=True)
-
-def dnc_step(x: Interface, state: DNCState, options: DNCOptions) -> tuple[torch.Tensor, DNCState]:
-    """One token: usage, allocation and content, write, links, read. x holds one step's (B, ...).
-    Returns the read vectors (B, R, W) and the new state."""
-    usage, retention = usage_update(state.usage, state.write_weights, state.read_weights,
-                                    x.free_gates)
-    allocation = allocation_weighting(usage)  # (B, N)
-    key, strength = x.write_key.unsqueeze(1), x.write_strength.unsqueeze(1)  # (B, 1, W), (B, 1)
-    mask = None if x.write_mask is None else x.write_mask.unsqueeze(1)  # (B, 1, W)
-    content = content_weighting(key, strength, state.memory, mask).squeeze(1)  # (B, N)
-    gate = x.allocation_gate.unsqueeze(1)  # (B, 1)
-    write_weights = x.write_gate.unsqueeze(1) * (gate * allocation + (1 - gate) * content)
-
-    slots = write_weights.unsqueeze(2)  # (B, N, 1)
-    memory = state.memory * retention.unsqueeze(2) if options.dealloc_wipe else state.memory
-    memory = memory * (1 - slots * x.erase.unsqueeze(1)) + slots * x.write_vector.unsqueeze(1)
-
-    content = content_weighting(x.read_keys, x.read_strengths, memory, x.read_masks)  # (B, R, N)
-    link, precedence, read_weights = state.link, state.precedence, content
-    if options.use_links:
-        link, precedence = link_update(link, precedence, write_weights)
-        backward = state.read_weights @ link  # L^T wr: (B, R, N)
-        forward = state.read_weights @ link.transpose(1, 2)  # L wr: (B, R, N)
-        if options.sharpen_links:
-            backward = sharpen(backward, x.sharpening[..., 0])
-            forward = sharpen(forward, x.sharpening[..., 1])
-        by_mode = torch.stack((backward, content, forward), dim=-1)  # (B, R, N, 3)
-        read_weights = (by_mode @ x.read_modes.unsqueeze(-1)).squeeze(-1)  # (B, R, N)
-    new = DNCState(memory, usage, write_weights, read_weights, link, precedence)
-    return read_weights @ memory, new  # (B, R, W)
-
-def dnc_loop(interface: Interface, state: DNCState, options: DNCOptions):
-    """The readable recurrence over T tokens; a faster one must return the same: reads (B, T, R, W),
-    write_weights (B, T, N), read_weights (B, T, R, N) and the state after the last token."""
-    length = interface.write_gate.shape[1]
-    parts = [[None] * length if p is None else p.unbind(1) for p in interface]
-    results = []
-    for step in zip(*parts, strict=True):
-        read, state = dnc_step(Interface(*step), state, options)
-        results.append((read, state.write_weights, state.read_weights))
-    return (*(torch.stack(x, dim=1) for x in zip(*results, strict=True)), state)
-
-say_once = functools.cache(functools.partial(print, flush=True))
-
-def pick_scan(scan: str, state: DNCState, options: DNCOptions):
-    """The recurrence for such a state: dnc_loop, or dnc_scan, the same function fused, where it can
-    run. Says once why it cannot; raises ValueError then if `scan` is "fused"."""
-    if scan == "eager":
-        return dnc_loop
-    try:
-        from dnc_scan import dnc_scan, refusal
-        reason = refusal(state, options)
-    except ImportError as error:
-        reason = f"{error}; put the folder dnc_scan beside dnc_gpt2.py"
-    require(scan == "auto" or not reason, "scan", scan, f"auto or eager here: {reason}")
-    if reason:
-        say_once(f"scan auto: the recurrence runs in the eager loop, slower: {reason}")
-    return dnc_loop if reason else dnc_scan
-
-class DNCMemory(nn.Module):
-    """DNC over hidden states, a pure function of (h, state): h + read_proj(reads).
-    departs from Graves: the controller never sees its reads (there those of step t-1 enter at step
-    t), so the interface of all T tokens, from LN(h), is one matrix product. `read_proj` has no bias
-    and starts at zero: step 0 is the baseline, zeroed reads are the model without memory.
-    `biases` are added to the initial biases of parts of the interface, by their names."""
-
-    def __init__(self, hidden_size: int, slots: int, width: int, reads: int,
-                 options: DNCOptions = DNCOptions(), scan: str = "auto", biases=None):
-        super().__init__()
-        self.slots, self.width, self.reads, self.options = slots, width, reads, options
-        self.scan = scan
-        self.norm = nn.LayerNorm(hidden_size)
-        sizes = interface_sizes(width, reads, options)
-        self.interface = nn.Linear(hidden_size, sum(sizes.values()))
-        added = [torch.full((n,), (biases or {}).get(part, 0.0)) for part, n in sizes.items()]
-        self.interface.bias.data += torch.cat(added)
-        self.read_proj = nn.Linear(reads * width, hidden_size, bias=False)
-        nn.init.zeros_(self.read_proj.weight)
-
-    def init_state(self, batch_size: int) -> DNCState:
-        weight = self.read_proj.weight
-        return zero_state(batch_size, self.slots, self.width, self.reads, self.options,
-                          torch.promote_types(weight.dtype, torch.float32), weight.device)
-
-    def forward(self, h: torch.Tensor, state: DNCState) -> tuple[torch.Tensor, DNCState, DNCTrace]:
-        """h (B, T, C), state of B rows -> h_out (B, T, C), state after the last token, trace."""
-        z = self.interface(self.norm(h))  # (B, T, I)
-        with torch.autocast(h.device.type, enabled=False):  # 1 - 1e-6 is 1 in bfloat16
-            z = z if z.dtype == torch.float64 else z.float()
-            x = split_interface(z, self.width, self.reads, self.options)
-            recurrence = pick_scan(self.scan, state, self.options)
-            reads, write_weights, read_weights, state = recurrence(x, state, self.options)
-        h_out = h + self.read_proj(reads.flatten(2))  # (B, T, R*W) -> (B, T, C)
-        return h_out, state, DNCTrace(x.write_gate, write_weights, read_weights)
-
-def build_memory(config: Config) -> DNCMemory:
-    switches = config.use_links, config.mask_min, config.dealloc_wipe, config.sharpen_links
-    return DNCMemory(config.hidden_size, config.mem_slots, config.mem_width, config.num_reads,
-                     DNCOptions(*switches), config.scan)
-
-def map_state(fn, state):
-    """Apply fn to every tensor of a state: detach, move, roll or select rows. None stays None."""
-    return None if state is None else type(state)(*map(fn, state))
-
-# ══ Model: GPT2Model, memory, tied LM head ═══════════════════════════════════════════════════════
-# Columns of the statistics that evaluation takes of every token; the last six need a memory.
-STATS = ("nll", "top1", "top5", "confidence", "rank", "pred_entropy",
-         "nll_without", "kl", "gate", "gate_squared", "write_rate", "sparsity")
-LOGITS_AT_ONCE = 2**25  # elements of one chunk of logits (128 MiB in float32)
-
-class Output(NamedTuple):
-    """One forward pass, every tensor batch first, so that nn.DataParallel can gather it."""
-    loss: torch.Tensor  # (B,) mean of nll, the same in every row; it alone has a gradient
-    nll: torch.Tensor  # (B, L) next-token cross-entropy in nats; 0 where the target is -100
-    top1: torch.Tensor  # (B, L) 1 where the most likely token is the target
-    effect: torch.Tensor  # (B, P) KL or benefit at the sampled positions, no gradient
-    stats: torch.Tensor  # (B, L, len(STATS)) when measuring, else (B, 0, 0)
-    trace: DNCTrace | None
-    state: DNCState | None
-
-def weight_entropy(weights: torch.Tensor) -> torch.Tensor:
-    """H(w / sum w) / log N of weightings (..., N), in [0, 1]; a closed gate is no focus."""
-    p = weights / weights.sum(-1, keepdim=True).clamp_min(1e-12)
-    return -(p * p.clamp_min(1e-12).log()).sum(-1) / math.log(max(2, weights.shape[-1]))
-
-def chunks(rows: int, weight: torch.Tensor, tensors: int = 1) -> list[slice]:
-    """Slices of rows of which that many tensors of logits, weight (V, C), fit LOGITS_AT_ONCE."""
-    size = max(1, LOGITS_AT_ONCE // tensors // weight.shape[0])
-    return [slice(start, min(start + size, rows)) for start in range(0, rows, size)]
-
-def token_statistics(h, h_out, targets, weight, trace: DNCTrace | None, brief: bool):
-    """The STATS of every token (brief: the nll, the rest 0): h, h_out (B, L, C), targets (B, L),
-    weight (V, C) -> (B, L, K). Logits in float32 and in chunks: ties among bfloat16 logits would
-    flatter rank and accuracy. Ties count against the model in top-k, and for it in rank."""
-    out = torch.zeros(targets.numel(), len(STATS), device=h.device)  # (B*L, K)
-    h, h_out, at = h.flatten(0, 1).float(), h_out.flatten(0, 1).float(), targets.reshape(-1, 1)
-    weight = weight.float()
-    for rows in chunks(len(out), weight):
-        target = at[rows].clamp_min(0)  # (M, 1)
-        log_p = (h_out[rows] @ weight.T).log_softmax(-1)  # (M, V)
-        found = log_p.gather(1, target)  # (M, 1)
-        columns = [-found]
-        if not brief:
-            p, best = log_p.exp(), log_p.topk(6).values  # in the top k: above the k + 1st best
-            minus_entropy = (p.unsqueeze(1) @ log_p.unsqueeze(2))[:, 0]  # (M, 1)
-            larger = (log_p > found).sum(-1, keepdim=True, dtype=torch.int32)
-            columns += [found > best[:, 1:2], found > best[:, 5:], found.exp(), 1 + larger,
-                        -minus_entropy]
-        if not brief and trace is not None:
-            log_q = (h[rows] @ weight.T).log_softmax(-1)  # (M, V)
-            cross = (p.unsqueeze(1) @ log_q.unsqueeze(2))[:, 0]  # (M, 1)
-            gate = trace.write_gate.reshape(-1, 1)[rows]  # (M, 1)
-            spread = weight_entropy(trace.write_weights.flatten(0, 1)[rows]).unsqueeze(1)  # (M, 1)
-            columns += [-log_q.gather(1, target), minus_entropy - cross, gate, gate * gate,
-                        gate > 0.7, 1 - spread]
-        out[rows, : len(columns)] = torch.cat([column.float() for column in columns], dim=1)
-    return (out * (at != -100)).view(*targets.shape, len(STATS))
-
-class HeadLoss(torch.autograd.Function):
-    """Mean next-token cross-entropy of the tied LM head, a chunk of logits at a time, which turns
-    into its own gradient in place: two (M, V) tensors never exist, and the backward only scales.
-    F.linear_cross_entropy (torch 2.13) does as much, but more slowly here, and gives no top-1."""
-
-    @staticmethod
-    def forward(ctx, h, weight, targets, dtype: torch.dtype):
-        """h (M, C), weight (V, C), targets (M,), dtype of products -> loss (), nll, top1 (M,)."""
-        low, scored = weight.to(dtype), (targets != -100).to(h.dtype)
-        nll, top1 = torch.zeros_like(scored), torch.zeros_like(scored)
-        d_h, d_weight = torch.zeros_like(h), torch.zeros_like(weight)
-        for rows in chunks(len(h), weight, tensors=1 if dtype == h.dtype else 2):
-            x, target = h[rows].to(dtype), targets[rows].clamp_min(0).unsqueeze(1)  # (m, 1)
-            logits = (x @ low.T).to(h.dtype)  # (m, V)
-            top, best = logits.max(-1, keepdim=True)  # (m, 1)
-            found = logits.sub_(top).gather(1, target)  # (m, 1)
-            total = logits.exp_().sum(-1, keepdim=True)  # (m, 1), of what softmax divides by
-            nll[rows] = (total.log() - found)[:, 0] * scored[rows]
-            top1[rows] = (best[:, 0] == targets[rows]).to(h.dtype)
-            if any(ctx.needs_input_grad):
-                grad = logits.scatter_add_(1, target, -total).to(dtype)  # (m, V), over share
-                share = scored[rows].unsqueeze(1) / (total * len(h))  # (m, 1)
-                d_h[rows] = (grad @ low).to(h.dtype) * share
-                if dtype == weight.dtype:
-                    d_weight.addmm_(grad.T, x * share)
-                else:
-                    d_weight += grad.T @ (x * share).to(dtype)
-        ctx.grads = d_h, d_weight
-        ctx.mark_non_differentiable(nll, top1)
-        return nll.mean(), nll, top1
-
-    @staticmethod
-    def backward(ctx, grad_loss, *_):
-        if ctx.grads is None:
-            raise RuntimeError("HeadLoss serves one backward: run the forward again")
-        (d_h, d_weight), ctx.grads = ctx.grads, None  # scaled in place
-        return d_h.mul_(grad_loss), d_weight.mul_(grad_loss), None, None
-
-class GPT2WithMemory(nn.Module):
-    """GPT2Model, then (with config.memory "dnc") DNCMemory, then the LM head tied to the embedding.
-    Every arm is this class, built from the same seed: the controllers start equal."""
-
-    def __init__(self, config: Config, controller: nn.Module):
-        super().__init__()
-        self.config, self.controller = config, controller
-        torch.manual_seed(config.seed + 1)
-        self.memory = build_memory(config) if config.memory == "dnc" else None
-        torch.manual_seed(config.seed + 2)  # dropout: the same stream in every arm
-
-    def init_state(self, rows: int) -> DNCState | None:
-        return None if self.memory is None else self.memory.init_state(rows)
-
-    def hidden(self, tokens: torch.Tensor, state: DNCState | None):
-        """tokens (B, L) -> h without and with memory (B, L, C), state, trace. The controller sees
-        L / seq_len independent windows in one call, the memory the whole length if carried."""
-        if self.config.use_compile:
-            torch.compiler.cudagraph_mark_step_begin()
-        B, L = tokens.shape
-        windows = tokens.reshape(-1, min(self.config.seq_len, L))  # (B*S, T)
-        h = self.controller(input_ids=windows, use_cache=False).last_hidden_state  # (B*S, T, C)
-        if self.memory is not None and not self.config.carry_memory:
-            h_out, _, trace = self.memory(h, self.memory.init_state(len(windows)))
-            trace = DNCTrace(*(x.reshape(B, L, *x.shape[2:]) for x in trace))
-            return h.reshape(B, L, -1), h_out.reshape(B, L, -1), state, trace
-        h = h.reshape(B, L, -1)
-        return (h, h, None, None) if self.memory is None else (h, *self.memory(h, state))
-
-    def forward(self, tokens, targets, state, positions=None, measure: str = "") -> Output:
-        """tokens, targets (B, L) (one window or a multiple of seq_len; target -100 = not scored),
-        state of B rows, positions (B, P) of the routing effect or None, measure "", brief, full."""
-        B, L = tokens.shape
-        # Entered here because the threads of nn.DataParallel do not inherit autocast's dtype.
-        bf16 = self.config.precision == "bf16"
-        with torch.autocast(tokens.device.type, dtype=torch.bfloat16, enabled=bf16):
-            h, h_out, state, trace = self.hidden(tokens, state)
-            weight = self.controller.get_input_embeddings().weight  # (V, C)
-            effect, stats = h.new_zeros(B, 0), h.new_zeros(B, 0, 0)
-            if not measure:
-                loss, nll, top1 = HeadLoss.apply(h_out.flatten(0, 1), weight, targets.flatten(),
-                                                 torch.bfloat16 if bf16 else h_out.dtype)
-                loss, nll, top1 = loss.expand(B), nll.view(B, L), top1.view(B, L)
-                if positions is not None:
-                    effect = self.routing_effect(h, h_out, nll, weight, targets, positions)
-        if measure:  # without autocast
-            stats = token_statistics(h, h_out, targets, weight, trace, brief=measure == "brief")
-            loss, nll, top1 = stats[..., 0].mean(1), stats[..., 0], stats[..., 1]
-        return Output(loss, nll, top1, effect, stats, trace, state)
-
-    @torch.no_grad()
-    def routing_effect(self, h, h_out, nll, weight, targets, positions) -> torch.Tensor:
-        """What memory does at positions (B, P): the benefit NLL without - NLL with, or KL(with ||
-        without), both (B, P) in nats. Logits without memory exist here alone, a chunk at a time."""
-        at = (torch.arange(len(h), device=h.device).unsqueeze(1), positions)  # (B, 1), (B, P)
-        h, h_out, nll, targets = (x[at].flatten(0, 1) for x in (h, h_out, nll, targets))  # (B*P, …)
-        effect = torch.zeros_like(nll)
-        for rows in chunks(len(h), weight, tensors=4):
-            without = F.linear(h[rows], weight).float()  # (m, V)
-            if self.config.routing == "kl":
-                log_p = F.linear(h_out[rows], weight).float().log_softmax(-1)  # (m, V)
-                effect[rows] = (log_p.exp() * (log_p - without.log_softmax(-1))).sum(-1)
-            else:
-                effect[rows] = F.cross_entropy(without, targets[rows], reduction="none") - nll[rows]
-        return effect.view(positions.shape)
-
-def controller_config(config: Config, vocab_size: int):
-    """The controller's transformers.GPT2Config, from Config or from the pretrained GPT-2 it names.
-    Raises ValueError when that is no GPT-2, has no room for the window, or another vocabulary."""
-    from transformers import AutoConfig, GPT2Config
-    name, drop = config.init_from, dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"),
-                                                 config.dropout)
-    if name == "scratch":
-        return GPT2Config(
-            vocab_size=vocab_size, n_positions=config.seq_len, n_embd=config.hidden_size,
-            n_layer=config.num_layers, n_head=config.num_heads, n_inner=config.mlp_width or None,
-            bos_token_id=None, eos_token_id=None, **drop)
-    with had_or_refused("init_from", name, "a folder written by a GPT-2's save_pretrained"):
-        found = AutoConfig.from_pretrained(name, **drop)
-    require(found.model_type == "gpt2", "init_from", name, f"a GPT-2 (this is {found.model_type})")
-    require(config.seq_len <= found.n_positions, "seq_len", config.seq_len,
-            f"at most the {found.n_positions} positions of {name}")
-    require(vocab_size <= found.vocab_size, "tokenizer", f"{vocab_size} entries",
-            f"that of {name}, with {found.vocab_size} entries; set --tokenizer")
-    return found
-
-def build_model(config: Config, settings) -> GPT2WithMemory:
-    """Build an arm's model on the CPU from the run's seed, and settings, its GPT2Config."""
-    from transformers import GPT2Model
-    torch.manual_seed(config.seed)
-    if config.init_from == "scratch":
-        settings._attn_implementation = "sdpa"
-        controller = GPT2Model(settings)
-    else:
-        with had_or_refused("init_from", config.init_from, "a folder with the weights of a GPT-2"):
-            controller = GPT2Model.from_pretrained(config.init_from, config=settings,
-                                                   attn_implementation="sdpa").float()
-    return GPT2WithMemory(config, controller)
-
-def count_parameters(module: nn.Module | None) -> int:
-    return 0 if module is None else sum(p.numel() for p in module.parameters())
-
-# ══ Loss, metrics, evaluation ════════════════════════════════════════════════════════════════════
-def total_loss(output: Output, positions: torch.Tensor | None, config: Config) -> torch.Tensor:
-    """L = L_LM + lambda_r L_routing + lambda_e L_entropy, a scalar. L_routing, -mean(g sg(effect))
-    over positions (B, P), rewards a gate that is open where memory changes the prediction."""
-    loss = output.loss.mean()
-    if positions is not None:
-        gates = output.trace.write_gate.gather(1, positions)  # (B, P)
-        loss = loss - config.lambda_routing * (gates * output.effect).mean()
-    if output.trace is not None and config.lambda_entropy > 0:
-        loss = loss + config.lambda_entropy * weight_entropy(output.trace.write_weights).mean()
-    return loss
-
-def routing_positions(config: Config, step: int, device="cpu") -> torch.Tensor | None:
-    """Positions (rows, P) at which L_routing is computed, drawn from seed and step alone; None
-    where there is no such loss: a step without it computes no logits without memory."""
-    if config.memory == "none" or config.lambda_routing == 0:
-        return None
-    count = max(1, round(config.routing_fraction * config.step_len))
-    generator = torch.Generator().manual_seed(config.seed * 1_000_003 + step)
-    order = torch.rand(config.rows, config.step_len, generator=generator).argsort(1)
-    return order[:, :count].to(device)  # (rows, P)
-
-class StopSignal(Exception):
-    """SIGINT or SIGTERM, kept until raised where the run can be saved; a second is not caught."""
-    signum = 0
-
-    def receive(self, number: int, frame: object) -> None:
-        self.signum = number
-        signal.signal(number, signal.SIG_DFL)
-
-    def check(self) -> None:
-        if self.signum:
-            raise self
-
-@torch.no_grad()
-def evaluate(model: GPT2WithMemory, stream: torch.Tensor, config: Config, stop: StopSignal,
-             brief: bool = False, swap: bool = False) -> dict:
-    """Score every token of a stream but the first, memory carried along each row from an empty
-    state; with `swap`, at each window start every row gets the state of the row before it. Returns
-    `metrics` (means over tokens; brief: of the loss alone), and by window, so that arms can be
-    compared, `sums` (windows, rows, K) of STATS and `counts` (windows, rows) of scored tokens."""
-    device = next(model.parameters()).device
-    state, sums, counts = model.init_state(config.eval_rows), [], []
-    windows = (rows.split(config.seq_len, 1) for rows in evaluation_rows(stream, config.eval_rows))
-    model.eval()
-    for x, y in zip(*windows, strict=True):  # (rows, T) each
-        stop.check()
-        if swap:
-            state = map_state(lambda tensor: tensor.roll(1, 0), state)
-        output = model(x.to(device), y.to(device), state, measure="brief" if brief else "full")
-        state = output.state
-        sums.append(output.stats.double().sum(1).cpu())  # (rows, K)
-        counts.append((y != -100).sum(1))
-    model.train()
-    sums, counts = torch.stack(sums), torch.stack(counts)
-    mean = dict(zip(STATS, (sums.sum((0, 1)) / counts.sum()).tolist(), strict=True))
-    metrics = {"loss": mean["nll"], "ppl": math.exp(min(700, mean["nll"])),
-               "bpt": mean["nll"] / math.log(2)}
-    names = {} if brief else {"top1_acc": "top1", "top5_acc": "top5", "confidence": "confidence",
-                              "mean_rank": "rank", "pred_entropy": "pred_entropy"}
-    if model.memory is not None and not brief:
-        names |= {"avg_gate": "gate", "write_rate": "write_rate", "write_sparsity": "sparsity",
-                  "mem_kl": "kl", "loss_without": "nll_without"}
-        metrics["gate_std"] = math.sqrt(max(0.0, mean["gate_squared"] - mean["gate"] ** 2))
-    metrics |= {ours: mean[theirs] for ours, theirs in names.items()}
-    return {"metrics": metrics, "sums": sums, "counts": counts}
 
 # ══ Checkpoints: one format, exact resume ════════════════════════════════════════════════════════
-PAYLOAD = ("arm config corpus controller fingerprint tokenizer model_state_dict global_step epoch "
-           "optimizer_state_dict stream_position val_ppl memory_state rng history meter results")
+PAYLOAD = (
+    "arm", "config", "corpus", "controller", "fingerprint", "tokenizer", "model_state_dict",
+    "global_step", "epoch", "optimizer_state_dict", "stream_position", "val_ppl", "memory_state",
+    "rng", "history", "meter", "results",
+)
 # Fields that may differ between the run that saved and the run that resumes.
-FREE_FIELDS = ("dataset tokenizer preset log_every_steps save_every_steps save_dir plot_dir arms "
-               "use_compile compile_mode num_gpus resume inspect text eval_tokens scan").split()
+FREE_FIELDS = {
+    "dataset", "tokenizer", "preset", "log_every_steps", "save_every_steps", "save_dir", "plot_dir",
+    "arms", "use_compile", "compile_mode", "num_gpus", "resume", "inspect", "text", "eval_tokens",
+    "scan",
+}
 
-@dataclasses.dataclass
-class Run:
-    """One arm in training: all that a checkpoint holds. The only mutable record in this file."""
-    arm: str  # its name in tables and file names
-    config: Config
-    model: GPT2WithMemory
-    optimizer: torch.optim.Optimizer
-    total_steps: int
-    steps_per_epoch: int
-    step: int = 0
-    state: DNCState | None = None
-    history: list[dict] = dataclasses.field(default_factory=list)  # rows of metrics.jsonl
-    meter: dict = dataclasses.field(default_factory=lambda: dict(  # speed; means since the last row
-        seconds=0.0, tokens=0, peak_mb=0.0, steps=0, loss=0.0, top1=0.0, gate=0.0))
-    results: dict = dataclasses.field(default_factory=dict)  # of the finished arm
-    last_saved: str = ""
-    tokens_per_s = property(lambda self: self.meter["tokens"] / (self.meter["seconds"] or math.nan))
 
-    def payload(self, corpus: Corpus) -> dict:
-        """Everything an exact resume needs, as tensors and plain values."""
-        ppl = [math.nan] + [row["ppl"] for row in self.history if row["split"] == "validation"]
-        if self.results:  # of the whole split
-            ppl.append(self.results["valid"]["metrics"]["ppl"])
-        return dict(
-            arm=self.arm, config=dataclasses.asdict(self.config), corpus=corpus.name,
-            controller=self.model.controller.config.to_json_string(use_diff=False),
-            fingerprint=corpus.fingerprint, tokenizer=corpus.tokenizer.to_str(),
-            model_state_dict=self.model.state_dict(),
-            optimizer_state_dict=self.optimizer.state_dict(),
-            global_step=self.step, epoch=self.step // self.steps_per_epoch,
-            stream_position=self.step % self.steps_per_epoch * self.config.step_len,
-            val_ppl=ppl[-1], memory_state=None if self.state is None else [*self.state],
-            rng=dict(torch=torch.get_rng_state(), cuda=torch.cuda.get_rng_state_all()),
-            history=self.history, meter=self.meter, results=self.results)
+def last_perplexity(run: Run) -> float:
+    """Validation perplexity of the finished arm, else of the last validation; NaN before any."""
+    if run.results:  # of the whole split
+        return run.results["valid"]["metrics"]["ppl"]
+    validations = [row["ppl"] for row in run.history if row["split"] == "validation"]
+    return validations[-1] if validations else math.nan
+
+
+def checkpoint_payload(run: Run, corpus: Corpus) -> dict:
+    """Everything an exact resume needs, as tensors and plain values, and where it comes from."""
+    return {
+        "arm": run.arm,
+        "config": dataclasses.asdict(run.config),
+        "corpus": corpus.name,
+        "controller": run.model.controller.config.to_json_string(use_diff=False),
+        "fingerprint": corpus.fingerprint,
+        "tokenizer": corpus.tokenizer.to_str(),
+        "model_state_dict": run.model.state_dict(),
+        "optimizer_state_dict": run.optimizer.state_dict(),
+        "global_step": run.step,
+        "epoch": run.step // run.steps_per_epoch,
+        "stream_position": run.step % run.steps_per_epoch * run.config.step_len,
+        "val_ppl": last_perplexity(run),
+        "memory_state": None if run.state is None else [*run.state],
+        "rng": {"torch": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all()},
+        "history": run.history,
+        "meter": run.meter,
+        "results": run.results,
+        "run": run_facts(device_name(run.device)),
+    }
+
 
 def save_checkpoint(run: Run, corpus: Corpus, final: bool = False) -> None:
-    """Write `{arm}_[FINAL_]step{N}.pt` under a temporary name, then rename it: a kill or a full
-    disk never leaves half a checkpoint. Raises ValueError, saying what was kept."""
+    """Write `{arm}_[FINAL_]step{N}.pt`, whole or not at all. Raises ValueError, saying what the
+    last good checkpoint is."""
     name = f"{run.arm.replace(' ', '_')}_{'FINAL_' if final else ''}step{run.step}.pt"
     path = Path(run.config.save_dir) / name
-    temporary = path.with_name(name + ".tmp")
-    try:
-        with open(temporary, "wb") as file:
-            torch.save(run.payload(corpus), file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:  # torch.save reports a full disk as RuntimeError
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
-        raise ValueError(f"save_dir = {run.config.save_dir!r}: cannot write {name} ({error}); the "
-                         f"last good checkpoint is {run.last_saved or 'none yet'}; free some "
-                         "space, then continue with --resume auto") from None
+    remedy = (f"the last good checkpoint is {run.last_saved or 'none yet'}; free some space, then "
+              "continue with --resume auto")
+    save_tensors(checkpoint_payload(run, corpus), path, remedy)
     run.last_saved = str(path)
+
 
 def load_checkpoint(path: str | Path) -> dict:
     """Read a checkpoint. Raises ValueError naming a file that is missing, truncated or foreign."""
-    require(Path(path).is_file(), "checkpoint", str(path), "a file; see what save_dir holds")
-    try:
-        payload = torch.load(path, map_location="cpu", weights_only=True)
-        fits = not set(PAYLOAD.split()) - payload.keys()
-        saved = payload["config"].keys() if fits else set()
-        # A field that may differ may also be newer than the checkpoint.
-        fits = fits and saved <= field_types(Config).keys() <= saved | set(FREE_FIELDS)
-    except Exception:  # torch.load raises a dozen kinds on what it did not write
-        raise ValueError(f"checkpoint {path}: truncated or not a checkpoint; delete it, or name "
-                         "another") from None
+    payload = load_tensors(Path(path), PAYLOAD, "name another checkpoint; see what save_dir holds")
+    fields, saved = {field.name for field in dataclasses.fields(Config)}, payload["config"].keys()
+    # A field that may differ may also be newer than the checkpoint.
+    fits = saved <= fields <= saved | FREE_FIELDS
     require(fits, "checkpoint", str(path), "of this version of dnc_gpt2.py; name another")
     return payload
 
-def restore(run: Run, payload: dict, path: str | Path, corpus: Corpus) -> None:
-    """Put a checkpoint's state into a run. Raises ValueError, naming the file and what differs,
-    when it is of another arm, corpus, configuration or shape; the run is then as it was."""
+
+def shapes_of(weights: dict[str, Tensor]) -> dict[str, torch.Size]:
+    """The shape of every tensor of a state_dict."""
+    return {name: tensor.shape for name, tensor in weights.items()}
+
+
+def check_match(run: Run, payload: dict, path: str | Path, corpus: Corpus) -> None:
+    """Raise ValueError, naming the file and what differs, where a checkpoint is of another arm,
+    corpus, configuration or shape than the run."""
     if payload["arm"] != run.arm or payload["fingerprint"] != corpus.fingerprint:
         raise ValueError(f"checkpoint {path}: of {payload['arm']} on {payload['corpus']}, this is "
                          f"{run.arm} on {corpus.name}; name another, or another save_dir")
-    for name, value in dataclasses.asdict(run.config).items():
-        if name not in FREE_FIELDS and (saved := payload["config"][name]) != value:
+    for name, value in vars(run.config).items():
+        saved = payload["config"].get(name)
+        if name not in FREE_FIELDS and saved != value:
             raise ValueError(f"checkpoint {path}: was trained with {name} = {saved!r}, this run "
                              f"has {value!r}; set --{name} {saved}, or another save_dir")
-    mine, theirs = ({key: tensor.shape for key, tensor in weights.items()}
-                    for weights in (run.model.state_dict(), payload["model_state_dict"]))
-    require(mine == theirs, "checkpoint", str(path), "of this model's shapes; name another")
+    shapes = shapes_of(run.model.state_dict())
+    require(shapes == shapes_of(payload["model_state_dict"]), "checkpoint", str(path),
+            "of this model's shapes; name another")
+
+
+def restore(run: Run, payload: dict, path: str | Path, corpus: Corpus) -> None:
+    """Put a checkpoint's state into a run. Raises ValueError when it is of something else; the run
+    is then as it was."""
+    check_match(run, payload, path, corpus)
     run.optimizer.load_state_dict(payload["optimizer_state_dict"])  # raises before it changes any
     run.model.load_state_dict(payload["model_state_dict"])
-    run.step, run.history, run.meter, run.results = (
-        payload[key] for key in ("global_step", "history", "meter", "results"))
-    run.last_saved, device = str(path), next(run.model.parameters()).device
+    run.step = payload["global_step"]
+    run.history = payload["history"]
+    run.meter = payload["meter"]
+    run.results = payload["results"]
+    run.last_saved = str(path)
     if payload["memory_state"] is not None:
-        run.state = DNCState(*(tensor.to(device) for tensor in payload["memory_state"]))
-    torch.set_rng_state(payload["rng"]["torch"])
-    torch.cuda.set_rng_state_all(payload["rng"]["cuda"][: torch.cuda.device_count()])
+        state = DNCState(*payload["memory_state"])
+        run.state = map_state(lambda tensor: tensor.to(run.device), state)
+    rng = payload["rng"]
+    torch.set_rng_state(rng["torch"])
+    torch.cuda.set_rng_state_all(rng["cuda"][: torch.cuda.device_count()])
+
+
+def newest_checkpoints(run: Run) -> list[Path]:
+    """The checkpoints of an arm in save_dir, the newest first, of one moment the furthest first."""
+    pattern = re.compile(re.escape(run.arm.replace(" ", "_")) + r"_(FINAL_)?step(\d+)\.pt")
+    dated = []
+    for path in Path(run.config.save_dir).iterdir():
+        match = pattern.fullmatch(path.name)
+        if match:
+            step, written = int(match[2]), path.stat().st_mtime_ns
+            dated.append((written, step, path))
+    dated.sort(reverse=True)
+    return [path for _, _, path in dated]
+
 
 def resume_run(run: Run, corpus: Corpus) -> None:
     """Continue from the checkpoint named, if of this arm, else the newest valid one in save_dir."""
     if run.config.resume != "auto":
         payload = load_checkpoint(run.config.resume)
-        require(payload["arm"] in [ARMS[name] for name in run.config.arm_list], "resume",
-                run.config.resume, f"of an arm of this run ({payload['arm']} is not); set --arms")
+        arms = [ARMS[name] for name in run.config.arm_list]
+        require_field(run.config, "resume", payload["arm"] in arms,
+                      f"of an arm of this run ({payload['arm']} is not); set --arms")
         if payload["arm"] == run.arm:
             restore(run, payload, run.config.resume, corpus)
             print(f"{run.arm}: resumed from {run.config.resume}")
             return
-    pattern = re.escape(run.arm.replace(" ", "_")) + r"_(FINAL_)?step(\d+)\.pt"
-    found = [(p.stat().st_mtime_ns, int(match[2]), p) for p in Path(run.config.save_dir).iterdir()
-             if (match := re.fullmatch(pattern, p.name))]
-    for _, _, path in sorted(found, reverse=True):  # the newest first
+    for path in newest_checkpoints(run):
         try:
             restore(run, load_checkpoint(path), path, corpus)
             print(f"{run.arm}: {'finished in' if run.results else 'resumed from'} {path}")
@@ -998,134 +1553,475 @@ def resume_run(run: Run, corpus: Corpus) -> None:
             print(f"resume: passed over {error}")
     print(f"{run.arm}: no valid checkpoint in {run.config.save_dir}, starting at step 0")
 
-# ══ Training: one loop for every arm ═════════════════════════════════════════════════════════════
+
+# ══ The shell of a command: what every script of this repository shares ══════════════════════════
 class Diverged(RuntimeError):
     """Loss or gradient is not finite; the weights are still those of the step before."""
 
-def learning_rate(step: int, total: int, config: Config) -> float:
-    """Rate at `step` of `total`: a linear warm-up, then constant, or cosine to a tenth."""
-    warmup = max(1, round(config.lr_warmup * total))
-    if step < warmup or config.lr_schedule == "constant":
-        return config.lr * min(1.0, (step + 1) / warmup)
-    progress = (step - warmup) / max(1, total - warmup)
-    return config.lr * (0.55 + 0.45 * math.cos(math.pi * progress))
 
-def make_optimizer(model: nn.Module, config: Config) -> torch.optim.Optimizer:
-    """AdamW, fused; weight decay on matrices only; the memory's rate is lr * memory_lr. Reads share
-    a large common part, so that at the controller's rate one Adam step of read_proj moves every
-    logit at once: the noise of that bias, not the memory, would decide the comparison."""
-    parts = ((model.controller, 1.0), (model.memory, config.memory_lr))
-    groups = [{"params": [p for p in part.parameters() if (p.dim() >= 2) == matrix], "scale": scale,
-               "weight_decay": config.weight_decay * matrix}
-              for matrix in (True, False) for part, scale in parts if part is not None]
-    return torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, 0.95), fused=True)
+def require(holds: bool, field: str, value: object, requirement: str) -> None:
+    """Raise ValueError, naming field, value and requirement, unless the condition holds."""
+    if not holds:
+        raise ValueError(f"{field} = {value!r}: must be {requirement}")
 
-def peak_memory_mb(device: torch.device, reset: bool = False) -> float:
-    """Peak MiB since the reset, of the device or (CPU) of the process; NaN where none can tell."""
-    if device.type == "cuda":
-        if reset:
-            torch.cuda.reset_peak_memory_stats(device)
-        return torch.cuda.max_memory_allocated(device) / 2**20
+
+def require_field(config: object, field: str, holds: bool, requirement: str) -> None:
+    """`require` for a field of a Config, whose value it looks up."""
+    require(holds, field, getattr(config, field), requirement)
+
+
+def misfit(value: object, hint: object) -> str:
+    """What a value of the annotated type `hint` has to be; "" where it fits."""
+    if get_origin(hint) is Annotated:
+        kind, bound = get_args(hint)
+        return misfit(value, kind) or ("" if bound.holds(value) else bound.words)
+    if get_origin(hint) is Literal:
+        choices = get_args(hint)
+        fits = any(type(value) is type(choice) and value == choice for choice in choices)
+        return "" if fits else "one of " + ", ".join(map(str, choices))
+    if get_origin(hint) is not None:  # A | B
+        reasons = [misfit(value, option) for option in get_args(hint)]
+        return "" if "" in reasons else ", or ".join(reasons)
+    fits = type(value) is hint  # a bool is no int here
+    if hint is float:
+        fits = type(value) in (int, float) and math.isfinite(value)
+    words = {bool: "True or False", int: "a whole number", float: "a finite number", str: "text"}
+    return "" if fits else words[hint]
+
+
+def check_fields(config: object) -> None:
+    """Raise ValueError unless every field of a Config is what its annotation says."""
+    for name, hint in get_type_hints(type(config), include_extras=True).items():
+        value = getattr(config, name)
+        reason = misfit(value, hint)
+        require(not reason, name, value, reason)
+
+
+def read_config(cls: type, argv: list[str], description: str, preset: dict | None = None):
+    """Read `--name value` words over `preset` over the defaults of the Config class `cls`.
+
+    description: the module docstring, of which the part before "Read downward" is shown by --help.
+    A path that begins with ~/ is expanded. Raises ValueError where a value breaks a rule of the
+    class, SystemExit (0 after --help, 2 for an unknown name or a mistyped value) as tyro does.
+    """
+    import tyro
+
+    # The rules of the class run below, outside tyro, so that what they say stays one line.
+    members = {"__doc__": cls.__doc__, "__post_init__": lambda self: None}
+    unchecked = type(cls.__name__, (cls,), members)
+    options = tyro.cli(
+        unchecked, args=argv, default=unchecked(**(preset or {})),
+        description=description.partition("\nRead downward")[0],
+        prog=f"python {Path(sys.argv[0]).name}", use_underscores=True,
+        config=(tyro.conf.FlagConversionOff,))
+    values = vars(options)
+    for name, value in values.items():
+        if isinstance(value, str) and value.startswith("~/"):
+            values[name] = str(Path(value).expanduser())
+    return cls(**values)
+
+
+def split_command(argv: list[str], commands: tuple[str, ...]) -> tuple[tuple[str, ...], list[str]]:
+    """Split `[command] --name value ...` into the commands asked for (all by default) and the rest.
+    Raises ValueError for an unknown command."""
+    if not argv or argv[0].startswith("-"):
+        return commands, argv
+    command, *rest = argv
+    require(command in commands, "command", command, "one of " + ", ".join(commands))
+    return (command,), rest
+
+
+class StopSignal(KeyboardInterrupt):
+    """SIGINT or SIGTERM. Raised at once, or, inside `held`, by the next `check`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.signum = 0
+        self.is_held = False
+
+    def receive(self, number: int, frame: object) -> None:
+        """Handle a signal; a second one ends the process."""
+        self.signum = number
+        signal.signal(number, signal.SIG_DFL)
+        if not self.is_held:
+            raise self
+
+    def check(self) -> None:
+        """Raise this where a signal has come."""
+        if self.signum:
+            raise self
+
+    @contextlib.contextmanager
+    def held(self) -> Iterator[None]:
+        """Signals wait for `check`: what runs inside can then be saved as a whole."""
+        self.is_held = True
+        try:
+            yield
+        finally:
+            self.is_held = False
+        self.check()
+
+
+USER_ERRORS = (ValueError, OSError, MemoryError, concurrent.futures.BrokenExecutor)
+
+
+def run_command(job: Callable[[StopSignal], None], again: list[str], saved: str,
+                sizes: str = "batch_size or seq_len") -> int:
+    """Run the job of a command -> exit code: 0, 1 diverged, 2 a user's mistake, 128 + signal.
+
+    again: the command line that goes on where this one was stopped; saved: what is then on disk;
+    sizes: the fields to make smaller where CUDA is out of memory. Errors are one line on stderr.
+    """
+    stop = StopSignal()
+    caught = (signal.SIGINT, signal.SIGTERM)
+    before = {number: signal.signal(number, stop.receive) for number in caught}
     try:
-        if reset:
-            Path("/proc/self/clear_refs").write_text("5")
-        return int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1]) / 1024
-    except (OSError, TypeError):
-        return math.nan
-
-def log_row(run: Run, split: str, found: dict) -> None:
-    """Append one row to the history and to metrics.jsonl."""
-    run.history.append({"arm": run.arm, "step": run.step, "split": split, **found})
-    with open(Path(run.config.plot_dir) / "metrics.jsonl", "a", encoding="utf-8") as file:
-        file.write(json.dumps(run.history[-1]) + "\n")
-
-def train_step(run: Run, forward: nn.Module, rows: torch.Tensor) -> None:
-    """One step on the next step_len tokens of every row. Raises Diverged, the weights untouched."""
-    config, within = run.config, run.step % run.steps_per_epoch
-    if within == 0:  # a new pass over the stream starts with an empty memory
-        run.state = run.model.init_state(config.rows)
-    tokens = rows[:, within * config.step_len : (within + 1) * config.step_len + 1]  # (B, L + 1)
-    positions = routing_positions(config, run.step, rows.device)
-    for group in run.optimizer.param_groups:
-        group["lr"] = learning_rate(run.step, run.total_steps, config) * group["scale"]
-
-    output = forward(tokens[:, :-1], tokens[:, 1:], run.state, positions)
-    loss = total_loss(output, positions, config)
-    run.optimizer.zero_grad(set_to_none=True)
-    loss.backward()
-    norm = nn.utils.clip_grad_norm_(run.model.parameters(), config.grad_clip)
-    gate = loss.new_zeros(()) if output.trace is None else output.trace.write_gate.mean()
-    # One transfer a step: the loss must be looked at before the weights change.
-    shown = torch.stack([loss, norm, output.nll.mean(), output.top1.mean(), gate]).detach()
-    loss_value, norm_value, nll, top1, gate_value = shown.tolist()
-    if not math.isfinite(loss_value + norm_value):
-        raise Diverged(f"{run.arm} at step {run.step}: loss {loss_value}, gradient norm "
-                       f"{norm_value}; the last good checkpoint is {run.last_saved or 'none yet'}; "
-                       "try a smaller --lr, a smaller --grad_clip, or --precision float32")
-    run.optimizer.step()
-    run.state = map_state(torch.Tensor.detach, output.state)
-    run.step += 1
-    for key, value in (("steps", 1), ("loss", nll), ("top1", top1), ("gate", gate_value)):
-        run.meter[key] += value
-
-def log_train(run: Run) -> str:
-    """Log the means since the last logged step; returns what the bar shows."""
-    loss, top1, gate = (run.meter[key] / run.meter["steps"] for key in ("loss", "top1", "gate"))
-    found = {"loss": loss, "ppl": math.exp(min(700, loss)), "top1_acc": top1,
-             "lr": run.optimizer.param_groups[0]["lr"]}
-    log_row(run, "train", found | ({} if run.model.memory is None else {"avg_gate": gate}))
-    run.meter.update(steps=0, loss=0.0, top1=0.0, gate=0.0)
-    return f"loss {loss:.3f} ppl {found['ppl']:.1f} gate {gate:.2f} tok/s {run.tokens_per_s:,.0f}"
-
-def train(run: Run, corpus: Corpus, forward: nn.Module, stop: StopSignal) -> None:
-    """Train, evaluate on validation and test, and save one arm. Raises StopSignal, once saved."""
-    from tqdm import tqdm
-    config, device = run.config, next(run.model.parameters()).device
-    rows = training_rows(corpus.train, config.rows, config.step_len).to(device)
-    peak_memory_mb(device, reset=True)
-    started, end = run.step, config.final_eval_tokens + 1 if config.final_eval_tokens else None
-    try:
-        with tqdm(total=run.total_steps, initial=run.step, desc=run.arm, unit="step") as bar:
-            while True:
-                at_end = run.step >= run.total_steps
-                due = run.step > 0 and (at_end or run.step % config.save_every_steps == 0)
-                if due and not any(row["step"] == run.step and row["split"] == "validation"
-                                   for row in run.history):  # a resumed run may have done it
-                    stream = corpus.valid[: config.eval_tokens + 1]
-                    log_row(run, "validation", evaluate(run.model, stream, config, stop)["metrics"])
-                    if not at_end:
-                        save_checkpoint(run, corpus)
-                if at_end:
-                    break
-                stop.check()
-                clock = time.perf_counter()
-                train_step(run, forward, rows)  # its transfer to the host has synchronised
-                if run.step > started + 3:  # the first steps warm up
-                    run.meter["seconds"] += time.perf_counter() - clock
-                    run.meter["tokens"] += config.batch_size * config.seq_len
-                bar.update()
-                if run.step % config.log_every_steps == 0 or run.step == run.total_steps:
-                    bar.set_postfix_str(log_train(run))
-        run.meter["peak_mb"] = max(peak_memory_mb(device), run.meter["peak_mb"])
-        print(f"{run.arm}: evaluating on validation and test", flush=True)
-        run.results = {"valid": evaluate(run.model, corpus.valid[:end], config, stop),
-                       "test": evaluate(run.model, corpus.test[:end], config, stop, brief=True)}
-        run.results |= {"steps": run.step, "parameters": count_parameters(run.model),
-                        "peak_mb": run.meter["peak_mb"], "tokens_per_s": run.tokens_per_s}
-        save_checkpoint(run, corpus, final=True)
+        job(stop)
+        return 0
     except StopSignal:
-        save_checkpoint(run, corpus)
+        print(f"\nstopped; {saved}; continue with:\n  python {shlex.join(again)}", file=sys.stderr)
+        return 128 + stop.signum
+    except SystemExit as done:  # tyro has printed the help, or what is wrong
+        return done.code or 0
+    except Diverged as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except torch.OutOfMemoryError as error:
+        reason = str(error).partition(". ")[0]
+        print(f"error: {reason}; set a smaller {sizes}", file=sys.stderr)
+        return 2
+    except USER_ERRORS as error:
+        print(f"error: {str(error) or 'out of memory'}", file=sys.stderr)
+        return 2
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def print_any_character() -> None:
+    """Let a terminal that lacks ▲ and █ still get the table; a notebook's stdout has them all."""
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="replace")
+
+
+# ── Files ────────────────────────────────────────────────────────────────────────────────────────
+@contextlib.contextmanager
+def whole_file(path: Path, remedy: str = "free some space, or name another folder"
+               ) -> Iterator[Path]:
+    """Write a file whole or not at all: yields a temporary path, which is synced and renamed when
+    the block ends. Raises ValueError, one line with the remedy, where it cannot be written."""
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        yield temporary
+        with open(temporary, "rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:  # torch and faiss report a full disk as RuntimeError
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise ValueError(f"{path}: cannot be written ({error}); {remedy}") from None
+
+
+def write_text(text: str, path: Path) -> None:
+    """Write a text file whole or not at all."""
+    with whole_file(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def write_json(content: dict, path: Path) -> None:
+    """Write a JSON file whole or not at all."""
+    write_text(json.dumps(content, indent=1), path)
+
+
+def read_json(path: Path, remedy: str) -> dict:
+    """Read a JSON object; {} where there is no such file. Raises ValueError for anything else."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    except (ValueError, RecursionError):
+        content = None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}: truncated or not written by this script; {remedy}")
+    return content
+
+
+def save_tensors(payload: dict, path: Path,
+                 remedy: str = "free some space, then run the same command again") -> None:
+    """torch.save, whole or not at all. Raises ValueError with the remedy."""
+    with whole_file(path, remedy) as temporary, open(temporary, "wb") as file:
+        torch.save(payload, file)
+
+
+def load_tensors(path: Path, keys: Iterable[str], remedy: str, device: str = "cpu") -> dict:
+    """Read what save_tensors wrote: tensors and plain values, never a pickle. Raises ValueError,
+    naming file and remedy, where it is missing, truncated, foreign or lacks one of the keys."""
+    if not path.is_file():
+        raise ValueError(f"{path}: is not there; {remedy}")
+    try:
+        payload = torch.load(path, map_location=device, weights_only=True)
+        whole = isinstance(payload, dict) and set(keys) <= payload.keys()
+    except Exception:  # torch.load raises a dozen kinds on what it did not write
+        whole = False
+    if not whole:
+        raise ValueError(f"{path}: truncated or not written by this script; {remedy}")
+    return payload
+
+
+def check_folder(folder: str | Path, field: str, needed_mb: float = 1.0) -> None:
+    """Make an output folder, named by a field, and prove that it can be written with so many MiB
+    free. Raises ValueError."""
+    folder = Path(folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / ".write_test").write_bytes(b"x" * 4096)
+        (folder / ".write_test").unlink()
+        free = shutil.disk_usage(folder).free / 2**20
+    except OSError as error:
+        raise ValueError(f"{field} = {str(folder)!r}: cannot be written ({error.strerror}); name "
+                         "another folder") from None
+    require(free >= needed_mb, field, str(folder), f"on a disk with {needed_mb:,.0f} MiB free "
+            f"({free:,.0f} are); free some, or name another folder")
+
+
+@contextlib.contextmanager
+def locked(folder: str | Path, field: str) -> Iterator[None]:
+    """One writer a folder, named by a field; the system lets go of the lock of a process that died.
+    Raises ValueError where another is at work."""
+    from filelock import FileLock, Timeout
+
+    lock = FileLock(Path(folder) / ".lock", timeout=0)
+    try:
+        lock.acquire()
+    except Timeout:
+        raise ValueError(f"{field} = {str(folder)!r}: another run is writing there; wait for it, "
+                         f"or name another --{field}") from None
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+# ── A baseline for those who need one ────────────────────────────────────────────────────────────
+def newest_baselines(folder: str | Path) -> list[Path]:
+    """The finished baselines of a folder, the newest first."""
+    paths = Path(folder).glob("GPT2_Baseline_FINAL_step*.pt")
+    return sorted(paths, key=lambda path: path.stat().st_mtime_ns, reverse=True)
+
+
+def train_baseline(**fields: object) -> Path:
+    """Train a baseline as a process of dnc_gpt2.py, with fields over the preset small -> the newest
+    finished one of save_dir. Stopped by a signal, that process saves its state, and the next call
+    goes on from there. Raises StopSignal's kind then, ValueError where the process fails."""
+    options = {"arms": "baseline", "preset": "small", "resume": "auto"} | fields
+    words = [f"--{name}={value}" for name, value in options.items()]
+    process = subprocess.Popen([sys.executable, str(Path(__file__).resolve()), *words])
+    try:
+        code = process.wait()
+    except KeyboardInterrupt as stopped:
+        # Ctrl-C in a terminal reaches both; a signal sent to this process is passed on.
+        process.send_signal(getattr(stopped, "signum", signal.SIGINT))
+        process.wait()
         raise
+    require(code == 0, "base", "auto", f"trained, and this ended with exit code {code}; see above")
+    return newest_baselines(str(options["save_dir"]))[0]
+
+
+# ── What a reader is told: facts of a run, tables, figures ───────────────────────────────────────
+RULE, LINE = "═" * 78, "  " + "─" * 74
+MARKS = {1: "✓", -1: "✗", 0: "≈"}  # better, worse, undecided
+PALETTE = ("#4fc3f7", "#aed581", "#ff8a65", "#fff176", "#ce93d8", "#ffb347")
+say_once = functools.cache(functools.partial(print, flush=True))
+
+
+def device_name(device: torch.device | str) -> str:
+    """A device for people: the GPU's name, or the CPU with its threads."""
+    if torch.device(device).type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"CPU, {torch.get_num_threads()} threads"
+
+
+def run_facts(device: str) -> dict:
+    """What tells a reader of a file where it comes from: versions, device, command line."""
+    import transformers
+
+    versions = {"python": platform.python_version(), "torch": str(torch.__version__),
+                "transformers": transformers.__version__}
+    return {"versions": versions, "device": device, "command": shlex.join(sys.argv)}
+
+
+def print_heading(title: str) -> None:
+    """Print a title between two rules."""
+    print(f"{RULE}\n  {title}\n{RULE}")
+
+
+def print_banner(title: str, lines: dict[str, str], config: object) -> None:
+    """Print all that a reader needs to judge the figures: named lines, versions, every field."""
+    versions = run_facts("")["versions"]
+    lines |= {"versions": f"Python {versions['python']}, torch {versions['torch']}, "
+                          f"transformers {versions['transformers']}"}
+    print_heading(title)
+    for name, text in lines.items():
+        print(f"  {name:<9} {text}".replace("\n", "\n" + " " * 12))
+    fields = [f"{name}={value}" for name, value in vars(config).items() if value != ""]
+    print(textwrap.fill(" ".join(fields), 96, initial_indent="  config    ",
+                        subsequent_indent=" " * 12, break_long_words=False), flush=True)
+
+
+# 97.5 % points of Student's t for 1 to 9 degrees of freedom; beyond, the last, which is too wide.
+STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
+
+
+def mean_and_half(values: list[float]) -> tuple[float, float]:
+    """Mean and half the width of its 95 % interval over seeds; NaN where there is one seed."""
+    count = len(values)
+    mean = sum(values) / count
+    if count == 1:
+        return mean, math.nan
+    variance = sum((x - mean) ** 2 for x in values) / (count - 1)
+    student = STUDENT[min(count - 1, len(STUDENT)) - 1]
+    return mean, math.sqrt(variance / count) * student
+
+
+def cell(values: float | None | list[float | None], form: str, width: int = 0) -> str:
+    """A cell of a table, aligned right: a value, or of several the mean ± half of its interval; an
+    em dash for what is not known."""
+    if not isinstance(values, list):
+        values = [values]
+    known = [value for value in values if value is not None and math.isfinite(value)]
+    text = "—"
+    if len(known) == 1:
+        text = format(known[0], form)
+    elif known:
+        mean, half = mean_and_half(known)
+        text = f"{mean:{form}}±{half:{form}}"
+    return text.rjust(width)
+
+
+def plain(text: str) -> str:
+    """Text for a figure, where matplotlib would take what stands between dollars for a formula."""
+    return text.replace("$", r"\$")
+
+
+@contextlib.contextmanager
+def dark_figure(path: Path, rows: int, columns: int, figsize: tuple[float, float], **grid: object):
+    """A dark matplotlib figure and its axes, written whole or not at all when the block ends."""
+    from matplotlib import figure, style
+
+    with style.context("dark_background"):
+        drawing = figure.Figure(figsize=figsize, layout="constrained")
+        yield drawing, drawing.subplots(rows, columns, **grid)
+        with whole_file(path) as temporary:
+            drawing.savefig(temporary, dpi=130, format="png")
+    print(f"wrote {path}")
+
+
+def rate_share(step: int, total: int, warmup: float, floor: float) -> float:
+    """Share of the peak learning rate at `step` of `total`: a linear warm-up over that share of the
+    steps, then a cosine down to `floor`; a floor of 1 is a constant rate."""
+    rising = max(1, round(warmup * total))
+    if step < rising:
+        return (step + 1) / rising
+    progress = (step - rising) / max(1, total - rising)
+    return (1 + floor) / 2 + (1 - floor) / 2 * math.cos(math.pi * progress)
+
+
+# ══ Starting a run: preset, controller, hardware ═════════════════════════════════════════════════
+# Fields of the two presets: as shipped above, and small, which a CPU trains in minutes.
+PRESETS: dict[str, tuple] = {
+    "hidden_size": (768, 256),
+    "num_layers": (6, 4),
+    "num_heads": (8, 4),
+    "mem_slots": (64, 32),
+    "mem_width": (128, 64),
+    "max_steps": (0, 600),
+    "batch_size": (4, 8),
+    "seq_len": (128, 64),
+    "lr": (3e-4, 1e-3),
+    "log_every_steps": (50, 10),
+    "save_every_steps": (3000, 300),
+}
+
+
+def choose_preset(argv: list[str], cuda: bool) -> tuple[dict, str]:
+    """The fields that a preset changes, and which one it is and why. A field that was edited in
+    this file, away from what was shipped, wins over the preset."""
+    asked = Config.preset
+    for word, following in zip(argv, [*argv[1:], ""], strict=True):
+        name, _, value = word.partition("=")
+        if name == "--preset":
+            asked = value or following
+    why = "as asked"
+    chosen = asked
+    if asked == "auto" and cuda:
+        chosen, why = "full", "auto: a CUDA device is visible"
+    elif asked == "auto":
+        chosen, why = "small", ("auto: no CUDA device is visible; --preset full is the real size, "
+                                "about 1.7 s a step on two CPU cores")
+    fields = {}
+    if chosen == "small":
+        fields = {name: small for name, (shipped, small) in PRESETS.items()
+                  if getattr(Config, name) == shipped}
+    asks_for_epochs = any(word.partition("=")[0] == "--epochs" for word in argv)
+    if asks_for_epochs or Config.epochs != 1:  # or max_steps would override them
+        fields.pop("max_steps", None)
+    return fields, f"{chosen} ({why})"
+
+
+def controller_config(config: Config, vocab_size: int):
+    """The controller's transformers.GPT2Config, from Config or from the pretrained GPT-2 it names.
+    Raises ValueError when that is no GPT-2, has no room for the window, or another vocabulary."""
+    from transformers import AutoConfig, GPT2Config
+
+    name = config.init_from
+    dropout = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), config.dropout)
+    if name == "scratch":
+        return GPT2Config(
+            vocab_size=vocab_size, n_positions=config.seq_len, n_embd=config.hidden_size,
+            n_layer=config.num_layers, n_head=config.num_heads, n_inner=config.mlp_width or None,
+            bos_token_id=None, eos_token_id=None, **dropout)
+    with asking_hub("init_from", name, "a folder written by a GPT-2's save_pretrained"):
+        settings = AutoConfig.from_pretrained(name, **dropout)
+    kind = settings.model_type
+    positions = getattr(settings, "n_positions", 0)
+    require(kind == "gpt2", "init_from", name, f"a GPT-2 (this is {kind})")
+    require_field(config, "seq_len", config.seq_len <= positions,
+                  f"at most the {positions} positions of {name}")
+    require(vocab_size <= settings.vocab_size, "tokenizer", f"{vocab_size} entries",
+            f"that of {name}, with {settings.vocab_size} entries; set --tokenizer")
+    return settings
+
+
+def build_model(config: Config, settings: object) -> GPT2WithMemory:
+    """Build an arm's model on the CPU from the run's seed, and settings, its GPT2Config."""
+    from transformers import GPT2Model
+
+    torch.manual_seed(config.seed)
+    if config.init_from == "scratch":
+        settings._attn_implementation = "sdpa"
+        controller = GPT2Model(settings)
+        return GPT2WithMemory(config, controller)
+    with asking_hub("init_from", config.init_from, "a folder with the weights of a GPT-2"):
+        controller = GPT2Model.from_pretrained(config.init_from, config=settings,
+                                               attn_implementation="sdpa").float()
+    return GPT2WithMemory(config, controller)
+
+
+def matched_width(config: Config) -> int:
+    """The feed-forward width at which a baseline has as many parameters as the DNC."""
+    with torch.device("meta"):
+        memory = build_memory(config)
+    extra = count_parameters(memory) / config.num_layers
+    wider = round(extra / (2 * config.hidden_size + 1))  # two matrices and one bias
+    width = config.mlp_width or 4 * config.hidden_size
+    return width + wider
+
 
 def start_run(name: str, config: Config, corpus: Corpus, device: torch.device) -> Run:
     """Build one arm (a dataclasses.replace of Config) ready to train, resumed if Config says so."""
     config = dataclasses.replace(config, memory="dnc" if name == "dnc" else "none")
     if name == "matched":
-        with torch.device("meta"):
-            extra = count_parameters(build_memory(config)) / config.num_layers
-        wider = round(extra / (2 * config.hidden_size + 1))  # two matrices and one bias
-        width = (config.mlp_width or 4 * config.hidden_size) + wider
-        config = dataclasses.replace(config, mlp_width=width)
+        config = dataclasses.replace(config, mlp_width=matched_width(config))
     model = build_model(config, controller_config(config, corpus.vocab_size)).to(device)
     if config.use_compile:
         model.controller.compile(mode=config.compile_mode)
@@ -1136,199 +2032,48 @@ def start_run(name: str, config: Config, corpus: Corpus, device: torch.device) -
         resume_run(run, corpus)
     return run
 
-# ══ Comparison: table, memory controls, write inspection, plots ══════════════════════════════════
-RULE, LINE, MARKS = "═" * 78, "  " + "─" * 74, {1: "✓", -1: "✗", 0: "≈"}
-# label, metric, format, better (+1 higher, -1 lower, 0 neither), STATS column of the paired test
-TABLE = (
-    ("Perplexity ↓", "ppl", ",.2f", -1, "nll"),
-    ("Top-1 accuracy ↑", "top1_acc", ".4f", 1, "top1"),
-    ("Avg write gate", "avg_gate", ".4f", 0, None),
-    ("Write sparsity ↑", "write_sparsity", ".4f", 1, None),
-    ("Memory KL ↑", "mem_kl", ".4f", 1, None),
-    ("Loss (nats) ↓", "loss", ".4f", -1, "nll"),
-    ("Bits per token ↓", "bpt", ".4f", -1, "nll"),
-    ("Top-5 accuracy ↑", "top5_acc", ".4f", 1, "top5"),
-    ("Confidence ↑", "confidence", ".4f", 1, "confidence"),
-    ("Mean rank ↓", "mean_rank", ",.1f", -1, "rank"),
-    ("Prediction entropy", "pred_entropy", ".4f", 0, None),
-    ("Gate std", "gate_std", ".4f", 0, None),
-    ("Write rate", "write_rate", ".4f", 0, None),
-)
-
-def paired_sign(reference: dict, other: dict, column: str) -> int:
-    """+1 / -1 where the mean of a STATS column is surely higher / lower in `other` than in
-    `reference`: the 95 % interval of the paired difference excludes zero; else 0. Neighbouring
-    windows are alike, so the independent units are long stretches, an eighth of a row each."""
-    difference = (other["sums"] - reference["sums"])[..., STATS.index(column)]  # (windows, rows)
-    counts = reference["counts"].double()
-    mean = difference.sum() / counts.sum()
-    stretches = (difference - mean * counts).tensor_split(min(8, len(counts)))  # ratio estimator
-    residual = torch.cat([stretch.sum(0) for stretch in stretches])  # (stretches * rows,)
-    error = residual.square().sum().sqrt() / counts.sum() * math.sqrt(1 + 1 / (len(residual) - 1))
-    return 0 if abs(mean) <= 2 * error else 1 if mean > 0 else -1
-
-def print_row(label: str, old: float | None, new: float | None, form: str, mark: str = "") -> None:
-    """One line of a table: two values and the relative change; an em dash for what is not known."""
-    cells = [format(x, form) if x is not None and math.isfinite(x) else "—" for x in (old, new)]
-    ratio = math.nan if "—" in cells or not old else new / old - 1
-    delta = f"{'▲' if ratio > 0 else '▼' if ratio < 0 else '='}{abs(ratio):.1%} {mark}"
-    delta = "—" if math.isnan(ratio) else delta
-    print(f"  {label:<21} {cells[0]:>15} {cells[1]:>15}     {delta}".rstrip())
-
-def print_comparison(reference: Run, other: Run, corpus: Corpus) -> None:
-    """Print the final table; ✓ and ✗ stand only where `other` is really better or worse."""
-    old, new, config = reference.results, other.results, other.config
-    tokens, scored = new["steps"] * config.batch_size * config.seq_len, new["valid"]["counts"].sum()
-    print(f"\n{RULE}\n  FINAL COMPARISON — {reference.arm[5:]} GPT2 vs {other.arm}\n{RULE}\n"
-          f"  {corpus.name}\n"
-          f"  {tokens:,} training tokens in {new['steps']:,} steps, seed {config.seed}; scored on "
-          f"{scored:,} of the {len(corpus.valid) - 1:,} of validation\n\n"
-          f"  {'Metric':<21} {reference.arm:>15} {other.arm:>15}     Δ\n{LINE}")
-    for label, key, form, better, column in TABLE:
-        mark = MARKS[better * paired_sign(old["valid"], new["valid"], column)] if column else ""
-        print_row(label, *(r["valid"]["metrics"].get(key) for r in (old, new)), form, mark)
-    print_row("Test perplexity ↓", *(r["test"]["metrics"]["ppl"] for r in (old, new)), ",.2f",
-              MARKS[-paired_sign(old["test"], new["test"], "nll")])
-    print_row("Parameters", old["parameters"], new["parameters"], ",d")
-    print_row("Training tokens/s ↑", old["tokens_per_s"], new["tokens_per_s"], ",.0f")
-    print_row("Peak memory MiB ↓", old["peak_mb"], new["peak_mb"], ",.0f")
-    print(f"{LINE}\n  ✓ better, ✗ worse: the paired 95 % interval over stretches of text excludes\n"
-          "  zero; ≈ it does not. One seed: it covers the choice of text, not of initial weights.")
-
-def print_controls(run: Run, baseline: Run | None, corpus: Corpus, stop: StopSignal) -> None:
-    """Print validation perplexity as it is, with reads zeroed, with every row's memory swapped."""
-    as_is = run.results["valid"]
-    zeroed = {**as_is, "sums": as_is["sums"].clone()}
-    # read_proj has no bias: zeroed reads give the logits without memory, which are measured too.
-    zeroed["sums"][..., STATS.index("nll")] = as_is["sums"][..., STATS.index("nll_without")]
-    stream = corpus.valid[: int(as_is["counts"].sum()) + 1]
-    swapped = evaluate(run.model, stream, run.config, stop, brief=True, swap=True)
-    found = {"reads zeroed": zeroed, "memory swapped": swapped}
-    found |= {} if baseline is None else {baseline.arm: baseline.results["valid"]}
-    print(f"\n{RULE}\n  Does the gain come from memory?   {run.arm}, validation\n{RULE}")
-    print(f"  {'Perplexity ↓':<21} {'as it is':>15} {'changed':>15}     Δ\n{LINE}")
-    for label, changed in found.items():
-        pair = (math.exp(x["sums"][..., 0].sum() / x["counts"].sum()) for x in (as_is, changed))
-        print_row(label, *pair, ",.2f", MARKS[-paired_sign(as_is, changed, "nll")])
-    print("  Zeroed: h + 0 into the head. Swapped: at each window start a row gets the state of\n"
-          "  the row before it; what that loses is what memory carried over from its own text.")
-
-@torch.no_grad()
-def inspect_writes(model: GPT2WithMemory, tokenizer, text: str, folder: str, corpus: str) -> None:
-    """Run a text from an empty memory: print each token's write gate, draw memory_trace.png."""
-    ids = tokenizer.encode(text, add_special_tokens=False).ids
-    require(len(ids) > 0, "text", text, "text that the tokenizer knows")
-    tokens = torch.tensor([ids], device=next(model.parameters()).device)  # (1, T)
-    state, traces = model.init_state(1), []
-    model.eval()
-    for window in tokens.split(model.config.seq_len, dim=1):
-        _, _, state, trace = model.hidden(window, state)
-        traces.append(trace)
-    trace = DNCTrace(*(torch.cat(x, dim=1)[0].cpu() for x in zip(*traces, strict=True)))  # (T, …)
-    words = [tokenizer.decode([i]).strip(" ").replace("\n", "\\n") or "␣" for i in ids]
-    width = max(5, *map(len, words))
-    print(f"\n{RULE}\n  Write inspection — the gate at every token of the sample\n{RULE}")
-    print("  Token  Gate  bar")
-    for word, gate in zip(words, trace.write_gate.tolist(), strict=True):
-        print(f"  {word:<{width}}   {gate:.3f}  {'█' * round(gate * 30)}".rstrip())
-    plot_trace(words, trace, Path(folder) / "memory_trace.png", corpus)
-
-@contextlib.contextmanager
-def dark_figure(path: Path, rows: int, columns: int, figsize: tuple[float, float], **grid):
-    """A dark matplotlib figure and its axes, written whole or not at all when the block ends."""
-    from matplotlib import figure, style
-    with style.context("dark_background"):
-        drawn = figure.Figure(figsize=figsize, layout="constrained")
-        yield drawn, drawn.subplots(rows, columns, **grid)
-        drawn.savefig(path.with_name(path.name + ".tmp"), dpi=130, format="png")
-        os.replace(path.with_name(path.name + ".tmp"), path)
-    print(f"wrote {path}")
-
-def plot_trace(words: list[str], trace: DNCTrace, path: Path, corpus: str) -> None:
-    """Gate above, write weights and read weights (mean of the heads) below, slots by tokens."""
-    T, step = len(words), max(1, len(words) // 120)
-    size = (max(8, min(40, 0.32 * T + 2)), 9)
-    with dark_figure(path, 3, 1, size, sharex=True, height_ratios=[1, 2, 2]) as (figure, axes):
-        axes[0].bar(range(T), trace.write_gate.numpy(), color="#ffb347", width=0.8)
-        axes[0].set(ylim=(0, 1), ylabel="write gate")
-        axes[0].set_title(f"GPT2 + DNC, memory by token\n{corpus}", fontsize=10)
-        panels = (("write", trace.write_weights), ("read", trace.read_weights.mean(1)))  # (T, N)
-        for axis, (label, weights) in zip(axes[1:], panels, strict=True):
-            image = axis.imshow(weights.T.numpy(), aspect="auto", cmap="magma")
-            axis.set_ylabel(f"slot ({label} weights)")
-            figure.colorbar(image, ax=axis, pad=0.01)
-        labels = [word.replace("$", r"\$") for word in words[::step]]
-        axes[2].set_xticks(range(0, T, step), labels, rotation=90, fontsize=8)
-
-def plot_curves(runs: list[Run], path: Path, corpus: str) -> None:
-    """Loss and top-1 accuracy over steps: train thin, validation dashed with markers."""
-    colors = dict(zip(ARMS.values(), ("#4fc3f7", "#aed581", "#ff8a65"), strict=True))
-    styles = dict(train=dict(lw=0.9, alpha=0.8), validation=dict(lw=1.8, ls="--", marker="o", ms=5))
-    with dark_figure(path, 1, 2, (13, 5)) as (figure, axes):
-        panels = {"loss": "CE loss (nats/token)", "top1_acc": "top-1 accuracy"}
-        for axis, (key, label) in zip(axes, panels.items(), strict=True):
-            for run, split in [(run, split) for run in runs for split in styles]:
-                rows = [row for row in run.history if row["split"] == split]
-                axis.plot([row["step"] for row in rows], [row[key] for row in rows],
-                          color=colors[run.arm], label=f"{run.arm}, {split}", **styles[split])
-            axis.set(xlabel="step", ylabel=label)
-            axis.grid(alpha=0.2)
-            axis.legend(fontsize=9)
-        figure.suptitle(f"{' vs '.join(run.arm for run in runs)}\n{corpus}", fontsize=11)
-
-# ══ Main ═════════════════════════════════════════════════════════════════════════════════════════
-def check_folder(config: Config, field: str, needed_mb: float = 1.0) -> None:
-    """Make an output folder and prove that it can be written. Raises ValueError."""
-    folder = Path(getattr(config, field))
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / ".write_test").write_bytes(b"x" * 4096)
-        (folder / ".write_test").unlink()
-        free = shutil.disk_usage(folder).free / 2**20
-    except OSError as error:
-        raise ValueError(f"{field} = {str(folder)!r}: cannot be written ({error.strerror}); name "
-                         "another folder") from None
-    require(free >= needed_mb, field, str(folder), f"on a disk with {needed_mb:,.0f} MiB free for "
-            f"one checkpoint ({free:,.0f} are); free some, or name another folder")
 
 def choose_hardware(config: Config, visible: int) -> tuple[Config, int]:
     """Fill in precision and choose how many of the visible GPUs to use: at most 2, at most 1 a row.
     Raises ValueError when those asked for are not there, or torch.compile would meet two."""
-    gpus = min(2, visible, config.rows) if config.num_gpus == "auto" else config.num_gpus
-    if gpus == 1 < visible and config.num_gpus == "auto":
-        print(f"num_gpus auto: 1 of {visible}; batch_size / bptt_segments = 1 row does not split")
+    gpus = config.num_gpus
+    if gpus == "auto":
+        gpus = min(2, visible, config.rows)
+        if gpus == 1 < visible:
+            print(f"num_gpus auto: 1 of {visible}; batch_size / bptt_segments = 1 row does not "
+                  "split")
     require(gpus <= visible, "num_gpus", gpus, f"at most {visible}, the CUDA devices that are "
             "visible; set num_gpus=auto")
     require(gpus < 2 or not config.use_compile, "use_compile", True,
             "False on two GPUs; set num_gpus=1")
-    bf16 = gpus > 0 and torch.cuda.get_device_capability()[0] >= 8  # older ones emulate it
-    precision = config.precision if config.precision != "auto" else "bf16" if bf16 else "float32"
+    precision = config.precision
+    if precision == "auto":
+        bf16 = gpus > 0 and torch.cuda.get_device_capability()[0] >= 8  # older ones emulate it
+        precision = "bf16" if bf16 else "float32"
     return dataclasses.replace(config, precision=precision), gpus
 
-def print_banner(config: Config, corpus: Corpus, gpus: int, preset: str) -> None:
-    """Print all that a reader needs to judge the figures: config, versions, device, data."""
-    import transformers
-    device = torch.cuda.get_device_name() if gpus else f"CPU, {torch.get_num_threads()} threads"
-    device += " x 2, DataParallel" if gpus == 2 else ""
-    print(f"{RULE}\n  DNC-GPT2: {' vs '.join(ARMS[arm] for arm in config.arm_list)}\n{RULE}\n"
-          f"  preset    {preset}\n  device    {device}, {config.precision}\n"
-          f"  versions  Python {platform.python_version()}, torch {torch.__version__}, "
-          f"transformers {transformers.__version__}\n"
-          f"  corpus    {corpus.name}, sha256 {corpus.fingerprint[:12]}\n"
-          f"            train {len(corpus.train):,}, validation {len(corpus.valid):,}, test "
-          f"{len(corpus.test):,} tokens")
-    fields = [f"{key}={value}" for key, value in dataclasses.asdict(config).items() if value != ""]
-    print(textwrap.fill(" ".join(fields[:-1]), 96, initial_indent="  config    ",
-                        subsequent_indent=" " * 12, break_long_words=False))
+
+# ══ Main ═════════════════════════════════════════════════════════════════════════════════════════
+def announce(config: Config, corpus: Corpus, device: str, preset: str) -> None:
+    """Print what is about to be compared."""
+    print_banner("DNC-GPT2: " + " vs ".join(ARMS[arm] for arm in config.arm_list), {
+        "preset": preset,
+        "device": f"{device}, {config.precision}",
+        "corpus": f"{corpus.name}, sha256 {corpus.fingerprint[:12]}\n"
+                  f"train {len(corpus.train):,}, validation {len(corpus.valid):,}, test "
+                  f"{len(corpus.test):,} tokens",
+    }, config)
+
 
 def run_inspection(config: Config) -> None:
     """--inspect: print the gates of a trained GPT2 + DNC on a text. Raises ValueError."""
     from tokenizers import Tokenizer
     from transformers import GPT2Config
+
     payload = load_checkpoint(config.inspect)
-    require(payload["arm"] == ARMS["dnc"], "inspect", config.inspect, f"a checkpoint of "
-            f"{ARMS['dnc']} (this is of {payload['arm']}, which has no memory)")
-    check_folder(config, "plot_dir")
+    require_field(config, "inspect", payload["arm"] == ARMS["dnc"], f"a checkpoint of "
+                  f"{ARMS['dnc']} (this is of {payload['arm']}, which has no memory)")
+    check_folder(config.plot_dir, "plot_dir")
     trained = Config(**payload["config"] | {"init_from": "scratch", "scan": config.scan})
     model = build_model(trained, GPT2Config.from_dict(json.loads(payload["controller"])))
     model.load_state_dict(payload["model_state_dict"])
@@ -1336,65 +2081,90 @@ def run_inspection(config: Config) -> None:
     tokenizer = Tokenizer.from_str(payload["tokenizer"])
     inspect_writes(model, tokenizer, config.text, config.plot_dir, payload["corpus"])
 
-def run_comparison(config: Config, preset: str, stop: StopSignal) -> None:
-    """The main job: every arm trained and evaluated in turn, then table, controls, inspection."""
-    config, gpus = choose_hardware(config, torch.cuda.device_count())
-    check_folder(config, "save_dir")
-    check_folder(config, "plot_dir")
-    corpus = load_corpus(config)
-    if config.init_from != "scratch":
-        found = controller_config(config, corpus.vocab_size)
-        config = dataclasses.replace(config, hidden_size=found.n_embd, num_layers=found.n_layer,
-                                     num_heads=found.n_head, mlp_width=found.n_inner or 0)
-    print_banner(config, corpus, gpus, preset)
-    device, folder = torch.device("cuda" if gpus else "cpu"), Path(config.plot_dir)
-    if "dnc" in config.arm_list:  # what cannot run is said before the first arm trains
-        memory = build_memory(config).to(device)
-        pick_scan(config.scan, memory.init_state(1), memory.options)
+
+def start_metrics_file(runs: Iterable[Run], device: str, folder: str) -> None:
+    """Write metrics.jsonl anew: the facts of the run, then the rows that its arms have so far."""
+    rows = [{"run": run_facts(device)}]
+    for run in runs:
+        rows += run.history
+    text = "".join(json.dumps(row) + "\n" for row in rows)
+    write_text(text, Path(folder) / "metrics.jsonl")
+
+
+def train_arms(config: Config, corpus: Corpus, device: torch.device, gpus: int, named: str,
+               stop: StopSignal) -> dict[str, Run]:
+    """Train every arm in turn -> the finished runs by name. Only the DNC's keeps its model."""
     runs = {}
     for name in config.arm_list:
         run = runs[name] = start_run(name, config, corpus, device)
-        lines = "".join(json.dumps(row) + "\n" for r in runs.values() for row in r.history)
-        (folder / "metrics.jsonl").write_text(lines, encoding="utf-8")
+        start_metrics_file(runs.values(), named, config.plot_dir)
         total, memory = count_parameters(run.model), count_parameters(run.model.memory)
         print(f"\n{run.arm}: {total:,} parameters" + (f", {memory:,} of memory" if memory else ""))
         if not run.results:
-            check_folder(run.config, "save_dir", 12 * total / 2**20 + 16)  # weights, two moments
+            checkpoint_mb = 12 * total / 2**20 + 16  # weights and two moments
+            check_folder(config.save_dir, "save_dir", checkpoint_mb)
             forward = nn.DataParallel(run.model, device_ids=[0, 1]) if gpus == 2 else run.model
             train(run, corpus, forward, stop)
-        run.optimizer, run.model = None, run.model.cpu() if name == "dnc" else None  # frees memory
-    plot_curves([*runs.values()], folder / "training_curves.png", corpus.name)
-    if dnc := runs.pop("dnc", None):
-        for run in runs.values():
+        run.optimizer = None  # frees memory
+        run.model = run.model.cpu() if name == "dnc" else None
+    return runs
+
+
+def report(runs: dict[str, Run], config: Config, corpus: Corpus, device: torch.device,
+           stop: StopSignal) -> None:
+    """Print the tables and the gates of the sample, then draw the pictures."""
+    dnc = runs.get("dnc")
+    others = [run for name, run in runs.items() if name != "dnc"]
+    if dnc is not None:
+        for run in others:
             print_comparison(run, dnc, corpus)
         dnc.model.to(device)
         print_controls(dnc, runs.get("baseline"), corpus, stop)
+    plot_curves([*runs.values()], Path(config.plot_dir) / "training_curves.png", corpus.name)
+    if dnc is not None:
         inspect_writes(dnc.model, corpus.tokenizer, config.text, config.plot_dir, corpus.name)
+
+
+def run_comparison(config: Config, preset: str, stop: StopSignal) -> None:
+    """The main job: every arm trained and evaluated in turn, then table, controls, inspection."""
+    require_field(config, "memory", config.memory == "dnc",
+                  "left as it is: every arm sets its own; for a model without use --arms baseline")
+    config, gpus = choose_hardware(config, torch.cuda.device_count())
+    check_folder(config.save_dir, "save_dir")
+    check_folder(config.plot_dir, "plot_dir")
+    corpus = load_corpus(config)
+    if config.init_from != "scratch":
+        settings = controller_config(config, corpus.vocab_size)
+        config = dataclasses.replace(
+            config, hidden_size=settings.n_embd, num_layers=settings.n_layer,
+            num_heads=settings.n_head, mlp_width=settings.n_inner or 0)
+
+    device = torch.device("cuda" if gpus else "cpu")
+    named = device_name(device) + (" x 2, DataParallel" if gpus == 2 else "")
+    announce(config, corpus, named, preset)
+    if "dnc" in config.arm_list:  # what cannot run is said before the first arm trains
+        memory = build_memory(config).to(device)
+        pick_scan(config.scan, memory.init_state(1), memory.options)
+    runs = train_arms(config, corpus, device, gpus, named, stop)
+    report(runs, config, corpus, device, stop)
+
 
 def main(argv: list[str]) -> int:
     """Run a command line -> exit code: 0, 1 diverged, 2 a user's mistake, 128 + signal stopped."""
-    if {"-h", "--help"} & set(argv):
-        print_help(Config, __doc__, PRESETS["small"])
-        return 0
-    stop = StopSignal()
-    try:
-        overrides = parse_overrides(Config, argv)
-        config, preset = make_config(Config, overrides, PRESETS, torch.cuda.is_available())
+
+    def job(stop: StopSignal) -> None:
+        fields, preset = choose_preset(argv, torch.cuda.is_available())
+        usage = __doc__.replace("\nRead downward", f"\nPreset: {preset}\nRead downward", 1)
+        config = read_config(Config, argv, usage, fields)
         if config.inspect:
             run_inspection(config)
         else:
-            for number in (signal.SIGINT, signal.SIGTERM):
-                signal.signal(number, stop.receive)
             run_comparison(config, preset, stop)
-    except StopSignal:
-        words = [f"--{key}={value}" for key, value in (overrides | {"resume": "auto"}).items()]
-        print("\nstopped and saved; continue with:\n  python dnc_gpt2.py " + shlex.join(words))
-        return 128 + stop.signum
-    except (ValueError, OSError, Diverged) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1 if isinstance(error, Diverged) else 2
-    return 0
+
+    again = ["dnc_gpt2.py", *argv, "--resume", "auto"]
+    return run_command(job, again, saved="training is saved")
+
 
 if __name__ == "__main__":
-    sys.stdout.reconfigure(errors="replace")  # a terminal that lacks ▲ and █ still gets the table
+    print_any_character()
     sys.exit(main(sys.argv[1:]))

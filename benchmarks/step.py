@@ -57,8 +57,9 @@ from dnc_gpt2 import (
 )
 
 WARM_UP = 3  # steps: compiling, the optimizer's moments, the allocator's pools
-SIZES = {"card": PRESETS["full"], "small": PRESETS["small"],
-         "long": PRESETS["full"] | {"batch_size": 32, "seq_len": 1024}}
+CARD = {name: shipped for name, (shipped, _) in PRESETS.items()}
+SMALL = {name: small for name, (_, small) in PRESETS.items()}
+SIZES = {"card": CARD, "small": SMALL, "long": CARD | {"batch_size": 32, "seq_len": 1024}}
 
 class Arm(NamedTuple):
     name: str  # baseline | dnc
