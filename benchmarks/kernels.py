@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Compile the CUDA kernels of dnc_scan.py for real GPUs, no device needed, and say what came out.
+"""Compile the kernels of dnc_scan/cuda.py for real GPUs, no device needed, and say what came out.
 
     python benchmarks/kernels.py                       sm_90, the card's shape and the corners
     python benchmarks/kernels.py --arch 80,100 --shapes 64,128,4
@@ -27,7 +27,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from scan import OneLineParser, print_table
 
-import dnc_scan
+from dnc_scan import cuda
+from dnc_scan.layout import CHECKPOINT_EVERY, EPS
 
 SHAPES = "64,128,4 32,64,4 17,60,3 128,128,4 256,64,4 64,128,4,links 128,128,2,links"
 COLUMNS = {"arch": ("arch", "d"), "kernel": ("kernel", ""), "N": ("N", "d"), "W": ("W", "d"),
@@ -76,9 +77,9 @@ def read_archs(text: str) -> list[int]:
 
 def inspect_kernel(name: str, shape: tuple[int, int, int, bool], arch: int) -> dict:
     slots, width, heads, links = shape
-    sizes, warps = dnc_scan.kernel_sizes(slots, width, heads, links)
-    constants = {**sizes, "EVERY": dnc_scan.CHECKPOINT_EVERY, "WIPE": True, "EPS": dnc_scan.EPS}
-    kernel = getattr(dnc_scan, f"{name}_kernel")
+    sizes, warps = cuda.kernel_sizes(slots, width, heads, links)
+    constants = {**sizes, "EVERY": CHECKPOINT_EVERY, "WIPE": True, "EPS": EPS}
+    kernel = getattr(cuda, f"{name}_kernel")
     if name == "forward":
         constants["RECORD"] = True
     else:
@@ -100,7 +101,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--shapes", type=read_shape, nargs="+", metavar="N,W,R[,links]",
                         default=[read_shape(text) for text in SHAPES.split()])
     args = parser.parse_args(argv)
-    if dnc_scan.triton is None:
+    if cuda.triton is None:
         print("error: triton is not installed; pip install triton", file=sys.stderr)
         return 2
     rows = [inspect_kernel(name, shape, arch) for arch in args.arch for shape in args.shapes

@@ -60,7 +60,8 @@ from dnc_gpt2 import (
     split_interface,
     zero_state,
 )
-from dnc_scan import dnc_scan, jit, kernel_sizes, refusal, tl
+from dnc_scan import dnc_scan, refusal
+from dnc_scan.cuda import jit, kernel_sizes, tl
 
 CHUNK = 8  # tokens of one compiled graph: more compile for minutes
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 1e-2}  # of gradients, whose type rounds them

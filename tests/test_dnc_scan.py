@@ -1,4 +1,4 @@
-"""Tests of the fused DNC recurrence, dnc_scan.py, against the oracle and the readable dnc_loop.
+"""Tests of the fused DNC recurrence, dnc_scan, against the oracle and the readable dnc_loop.
 
 Values and gradients are compared with the loop in float64, whatever the fused recurrence computes
 in. Among near-ties of the usage rounding decides the free list, and single weightings may then
@@ -57,6 +57,7 @@ from dnc_gpt2 import (
     usage_update,
     zero_state,
 )
+from dnc_scan import cpu, operator
 
 FUSED = [o for o in COMBINATIONS if o.mask_min == 1 and not o.sharpen_links]
 EAGER_ONLY = [o for o in COMBINATIONS if o not in FUSED]
@@ -83,7 +84,7 @@ def short_chunks(request, monkeypatch):
     """Triton's T of 3 to 5 steps spans several chunks."""
     callspec = getattr(request.node, "callspec", None)
     if callspec is not None and callspec.params.get("backend") == "triton":
-        monkeypatch.setattr(dnc_scan, "CHECKPOINT_EVERY", 2)
+        monkeypatch.setattr(operator, "CHECKPOINT_EVERY", 2)
 
 
 # ══ Helpers ══════════════════════════════════════════════════════════════════════════════════════
@@ -505,7 +506,7 @@ def test_dnc_scan_checkpoints_change_nothing(every, options, backend, monkeypatc
     """However far apart the checkpoints, T short of, at and beyond a border: the same results."""
     x, state = make_case(backend, options, 65, sizes=(2, 37, 7, 5, 3))
     want = run(fused(backend), x, state, options)
-    monkeypatch.setattr(dnc_scan, "CHECKPOINT_EVERY", every)
+    monkeypatch.setattr(operator, "CHECKPOINT_EVERY", every)
     got = run(fused(backend), x, state, options)
     assert_equal(got[0], want[0], "value of")
     assert_near(got[1], want[1], 1e-10, "gradient of")
@@ -1021,7 +1022,7 @@ def test_dnc_scan_saves_a_memory_a_checkpoint(backend, monkeypatch):
     x, state = make_case(backend, PLAIN, 111, "zero", sizes, dtype=torch.float32)
     saved = {}
     for every in (2, 4, 8):
-        monkeypatch.setattr(dnc_scan, "CHECKPOINT_EVERY", every)
+        monkeypatch.setattr(operator, "CHECKPOINT_EVERY", every)
         saved[every] = saved_bytes(fused(backend), x, state, PLAIN)
     memories = {every: sizes[1] // every * state.memory.nbytes for every in saved}
     for every in (2, 4):
@@ -1185,7 +1186,7 @@ def test_refusal_of_float64_on_cuda(backend):
 
 def test_refusal_without_numba_says_what_to_install(monkeypatch):
     """numba is optional: without it the CPU has the eager loop, and the command to get more."""
-    monkeypatch.setattr(dnc_scan, "numba", None)
+    monkeypatch.setattr(cpu, "MISSING", "pip install numba")
     state = zero_state(1, 4, 3, 2, PLAIN)
     for chosen in ("auto", "numba"):
         one_line(dnc_scan.refusal(state, PLAIN, chosen), "pip install numba")
@@ -1261,7 +1262,7 @@ def test_dnc_memory_auto_says_nothing_where_fused(fresh_gpt2, capsys, backend):
 
 def test_dnc_memory_auto_falls_back_without_numba(fresh_gpt2, capsys, monkeypatch):
     """One line with the command that installs it."""
-    monkeypatch.setattr(dnc_scan, "numba", None)
+    monkeypatch.setattr(cpu, "MISSING", "pip install numba")
     module = fresh_gpt2.DNCMemory(8, 4, 3, 2, scan="auto")
     torch.nn.init.normal_(module.read_proj.weight)
     h = torch.randn(2, 5, 8)
@@ -1285,7 +1286,7 @@ def test_dnc_memory_fused_raises_where_refused(options):
 
 def test_dnc_memory_fused_raises_without_numba(monkeypatch):
     """The same where what is missing is numba."""
-    monkeypatch.setattr(dnc_scan, "numba", None)
+    monkeypatch.setattr(cpu, "MISSING", "pip install numba")
     module = DNCMemory(8, 4, 3, 2, scan="fused")
     with pytest.raises(ValueError, match="scan") as error:
         module(torch.randn(2, 5, 8), module.init_state(2))
