@@ -80,7 +80,7 @@ from dnc_gpt2 import (
     pick_scan,
 )
 # isort: on
-from edm_gpt2 import EDM
+from edm_model import EDM
 
 ARMS = ("window", "knn_store", "dnc", "edm", "full")
 MEMORY_ARMS = ("knn_store", "dnc", "edm")

@@ -437,10 +437,10 @@ def test_forward_refuses_positions_that_it_would_not_use(base):
 def test_forward_of_no_tokens_keeps_the_state(base):
     model, tokens = make(base), draw(2, 21)
     with torch.no_grad():
-        cache = model(tokens).past_key_values
-        out = model(tokens[:, :0], past_key_values=cache)
+        cache = model(tokens)[eg.CACHE]
+        out = model(tokens[:, :0], **{eg.CACHE: cache})
     assert out.logits.shape == (2, 0, V)
-    same_bits(cache.state, out.past_key_values.state)
+    same_bits(cache.state, out[eg.CACHE].state)
 
 
 def test_bfloat16_stays_near_float32(base):
@@ -578,8 +578,8 @@ def test_graph_changes_nothing(base, fields):
     logits, state, _ = read_all(model, tokens)
     out = model(tokens)
     close(out.logits, logits, 1e-5)
-    same_memory(out.past_key_values.state, state, 1e-5)
-    assert not any(x.requires_grad for x in leaves(out.past_key_values.state).values())
+    same_memory(out[eg.CACHE].state, state, 1e-5)
+    assert not any(x.requires_grad for x in leaves(out[eg.CACHE].state).values())
 
 
 @pytest.mark.parametrize("fields", [
@@ -597,7 +597,7 @@ def test_dense_read_equals_the_read_of_the_nearest(base, fields, monkeypatch):
         found.append((out, {name: p.grad for name, p in memories(model).items()}))
     (one, grads), (other, others) = found
     close(one.logits, other.logits, 1e-10)
-    same_memory(one.past_key_values.state, other.past_key_values.state, 1e-10)
+    same_memory(one[eg.CACHE].state, other[eg.CACHE].state, 1e-10)
     for name, grad in grads.items():
         assert grad.abs().max() > 0, name
         close(grad, others[name], 1e-10)
@@ -734,11 +734,11 @@ def test_mask_gives_the_row_of_what_it_shows(base, seed):
     mask[1], mask[3] = 0, 1
     with torch.no_grad():
         first = model(tokens[:, :29], attention_mask=mask[:, :29])
-        second = model(tokens[:, 29:], attention_mask=mask, past_key_values=first.past_key_values)
+        second = model(tokens[:, 29:], attention_mask=mask, cache=first[eg.CACHE])
     logits = torch.cat([first.logits, second.logits], 1)
     for row in range(4):
         shown = mask[row].bool()
-        state = eg.map_state(lambda x, row=row: x[row : row + 1], second.past_key_values.state)
+        state = eg.map_state(lambda x, row=row: x[row : row + 1], second[eg.CACHE].state)
         if row == 1:  # but index W of the buffers, where masked tokens go
             same_memory(state, model.init_state(1), 0.0)
             for name in ("hidden", "final"):
@@ -747,7 +747,7 @@ def test_mask_gives_the_row_of_what_it_shows(base, seed):
         alone, own, _ = read_all(model, tokens[row : row + 1, shown])
         close(logits[row, shown], alone[0], 1e-10)
         same_memory(own, state, 1e-10)
-    assert second.past_key_values.get_seq_length() == 63
+    assert second[eg.CACHE].get_seq_length() == 63
 
 
 def test_mask_hides_what_the_pads_are(base):
@@ -1443,7 +1443,7 @@ def test_generate_beams_equal_a_naive_search(base):
 def test_cache_reorder_selects_rows(base, index):
     model = make(base)
     with torch.no_grad():
-        cache = model(draw(3, 50)).past_key_values
+        cache = model(draw(3, 50))[eg.CACHE]
     before = cache.state
     cache.reorder_cache(torch.tensor(index))
     for name, value in leaves(cache.state).items():
@@ -1475,14 +1475,14 @@ def test_generate_second_turn_equals_one_pass(base, pads):
     mask = torch.ones_like(prompt)
     mask[0, :pads] = 0
     first = generate(model, prompt, 15, attention_mask=mask, return_dict_in_generate=True)
-    cache = first.past_key_values
+    cache = first[eg.CACHE]
     assert cache.get_seq_length() == 34
     both = torch.cat([first.sequences, more], 1)
     mask = F.pad(mask, (0, 24), value=1)
     wanted = generate(model, both, 20, attention_mask=mask)
     before = eg.map_state(torch.clone, cache.state)
     for _ in range(2):  # the cache may be used again: a turn takes nothing from it
-        made = generate(model, both, 20, attention_mask=mask, past_key_values=cache)
+        made = generate(model, both, 20, attention_mask=mask, **{eg.CACHE: cache})
         assert torch.equal(made, wanted)
         same_bits(cache.state, before)
 

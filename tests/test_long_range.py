@@ -344,7 +344,6 @@ def test_random_answers_are_the_next_tokens(w, L):
     assert len(np.unique(rows.inputs)) == config.alphabet  # no filler, every symbol
 
 
-
 def test_config_full_has_folders_of_its_own():
     """Else a run of --full would be refused for what a reduced one has left, or replace it."""
     full, reduced = lr.Config(**lr.FULL), lr.Config()
@@ -369,7 +368,6 @@ def alter(path: Path, change: Callable[[dict], object], rehash: bool = False) ->
         payload["sha256"] = lr.content_hash(payload["groups"])
     torch.save(payload, path)
     lr.load_data.cache_clear()
-
 
 
 def test_data_hash_covers_every_row_and_number(copy_data):
@@ -525,7 +523,6 @@ def test_context_free_equals_a_naive_count(task):
     assert loss == pytest.approx(sum(losses) / total, rel=1e-5)
 
 
-
 def test_context_free_counts_each_kind_of_question_apart():
     """By hand, with 64 symbols: three questions at one marker, one at another, two at symbols,
     which are one kind; then an answer and a kind of question that training has not seen."""
@@ -610,8 +607,6 @@ def test_knn_store_equals_a_naive_loop(B, T, n, C, D, top_k):
         assert_close(a, b, atol=1e-10, rtol=1e-10)
 
 
-
-
 @pytest.mark.parametrize("cuts", [(0, 1, 4, 11), (0, 7, 11)])
 def test_knn_store_by_segments_equals_at_once(cuts):
     """And before it is trained it adds nothing."""
@@ -630,7 +625,6 @@ def test_knn_store_by_segments_equals_at_once(cuts):
     assert (trace.write_slots == torch.arange(11)).all() and (trace.write_gate == 1).all()
     untrained = lr.KNNStore(5, 3, 3).double()
     assert torch.equal(untrained(h, untrained.init_state(2))[0], h)
-
 
 
 # ══ LongRangeModel ═══════════════════════════════════════════════════════════════════════════════
@@ -693,7 +687,6 @@ def test_model_segment_is_the_longest_row_of_its_task(arm, task, L):
     assert len(model.controller.wpe.weight) == model.block * (2 if arm == "edm" else 1)
 
 
-
 @pytest.mark.parametrize("arm, links", [
     ("window", False), ("knn_store", False), ("dnc", False), ("dnc", True), ("edm", False)])
 @torch.no_grad()
@@ -716,8 +709,6 @@ def test_model_arms_have_as_many_parameters(task):
     config = tiny(train="256,32", mqar_train="256:4")
     sizes = [lr.count_parameters(lr.build_model(config, task, arm, 0)) for arm in lr.ARMS]
     assert max(sizes) <= 1.02 * min(sizes), sizes
-
-
 
 
 @pytest.mark.parametrize("arm", ["window", "knn_store", "dnc", "edm"])
@@ -961,7 +952,6 @@ def test_score_reads_so_many_tokens_at_once(rows, L, segment, batches, monkeypat
         assert lr.score(model, group, tiny(), swap=True)["accuracy"] == 0.0
 
 
-
 @pytest.mark.parametrize("block, L, segments", [
     (32, 32, [32]), (32, 64, [32, 32]), (32, 96, [64, 32]), (32, 160, [64, 64, 32]),
     (32, 192, [64, 64, 32, 32]), (96, 96, [96])])
@@ -987,7 +977,6 @@ def test_score_swapped_gives_the_memory_of_the_row_before(rows):
     assert result["accuracy"] == 1.0
     assert result["val_loss"] == pytest.approx(loss_of(1), rel=1e-4)
     assert lr.score(FirstToken(32), group, tiny())["accuracy"] == 0.0
-
 
 
 @pytest.mark.parametrize("split, slots", [("train", 0), ("valid", 0), ("test", 18)])
@@ -1020,7 +1009,6 @@ def test_effective_context_is_half_way_to_chance(accuracy, chance, wanted):
     assert lr.effective_context(cells) == wanted
     of_two_chances = [(1.0, 0.6, 0.0), (2.0, 0.6, 0.5)]
     assert lr.effective_context(of_two_chances) == "1.19"  # 2 ** 0.25
-
 
 
 def result_row(arm: str = "window", length: int = 64, accuracy: float = 0.5, **fields) -> dict:
@@ -1080,7 +1068,6 @@ def test_table_says_the_effective_context_of_the_mean_at_equal_load(capsys):
     assert [line[0] for line in table[1:]] == ["32", "64", "128"]
     assert reaches(printed) == {"window": "< 1 windows; learning rate 0.01 of 0.01, 0.02",
                                 "dnc": "1.73 windows; learning rate 0.01 of 0.01, 0.02"}
-
 
 
 def test_table_of_costs_has_the_median_speed_and_what_a_row_keeps(capsys):
@@ -1225,7 +1212,6 @@ def test_compare_prints_the_accuracy_of_every_arm_and_length(trained):
     assert list(reaches(printed)) == list(ARMS)
 
 
-
 @pytest.mark.parametrize("task, arm, length, items", [
     ("copy", "window", 96, 0), ("copy", "full", 64, 0), ("mqar", "knn_store", 96, 0),
     ("mqar", "dnc", 96, 12)])
@@ -1271,7 +1257,6 @@ def test_measure_run_of_the_full_arm_reads_no_longer_rows(trained, arm, lengths)
     assert [row["length"] for row in rows] == lengths
 
 
-
 def test_compare_evaluates_what_is_missing_alone(copied, jobs_run):
     """The rows of the others are those of the file; a second time, all are."""
     results = results_of(copied)
@@ -1311,7 +1296,6 @@ def test_measure_evaluates_again_what_has_changed(copied, change, runs, monkeypa
         config = dataclasses.replace(copied, scan="auto")
     lr.measure(config)
     assert len(jobs) == runs and (runs != 1 or jobs == [job])
-
 
 
 def test_train_and_compare_go_on_to_the_same_weights_and_results(trained, copied, jobs_run):
@@ -1482,7 +1466,6 @@ def test_command_says_a_mistake_in_one_line(words, named, tmp_path, capsys):
     printed = capsys.readouterr().err
     assert named in error_line(printed) and len(printed.strip().splitlines()) == 1
     assert not files(tmp_path)
-
 
 
 # ══ Checkpoints that do not belong to a run ══════════════════════════════════════════════════════
