@@ -1947,7 +1947,7 @@ def choose_preset(argv: list[str], cuda: bool) -> tuple[dict, str]:
     """The fields that a preset changes, and which one it is and why. A field that was edited in
     this file, away from what was shipped, wins over the preset."""
     asked = Config.preset
-    for word, following in zip(argv, [*argv[1:], ""], strict=True):
+    for word, following in zip(argv, [*argv[1:], ""], strict=False):
         name, _, value = word.partition("=")
         if name == "--preset":
             asked = value or following

@@ -143,8 +143,7 @@ def test_table_prints_what_was_measured_and_counted(finished):
                   "266 of the 266 of validation"):
         assert words in text
     rows = {line[2:23].strip(): line for line in text.splitlines()}
-    for metric in dnc_gpt2.METRICS:
-        assert (metric.label in rows) == bool(metric.label), metric.key
+    assert {metric.label for metric in dnc_gpt2.METRICS if metric.label} <= rows.keys()
     for name in FINALS.values():
         payload = load(finished.save_dir / name)
         for metric in dnc_gpt2.METRICS[:2]:
@@ -328,7 +327,7 @@ def test_killed_run_resumes_to_the_same_weights_and_table(finished, tmp_path, ma
 
     saves = draw.randrange(2, STEPS // EVERY)
     print("killed while writing checkpoint number", saves)
-    out = die("mid-write", saves)
+    out = die("mid-write", saves + 1)  # the first file that this arm writes is metrics.jsonl
     assert re.search(r"GPT2 Baseline: (resumed from|no valid checkpoint)", out)
     folder = tmp_path / "checkpoints"
     assert (folder / f"GPT2_+_DNC_step{saves * EVERY}.pt.tmp").exists()
