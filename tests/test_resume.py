@@ -142,7 +142,7 @@ def test_table_prints_what_was_measured_and_counted(finished):
     for words in (f"{tokens:,} training tokens in {STEPS} steps, seed 0", "tiny-corpus",
                   "266 of the 266 of validation"):
         assert words in text
-    rows = {line[2:23].strip(): line for line in text.splitlines()}
+    rows = {line[2:23].strip(): line for line in reversed(text.splitlines())}
     assert {metric.label for metric in dnc_gpt2.METRICS if metric.label} <= rows.keys()
     for name in FINALS.values():
         payload = load(finished.save_dir / name)
