@@ -90,7 +90,8 @@ def command_lines(work: Path) -> dict[str, list[str]]:
         "long_range": ["long_range.py", "--full", *flags(
             tasks="copy,mqar,brackets,repeats", seeds=0, lr_grid=0.01, mqar_symbols=256,
             train_rows=64, test_rows=4, steps=2, mqar_steps=2, edm_base_steps=2,
-            lengths="32,64,288", mqar_test="64:4", data_dir=work / "data", save_dir=work / "long_range",
+            lengths="32,64,288", mqar_test="64:4", data_dir=work / "data",
+            save_dir=work / "long_range",
             plot_dir=work / "plots")],
         "memory_decoder": ["memory_decoder.py", *decoder],
     }

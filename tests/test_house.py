@@ -1,4 +1,4 @@
-"""The shell of a command, which every script shares, and the house rules, each by what it is for."""
+"""The shell of a command, which every script shares, and the rules of the house."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ CODE = [*sorted(path.name for path in ROOT.glob("*.py")), "dnc_scan/operator.py"
 
 
 def test_code_is_no_denser_than_the_limits():
-    """At most 12 AST nodes a code line, 60 lines and 350 nodes a function; the story comes first."""
+    """At most 12 AST nodes a line, 60 lines and 350 nodes a function; the story first."""
     done = subprocess.run([sys.executable, "tests/density.py", *CODE], cwd=ROOT,
                           capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout
