@@ -27,7 +27,9 @@ import torch
 import torch.nn.functional as F
 from transformers import GPT2Config, GPT2LMHeadModel
 
+import dnc_gpt2
 import edm_gpt2 as eg
+import edm_model as em
 
 V, C, W = 97, 32, 16
 TINY = {"window": W, "stride": 8, "slots": 32, "read_top_k": 4, "edm_heads": 2, "key_width": 8,
@@ -437,10 +439,10 @@ def test_forward_refuses_positions_that_it_would_not_use(base):
 def test_forward_of_no_tokens_keeps_the_state(base):
     model, tokens = make(base), draw(2, 21)
     with torch.no_grad():
-        cache = model(tokens)[eg.CACHE]
-        out = model(tokens[:, :0], **{eg.CACHE: cache})
+        cache = model(tokens)[em.CACHE]
+        out = model(tokens[:, :0], **{em.CACHE: cache})
     assert out.logits.shape == (2, 0, V)
-    same_bits(cache.state, out[eg.CACHE].state)
+    same_bits(cache.state, out[em.CACHE].state)
 
 
 def test_bfloat16_stays_near_float32(base):
@@ -578,8 +580,8 @@ def test_graph_changes_nothing(base, fields):
     logits, state, _ = read_all(model, tokens)
     out = model(tokens)
     close(out.logits, logits, 1e-5)
-    same_memory(out[eg.CACHE].state, state, 1e-5)
-    assert not any(x.requires_grad for x in leaves(out[eg.CACHE].state).values())
+    same_memory(out[em.CACHE].state, state, 1e-5)
+    assert not any(x.requires_grad for x in leaves(out[em.CACHE].state).values())
 
 
 @pytest.mark.parametrize("fields", [
@@ -597,7 +599,7 @@ def test_dense_read_equals_the_read_of_the_nearest(base, fields, monkeypatch):
         found.append((out, {name: p.grad for name, p in memories(model).items()}))
     (one, grads), (other, others) = found
     close(one.logits, other.logits, 1e-10)
-    same_memory(one[eg.CACHE].state, other[eg.CACHE].state, 1e-10)
+    same_memory(one[em.CACHE].state, other[em.CACHE].state, 1e-10)
     for name, grad in grads.items():
         assert grad.abs().max() > 0, name
         close(grad, others[name], 1e-10)
@@ -691,7 +693,7 @@ def test_memory_holds_what_has_left_the_window(base, stride, every):
         wanted = [t for t in range(start) if t % every == 0]
         assert state.start.tolist() == [start] * 2 and state.fill.tolist() == [T - start] * 2
         for row in range(2):
-            memory = eg.EDMState(*(x[row] for x in state.memory))
+            memory = em.EDMState(*(x[row] for x in state.memory))
             assert memory.position[: len(wanted)].tolist() == wanted
             assert memory.token[: len(wanted)].tolist() == tokens[row, wanted].tolist()
             for x in (memory.position, memory.token):
@@ -734,11 +736,11 @@ def test_mask_gives_the_row_of_what_it_shows(base, seed):
     mask[1], mask[3] = 0, 1
     with torch.no_grad():
         first = model(tokens[:, :29], attention_mask=mask[:, :29])
-        second = model(tokens[:, 29:], attention_mask=mask, cache=first[eg.CACHE])
+        second = model(tokens[:, 29:], attention_mask=mask, cache=first[em.CACHE])
     logits = torch.cat([first.logits, second.logits], 1)
     for row in range(4):
         shown = mask[row].bool()
-        state = eg.map_state(lambda x, row=row: x[row : row + 1], second[eg.CACHE].state)
+        state = eg.map_state(lambda x, row=row: x[row : row + 1], second[em.CACHE].state)
         if row == 1:  # but index W of the buffers, where masked tokens go
             same_memory(state, model.init_state(1), 0.0)
             for name in ("hidden", "final"):
@@ -747,7 +749,7 @@ def test_mask_gives_the_row_of_what_it_shows(base, seed):
         alone, own, _ = read_all(model, tokens[row : row + 1, shown])
         close(logits[row, shown], alone[0], 1e-10)
         same_memory(own, state, 1e-10)
-    assert second[eg.CACHE].get_seq_length() == 63
+    assert second[em.CACHE].get_seq_length() == 63
 
 
 def test_mask_hides_what_the_pads_are(base):
@@ -762,9 +764,9 @@ def test_mask_hides_what_the_pads_are(base):
 
 
 def notebook(slots: int = 9, top_k: int = 3, eviction: str = "fifo", dtype=torch.float32,
-             heads: int = 2, width: int = 5, write_every: int = 1) -> eg.EDM:
+             heads: int = 2, width: int = 5, write_every: int = 1) -> em.EDM:
     torch.manual_seed(0)
-    edm = eg.EDM(C, heads, width, slots, top_k, eviction, write_every).to(dtype)
+    edm = em.EDM(C, heads, width, slots, top_k, eviction, write_every).to(dtype)
     with torch.no_grad():
         for parameter in edm.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.3)
@@ -772,7 +774,7 @@ def notebook(slots: int = 9, top_k: int = 3, eviction: str = "fifo", dtype=torch
     return edm
 
 
-@pytest.mark.parametrize("eviction", eg.EVICTION)
+@pytest.mark.parametrize("eviction", em.EVICTION)
 @pytest.mark.parametrize("slots, M", [(9, 4), (9, 9), (16, 5)])
 def test_eviction_equals_a_simulation_in_dictionaries(eviction, slots, M):
     """Some of each M tokens are kept, then slots are read with weights in eighths, exact sums."""
@@ -892,7 +894,7 @@ def test_edm_starts_as_the_attention_of_its_block(base):
     the store by cosine. Other heads leave it as it was."""
     block, h = base.transformer.h[1], torch.randn(1, 9, C)
     torch.manual_seed(0)
-    edm, other = eg.EDM(C, 4, C // 4, 20, 20), eg.EDM(C, 2, C // 2, 20, 20)
+    edm, other = em.EDM(C, 4, C // 4, 20, 20), em.EDM(C, 2, C // 2, 20, 20)
     before = other.query.weight.clone()
     for x in (edm, other):
         x.start_from(block)
@@ -911,7 +913,7 @@ def test_edm_starts_as_the_attention_of_its_block(base):
 def test_edm_of_the_token_before_finds_what_followed():
     """Each token is stored under the h of the one before it, across calls too; at first it finds
     the nearest h and hands on the one that followed."""
-    edm = eg.EDM(C, 2, C // 2, 20, 1, key_of="previous")
+    edm = em.EDM(C, 2, C // 2, 20, 1, key_of="previous")
     edm.start_from(None)
     edm.alpha.data.fill_(50.0)
     h = torch.randn(2, 12, C)
@@ -1443,7 +1445,7 @@ def test_generate_beams_equal_a_naive_search(base):
 def test_cache_reorder_selects_rows(base, index):
     model = make(base)
     with torch.no_grad():
-        cache = model(draw(3, 50))[eg.CACHE]
+        cache = model(draw(3, 50))[em.CACHE]
     before = cache.state
     cache.reorder_cache(torch.tensor(index))
     for name, value in leaves(cache.state).items():
@@ -1475,14 +1477,14 @@ def test_generate_second_turn_equals_one_pass(base, pads):
     mask = torch.ones_like(prompt)
     mask[0, :pads] = 0
     first = generate(model, prompt, 15, attention_mask=mask, return_dict_in_generate=True)
-    cache = first[eg.CACHE]
+    cache = first[em.CACHE]
     assert cache.get_seq_length() == 34
     both = torch.cat([first.sequences, more], 1)
     mask = F.pad(mask, (0, 24), value=1)
     wanted = generate(model, both, 20, attention_mask=mask)
     before = eg.map_state(torch.clone, cache.state)
     for _ in range(2):  # the cache may be used again: a turn takes nothing from it
-        made = generate(model, both, 20, attention_mask=mask, **{eg.CACHE: cache})
+        made = generate(model, both, 20, attention_mask=mask, **{em.CACHE: cache})
         assert torch.equal(made, wanted)
         same_bits(cache.state, before)
 
@@ -1628,12 +1630,12 @@ def test_lora_comes_back_bit_for_bit(wide_base, tmp_path, low):
 @both_widths
 def test_lora_second_save_writes_the_same(wide_base, tmp_path, low):
     model, tokens = adapted(wide_base, low), draw(2, 50)
-    before, whose = read_all(model, tokens)[0], eg.fingerprint(model)
+    before, whose = read_all(model, tokens)[0], em.fingerprint(model)
     for name in "ab":
         model.save_pretrained(tmp_path / name)
     one, other = ((tmp_path / n / "model.safetensors").read_bytes() for n in "ab")
     assert one == other and torch.equal(read_all(model, tokens)[0], before)
-    assert eg.fingerprint(model) == whose  # a memory is still its own
+    assert em.fingerprint(model) == whose  # a memory is still its own
 
 
 @both_widths
@@ -1714,7 +1716,7 @@ def test_qlora_stays_in_four_bits_when_saving_fails(wide_base, tmp_path, monkeyp
     def fail(*args, **kwargs):
         raise OSError("no space left")
 
-    monkeypatch.setattr(eg.PreTrainedModel, "save_pretrained", fail)
+    monkeypatch.setattr(em.PreTrainedModel, "save_pretrained", fail)
     with pytest.raises(OSError):
         model.save_pretrained(tmp_path)
     layer = model.transformer.h[0].attn.c_attn.base_layer
@@ -1971,13 +1973,13 @@ def test_mean_and_half_equals_students_interval(count):
     """Against numpy's deviation and a printed table; beyond ten seeds it is a little too wide."""
     values = np.random.default_rng(count).normal(3, 2, count)
     t = {2: 12.706, 3: 4.303, 5: 2.776, 10: 2.262, 14: 2.262}[count]
-    mean, half = eg.mean_and_half(values.tolist())
+    mean, half = dnc_gpt2.mean_and_half(values.tolist())
     assert mean == pytest.approx(values.mean())
     assert half == pytest.approx(t * values.std(ddof=1) / math.sqrt(count))
 
 
 def test_mean_and_half_of_one_seed_has_no_interval():
-    mean, half = eg.mean_and_half([2.5])
+    mean, half = dnc_gpt2.mean_and_half([2.5])
     assert mean == 2.5 and math.isnan(half)
 
 
