@@ -363,14 +363,19 @@ sys.exit(memory_decoder.main(sys.argv[2:]))
 """
 
 
+def kill_build(group: int, argv: list[str]) -> str:
+    """Run the command until it kills itself in that group of windows -> its stdout."""
+    done = subprocess.run([sys.executable, "-c", SIGKILL_AT, str(group), *argv], cwd=ROOT,
+                          capture_output=True, text=True, timeout=120)
+    assert done.returncode == -signal.SIGKILL, done.stderr[-2000:]
+    return done.stdout
+
+
 def test_a_killed_build_resumes_with_the_same_bytes_and_not_that_of_another_text(
         made, checkpoint, text_folder, tmp_path, monkeypatch, capsys):
     argv = ["build", *argv_of(tmp_path, checkpoint, text_folder)]
-    for group, more in (("4", ["--max_keys=700"]), ("7", [])):
-        done = subprocess.run([sys.executable, "-c", SIGKILL_AT, group, *argv, *more], cwd=ROOT,
-                              capture_output=True, text=True, timeout=120)
-        assert done.returncode == -signal.SIGKILL, done.stderr[-2000:]
-        assert "resumed" not in done.stdout and not (tmp_path / ds.KEYS).exists()
+    kill_build(4, [*argv, "--max_keys=700"])
+    assert "resumed" not in kill_build(7, argv) and not (tmp_path / ds.KEYS).exists()
 
     # What was written after the last flush is not trusted.
     part = np.load(tmp_path / f"{ds.KEYS}.part", mmap_mode="r+")
