@@ -8,16 +8,18 @@ Q questions of a row, N memory slots, n stored tokens, w window.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import io
 import itertools
 import json
 import math
+import multiprocessing
 import os
 import shutil
+import signal
 import subprocess
 import sys
+import threading
+import time
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -153,15 +155,10 @@ def test_task_rows_are_of_their_seed_in_every_version(task):
 
 @every_task
 def test_task_largest_vocabulary_fits_int16(task):
-    """Values as they go to disk are those that were drawn: nothing wraps around."""
-    config = large(32, symbols=32_000, mqar_symbols=32_000, kinds=1000, alphabet=32_000)
-    assert lr.vocabulary(task, config) <= 2**15
-    group = group_of(task, "train", 64, 0, 200, config)
-    seed = [0, [*lr.TASKS].index(task), 0, 64, 0]
-    drawn = lr.TASKS[task](np.random.default_rng(seed), 200, 64, config)
-    for name in lr.Rows._fields:
-        assert group[name].dtype == torch.int16
-        assert np.array_equal(group[name].numpy(), getattr(drawn, name))
+    largest = large(32, symbols=lr.MOST, mqar_symbols=lr.MOST, kinds=1000, alphabet=lr.MOST)
+    assert lr.vocabulary(task, largest) <= 2**15
+    rows = rows_of_task(task, 64, largest, rows=200)
+    assert 0 <= rows.inputs.min() and 0 <= rows.answers.min()  # nothing has wrapped around
 
 
 @few_and_all
@@ -597,6 +594,12 @@ def test_knn_store_by_segments_equals_at_once(cuts):
     assert torch.equal(untrained(h, untrained.init_state(2))[0], h)
 
 
+def test_knn_store_gradient_equals_finite_differences():
+    store = random_store(4, 3, top_k=3)
+    h = torch.randn(2, 5, 4, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda x: store(x, store.init_state(2))[0], (h,))
+
+
 # ══ LongRangeModel ═══════════════════════════════════════════════════════════════════════════════
 # Trained to 96 tokens, so that the full arm sees three blocks of the others.
 WIDE = {"train": "96,32", "mqar_train": "96:4", "knn_top_k": 200}
@@ -725,16 +728,12 @@ def fake_groups() -> list[dict]:
             for length, rows in ((64, 10), (32, 9), (512, 3))]
 
 
-def test_batches_are_of_their_seed():
+def test_batches_are_of_their_seed_and_begin_with_the_first_group_alone():
     one, same, other = ([(group["length"], rows.tolist()) for group, rows in lr.batches(
-        fake_groups(), tiny(curriculum=0.25), 40, seed)] for seed in (5, 5, 6))
-    assert len(one) == 40 and one == same != other
-
-
-def test_batches_begin_with_the_first_group_alone():
-    config = tiny(curriculum=0.25)
-    lengths = [group["length"] for group, _ in lr.batches(fake_groups(), config, 400, 0)]
-    assert set(lengths[:100]) == {64}
+        fake_groups(), tiny(curriculum=0.25), 400, seed)] for seed in (5, 5, 6))
+    assert one == same != other
+    lengths = [length for length, _ in one]
+    assert len(lengths) == 400 and set(lengths[:100]) == {64}
     counts = Counter(lengths[100:])
     assert set(counts) == {64, 32, 512} and all(70 < n < 130 for n in counts.values())
 
@@ -882,11 +881,14 @@ def first_group(rows: int, L: int, at: list[int]) -> dict:
     (9, 32, 64, [9]), (8, 96, 32, [8]), (7, 96, 64, [4, 3]), (4, 512, 512, [2, 2]),
     (5, 512, 512, [2, 3])])  # two at least, however long they are
 def test_score_reads_so_many_tokens_at_once(rows, L, segment, batches, monkeypatch):
-    """And swapped leaves no row its own memory."""
+    """Of two questions a row the second is answered; swapped leaves no row its own memory."""
     monkeypatch.setattr(lr, "EVAL_TOKENS", 256)
-    model, group = FirstToken(32, segment), first_group(rows, L, [L - 1])
-    assert lr.score(model, group, tiny())["accuracy"] == 1.0
+    model = FirstToken(32, segment)
+    group = hand_group(rows, L, [L - 2, L - 1], lambda inputs: inputs[:, :1] * torch.arange(2))
+    result = lr.score(model, group, tiny())
     assert [n for n, _ in model.asked] == batches
+    assert result["accuracy"] == 0.5
+    assert result["val_loss"] == pytest.approx(math.log(math.exp(5) + 63) - 2.5, rel=1e-5)
     if L > 32:
         assert lr.score(model, group, tiny(), swap=True)["accuracy"] == 0.0
 
@@ -952,38 +954,6 @@ def result_row(arm: str = "window", length: int = 64, accuracy: float = 0.5, **f
     return row | fields
 
 
-def tables(text: str) -> list[list[list[str]]]:
-    """The words of every line of the tables in what was printed: the heads, then the lengths."""
-    every_table = []
-    for words in map(str.split, text.splitlines()):
-        if words[:1] == ["length"]:
-            every_table.append([words])
-        elif words and words[0].isdigit():
-            every_table[-1].append(words)
-    return every_table
-
-
-def reaches(text: str) -> dict[str, str]:
-    """What is said of each arm below a table."""
-    lines = [line.split("effective context") for line in text.splitlines() if " windows; " in line]
-    return {arm.strip(): reach.strip() for arm, reach in lines}
-
-
-def test_table_has_the_mean_over_seeds_with_its_interval(capsys):
-    """Whatever the order of the rows; an arm has a column a number, and a dash where nothing is
-    known, which does not count."""
-    rows = [result_row("window", 64, accuracy, seed=seed)
-            for seed, accuracy in ((2, 0.54), (0, 0.5), (1, 0.52))]
-    rows += [result_row("dnc", length, 0.25, swapped_accuracy=None if length == 64 else 0.07)
-             for length in (96, 64)]
-    lr.print_rows(rows, tiny(arms="dnc,window", seeds="0,1,2"))
-    assert tables(capsys.readouterr().out) == [[
-        ["length", "dist.", "asked", "dnc", "swapped", "window", "chance"],
-        ["64", "1.0", "6", "25.0", "—", "52.0±5.0", "3.0"],
-        ["96", "2.0", "6", "25.0", "7.0", "—", "3.0"]]]
-    assert lr.percent([0.5, None, math.nan]).strip() == "50.0"
-
-
 def test_table_says_the_effective_context_of_the_mean_at_equal_load(capsys):
     """0.6 and 0.4, half-way between distances 1 and 3 (sqrt(3)). The row of fewer questions is in
     the table, but its distance does not count; rows of other tasks are not even there."""
@@ -994,11 +964,12 @@ def test_table_says_the_effective_context_of_the_mean_at_equal_load(capsys):
     rows += [result_row(arm, 32, 0.1, questions=2) for arm in ("window", "dnc")]
     rows += [result_row(task="mqar", length=96)]
     lr.print_task("copy", rows, tiny(arms="window,dnc", seeds="0,1", lr_grid="0.01,0.02"))
-    printed = capsys.readouterr().out
-    table, = tables(printed)
-    assert [line[0] for line in table[1:]] == ["32", "64", "128"]
-    assert reaches(printed) == {"window": "< 1 windows; learning rate 0.01 of 0.01, 0.02",
-                                "dnc": "1.73 windows; learning rate 0.01 of 0.01, 0.02"}
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert [words[0] for words in lines if words and words[0].isdigit()] == ["32", "64", "128"]
+    reach = {words[0]: " ".join(words[1:]) for words in lines if "windows;" in words}
+    assert reach == {
+        "window": "effective context < 1 windows; learning rate 0.01 of 0.01, 0.02",
+        "dnc": "effective context 1.73 windows; learning rate 0.01 of 0.01, 0.02"}
 
 
 def test_plot_marks_the_longest_training_row_of_each_task(tmp_path, monkeypatch):
@@ -1012,12 +983,8 @@ def test_plot_marks_the_longest_training_row_of_each_task(tmp_path, monkeypatch)
 
 
 # ══ The command ══════════════════════════════════════════════════════════════════════════════════
-class Trained(NamedTuple):
-    """One folder that every part of the command has worked in; it is not to be changed."""
-
-    folder: Path
-    out: dict[str, str]  # what each part printed
-    config: lr.Config
+def folder_of(config: lr.Config) -> Path:
+    return Path(config.save_dir).parent
 
 
 def argv_of(folder: Path, **fields) -> list[str]:
@@ -1030,25 +997,21 @@ def run_here(function, config, jobs, what) -> list:
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory) -> Trained:
-    """generate, train, compare and plot, one after the other, in this process."""
-    folder, out = tmp_path_factory.mktemp("long_range"), {}
+def trained(tmp_path_factory) -> lr.Config:
+    """The Config of a run of generate, train, compare and plot; its folders are not to be changed.
+    Its jobs run in this process."""
+    folder = tmp_path_factory.mktemp("long_range")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(lr, "run_all", run_here)
-        for part in lr.PARTS:
-            printed, errors = io.StringIO(), io.StringIO()
-            with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(errors):
-                code = lr.main([part, *argv_of(folder)])
-            assert code == 0, errors.getvalue()
-            out[part] = printed.getvalue()
-    return Trained(folder, out, tiny(**folders_in(folder)))
+        assert lr.main(argv_of(folder)) == 0
+    return tiny(**folders_in(folder))
 
 
 @pytest.fixture
 def copied(trained, tmp_path) -> lr.Config:
-    """The Config of a copy of the trained folder, which may be changed."""
-    shutil.copytree(trained.folder, tmp_path / "copied")
-    return dataclasses.replace(trained.config, **folders_in(tmp_path / "copied"))
+    """The Config of a copy of that run, which may be changed."""
+    shutil.copytree(folder_of(trained), tmp_path / "copied")
+    return dataclasses.replace(trained, **folders_in(tmp_path / "copied"))
 
 
 @pytest.fixture
@@ -1083,14 +1046,12 @@ def test_command_writes_data_checkpoints_and_plots(trained):
     for task in ("copy", "mqar"):
         wanted |= {f"data/long_range_{task}_{part}.pt" for part in ("train", "test")}
         wanted |= {f"save/long_range_{task}_{arm}_seed0_lr0.01.pt" for arm in ARMS}
-    assert set(files(trained.folder)) == wanted
-    picture = (trained.folder / "plot/long_range.png").read_bytes()
+    assert set(files(folder_of(trained))) == wanted
+    picture = (folder_of(trained) / "plot/long_range.png").read_bytes()
     assert picture.startswith(b"\x89PNG") and len(picture) > 10_000
-    about = results_of(trained.config)["about"]
-    assert about["config"] == dataclasses.asdict(trained.config)
+    about = results_of(trained)["about"]
+    assert about["config"] == dataclasses.asdict(trained)
     assert about["versions"]["torch"] == torch.__version__ and about["device"] == lr.hardware()
-    for printed in trained.out.values():
-        assert torch.__version__ in printed and "steps=3" in printed
 
 
 @pytest.mark.parametrize("task, arm, length, items", [
@@ -1099,12 +1060,12 @@ def test_command_writes_data_checkpoints_and_plots(trained):
 @torch.no_grad()
 def test_compare_measures_what_the_checkpoint_predicts(trained, task, arm, length, items):
     """Accuracy and loss of the row, from the weights and the raw data, all at once."""
-    rows = results_of(trained.config)["rows"]
+    rows = results_of(trained)["rows"]
     row, = lr.select(rows, task=task, arm=arm, length=length, items=items)
-    data = torch.load(lr.data_path(trained.config, task, "test"), weights_only=True)
+    data = torch.load(lr.data_path(trained, task, "test"), weights_only=True)
     group, = lr.select(data["groups"], length=length, items=items)
-    model = lr.build_model(trained.config, task, arm, 0)
-    model.load_state_dict(checkpoint(trained.config, task, arm)["model_state_dict"])
+    model = lr.build_model(trained, task, arm, 0)
+    model.load_state_dict(checkpoint(trained, task, arm)["model_state_dict"])
 
     tokens, at, answers = (group[name].long().to(lr.device())
                            for name in ("inputs", "at", "answers"))
@@ -1121,9 +1082,9 @@ def test_compare_measures_what_the_checkpoint_predicts(trained, task, arm, lengt
 def test_measure_run_has_no_swapped_accuracy_where_nothing_is_asked(trained):
     """The questions of one group are moved before the last window; the others stay. In a file of
     JSON there is no NaN."""
-    groups = lr.load_data(trained.config, "mqar", "test")[0]
+    groups = lr.load_data(trained, "mqar", "test")[0]
     groups[-1]["at"][:] = torch.arange(30, 42)
-    rows = lr.measure_run(trained.config, lr.Job("mqar", "knn_store", 0, 0.01))
+    rows = lr.measure_run(trained, lr.Job("mqar", "knn_store", 0, 0.01))
     json.dumps(rows, allow_nan=False)
     unasked = [(row["length"], row["items"]) for row in rows if row["swapped_accuracy"] is None]
     assert unasked == [(32, 0), (96, 12)]
@@ -1132,9 +1093,9 @@ def test_measure_run_has_no_swapped_accuracy_where_nothing_is_asked(trained):
 @pytest.mark.parametrize("arm, lengths", [("full", []), ("window", [96])])
 def test_measure_run_of_the_full_arm_reads_no_longer_rows(trained, arm, lengths):
     """Not even to warm up, where there are only such."""
-    groups = lr.load_data(trained.config, "copy", "test")[0]
+    groups = lr.load_data(trained, "copy", "test")[0]
     del groups[:-1]
-    rows = lr.measure_run(trained.config, lr.Job("copy", arm, 0, 0.01))
+    rows = lr.measure_run(trained, lr.Job("copy", arm, 0, 0.01))
     assert [row["length"] for row in rows] == lengths
 
 
@@ -1144,7 +1105,7 @@ def test_compare_evaluates_what_is_missing_alone(copied, jobs_run):
     for run in results["runs"]:
         for row in run["rows"]:
             row["val_accuracy"] = 7
-    first, *results["runs"] = results["runs"]
+    del results["runs"][0]
     lr.write_json(results, lr.results_path(copied))
     for _ in range(2):
         lr.measure(copied)
@@ -1152,14 +1113,13 @@ def test_compare_evaluates_what_is_missing_alone(copied, jobs_run):
     for row in results_of(copied)["rows"]:
         is_new = (row["task"], row["arm"]) == ("copy", "window")
         assert (row["val_accuracy"] == 7) == (not is_new)
-    assert len(first["rows"]) == 3
 
 
 def test_measure_evaluates_again_what_has_changed(copied, monkeypatch):
     """Weights, test data, scan, version or device; not what is the same."""
     job = lr.Job("copy", "dnc", 0, 0.01)
-    eager = dataclasses.replace(copied, scan="auto")
-    identities = [lr.identity(copied, job), lr.identity(eager, job)]
+    other_scan = dataclasses.replace(copied, scan="auto")
+    identities = [lr.identity(copied, job), lr.identity(other_scan, job)]
     assert lr.identity(copied, job) == identities[0]
     alter(job.path(copied), lambda payload: payload["model_state_dict"]["output.weight"].add_(1))
     identities.append(lr.identity(copied, job))
@@ -1176,16 +1136,16 @@ def test_measure_evaluates_again_what_has_changed(copied, monkeypatch):
 def test_train_and_compare_go_on_to_the_same_weights_and_results(trained, copied, jobs_run):
     """A run that is missing is trained again, alone, to the very same weights; what is not in the
     results is evaluated again, to the same rows but for times."""
-    before = files(trained.folder)
-    lr.train(trained.config)
-    assert jobs_run == [] and files(trained.folder) == before
+    before = files(folder_of(trained))
+    lr.train(trained)
+    assert jobs_run == [] and files(folder_of(trained)) == before
 
     job = lr.Job("copy", "dnc", 0, 0.01)
     job.path(copied).unlink()
     others = files(Path(copied.save_dir))
     lr.train(copied)
     assert jobs_run == [job] and others.items() <= files(Path(copied.save_dir)).items()
-    old, new = (checkpoint(config, "copy", "dnc") for config in (trained.config, copied))
+    old, new = (checkpoint(config, "copy", "dnc") for config in (trained, copied))
     assert_close(new["model_state_dict"], old["model_state_dict"], atol=0, rtol=0)
     assert old["history"] == new["history"]
 
@@ -1196,31 +1156,24 @@ def test_train_and_compare_go_on_to_the_same_weights_and_results(trained, copied
     assert len(jobs_run) == 1 + 8
     without = {"tokens_per_s": 0, "train_seconds": 0}
     old, new = ([row | without for row in results_of(config)["rows"]]
-                for config in (trained.config, copied))
+                for config in (trained, copied))
     assert new == old
 
 
 @pytest.mark.parametrize("task, steps, rows", [("copy", 3, [2, 3]), ("mqar", 4, [2, 4])])
-def test_train_takes_the_steps_of_the_task(trained, tmp_path, task, steps, rows, monkeypatch):
+def test_train_takes_the_steps_of_the_task(trained, task, steps, rows):
     for arm in ARMS:
-        saved = checkpoint(trained.config, task, arm)
+        saved = checkpoint(trained, task, arm)
         assert saved["global_step"] == steps
         assert [row["step"] for row in saved["history"]] == rows
-
-    asked, trapezoid = [], lr.trapezoid
-    monkeypatch.setattr(lr, "trapezoid", lambda step, of, config: (
-        asked.append((step, of)) or trapezoid(step, of, config)))
-    config = dataclasses.replace(trained.config, save_dir=str(tmp_path))
-    lr.train_run(config, lr.Job(task, "window", 0, 0.01))
-    assert asked == [(step, steps) for step in range(steps)]
 
 
 def test_train_history_has_the_mean_loss_since_the_last_row(trained, tmp_path):
     """Three steps, a row every two: of two steps, then of one."""
-    config = dataclasses.replace(trained.config, save_dir=str(tmp_path), log_every_steps=1)
+    config = dataclasses.replace(trained, save_dir=str(tmp_path), log_every_steps=1)
     lr.train_run(config, lr.Job("copy", "window", 0, 0.01))
     each, two = ([row["loss"] for row in checkpoint(c, "copy", "window")["history"]]
-                 for c in (config, trained.config))
+                 for c in (config, trained))
     assert len(each) == 3 and each[0] != each[1]
     assert two == pytest.approx([(each[0] + each[1]) / 2, each[2]])
 
@@ -1235,11 +1188,11 @@ def test_train_trains_nothing_where_something_cannot_run(trained, tmp_path, jobs
         lr.require(asked[-1] <= 16, "scan", scan, "auto or eager here")
 
     monkeypatch.setattr(lr, "pick_scan", at_most_16)
-    lr.train(dataclasses.replace(trained.config, tasks="mqar", arms="window"))
+    lr.train(dataclasses.replace(trained, tasks="mqar", arms="window"))
     assert asked == []
-    lr.train(dataclasses.replace(trained.config, tasks="copy"))
+    lr.train(dataclasses.replace(trained, tasks="copy"))
     assert set(asked) == {16}
-    config = dataclasses.replace(trained.config, save_dir=str(tmp_path))
+    config = dataclasses.replace(trained, save_dir=str(tmp_path))
     with pytest.raises(ValueError, match="scan = 'eager'"):
         lr.train(config)
     assert set(asked) == {16, 24}
@@ -1250,7 +1203,8 @@ def test_train_trains_nothing_where_something_cannot_run(trained, tmp_path, jobs
 
 
 def test_train_ends_where_the_loss_is_not_finite(trained, tmp_path, jobs_run, capsys):
-    words = argv_of(trained.folder, tasks="copy", arms="window", lr_grid="1e30", save_dir=tmp_path)
+    words = argv_of(folder_of(trained), tasks="copy", arms="window", lr_grid="1e30",
+                    save_dir=tmp_path)
     assert lr.main(["train", *words]) == 1
     assert "--lr_grid" in error_line(capsys.readouterr().err)
     assert jobs_run == [lr.Job("copy", "window", 0, 1e30)] and not files(tmp_path)
@@ -1259,7 +1213,7 @@ def test_train_ends_where_the_loss_is_not_finite(trained, tmp_path, jobs_run, ca
 def test_command_trains_the_same_weights_with_two_workers(trained, tmp_path):
     """The real command in a process of its own, on the same data: bit for bit what was trained in
     this one; and the weights have moved."""
-    words = argv_of(trained.folder, tasks="copy", arms="window,dnc", workers=2,
+    words = argv_of(folder_of(trained), tasks="copy", arms="window,dnc", workers=2,
                     save_dir=tmp_path / "save")
     env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONIOENCODING": "utf-8"}
     done = subprocess.run(
@@ -1268,14 +1222,25 @@ def test_command_trains_the_same_weights_with_two_workers(trained, tmp_path):
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("validation: accuracy") == 2
     assert [path.name for path in tmp_path.iterdir()] == ["save"]
-    there = dataclasses.replace(trained.config, save_dir=str(tmp_path / "save"))
-    for arm, moving in (("window", set()), ("dnc", {"memory.read_proj.weight"})):
+    there = dataclasses.replace(trained, save_dir=str(tmp_path / "save"))
+    for arm in ("window", "dnc"):
         here, weights = (checkpoint(config, "copy", arm)["model_state_dict"]
-                         for config in (trained.config, there))
+                         for config in (trained, there))
         assert_close(weights, here, atol=0, rtol=0)
-        start = lr.build_model(trained.config, "copy", arm, 0).state_dict()
-        moved = {name for name in start if not torch.equal(start[name].cpu(), weights[name])}
-        assert moved >= {"controller.wte.weight", "output.weight"} | moving
+        start = lr.build_model(trained, "copy", arm, 0).state_dict()
+        assert not any(torch.equal(start[name].cpu(), weights[name])
+                       for name in ("controller.wte.weight", "output.weight"))
+
+
+def test_run_all_that_is_stopped_ends_its_workers(monkeypatch, capsys):
+    """At once, whatever they do: here they would wait for a minute."""
+    monkeypatch.setattr(lr, "worker_count", lambda config: 2)
+    threading.Timer(1.0, os.kill, (os.getpid(), signal.SIGTERM)).start()
+    began = time.monotonic()
+    code = lr.run_command(lambda stop: lr.run_all(signal.sigtimedwait, (), [60, 61], "wait"),
+                          again=["long_range.py"], saved="finished runs are kept")
+    assert code == 128 + signal.SIGTERM and "finished runs are kept" in capsys.readouterr().err
+    assert multiprocessing.active_children() == [] and time.monotonic() - began < 30
 
 
 # Fields beside those of TINY, the last of which the error names with this value.
@@ -1289,10 +1254,8 @@ MISTAKES = [
     ({"lengths": "64,48"}, "'64,48'"),  # no multiple of the window
     ({"lengths": "0"}, "'0'"),
     ({"lengths": "long"}, "'long'"),
-    ({"lengths": ""}, "''"),
     ({"lengths": "96"}, "'96'"),  # the full arm reads none
     ({"window": 12}, "12"),
-    ({"window": 8, "tasks": "repeats"}, ""),
     ({"alphabet": 40_000}, "40000"),
     ({"hidden_size": 15}, "15"),
     ({"mqar_symbols": 66, "pairs": 33}, "33"),  # more than a window
@@ -1305,10 +1268,7 @@ MISTAKES = [
     ({"mqar_train": "160:40"}, "'160:40'"),  # more than symbols
     ({"mqar_train": "64"}, "'64:0'"),
     ({"mqar_test": "64:4,64:17"}, "'64:17'"),
-    ({"mqar_test": "64:few"}, "'64:few'"),
-    ({"mqar_steps": 0}, "0"),
     ({"workers": 0}, "0"),
-    ({"scan": "gpu"}, "'gpu'"),
     ({"test_rows": 1}, "1"),
     ({"lr_decay": 2}, "2"),
     ({"arms": "edm", "tasks": "copy", "train": "96"}, "96: must be at most 64"),
@@ -1319,8 +1279,7 @@ MISTAKES = [
 def test_config_names_a_mistaken_value(fields, value):
     with pytest.raises(ValueError) as error:
         tiny(**fields)
-    name = "window" if "window" in fields else [*fields][-1]
-    assert str(error.value).startswith(f"{name} = {value}")
+    assert str(error.value).startswith(f"{[*fields][-1]} = {value}")
 
 
 @pytest.mark.parametrize("words, named", [
@@ -1343,10 +1302,10 @@ COPY_WINDOW = lr.Job("copy", "window", 0, 0.01)
 @pytest.mark.parametrize("use", [lr.train, lr.compare])
 @pytest.mark.parametrize("name, value", [("hidden_size", 32), ("steps", 4), ("mem_slots", 8)])
 def test_checkpoint_of_other_fields_is_refused(trained, use, name, value):
-    before = files(trained.folder)
+    before = files(folder_of(trained))
     with pytest.raises(ValueError, match=f"trained with {name} = {TINY[name]},.*--{name}"):
-        use(dataclasses.replace(trained.config, **{name: value}))
-    assert files(trained.folder) == before
+        use(dataclasses.replace(trained, **{name: value}))
+    assert files(folder_of(trained)) == before
 
 
 @pytest.mark.parametrize("name, value, free, bound", [
@@ -1355,7 +1314,7 @@ def test_checkpoint_of_other_fields_is_refused(trained, use, name, value):
     ("mem_slots", 9, ("copy", "window"), ("copy", "dnc")),
     ("lambda_closing", 0.5, ("copy", "window"), ("copy", "dnc"))])
 def test_checkpoint_minds_the_fields_of_its_task_and_arm_alone(trained, name, value, free, bound):
-    other = dataclasses.replace(trained.config, **{name: value})
+    other = dataclasses.replace(trained, **{name: value})
     lr.load_checkpoint(other, lr.Job(*free, 0, 0.01))
     with pytest.raises(ValueError, match=f"trained with {name} = "):
         lr.load_checkpoint(other, lr.Job(*bound, 0, 0.01))
