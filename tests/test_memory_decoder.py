@@ -416,17 +416,6 @@ def test_shards_built_by_two_processes_and_merged_equal_one_build(
     assert np.mean(one == two) > 0.97
 
 
-def test_two_writers_in_one_folder_are_refused_and_a_dead_one_is_not_waited_for(
-        checkpoint, text_folder, tmp_path, capsys):
-    argv = ["build", *argv_of(tmp_path, checkpoint, text_folder)]
-    with dnc_gpt2.locked(tmp_path, "model_dir"):
-        assert md.main(argv) == 2
-    assert "another run is writing there" in error_line(capsys.readouterr().err)
-    assert not (tmp_path / ds.MANIFEST).exists()
-    (tmp_path / ".lock").write_text("999999999")  # of a process that was killed
-    assert md.main(argv) == 0
-
-
 def test_auto_takes_the_newest_finished_base_and_says_which_index_it_chose(
         save_dir, checkpoint, text_folder, tmp_path, capsys):
     bases = tmp_path / "bases"
@@ -643,14 +632,6 @@ def test_bad_options_are_one_line_and_nothing_is_written(
     assert md.main([command, *argv, *option.split()]) == 2
     assert said in error_line(capsys.readouterr().err)
     assert not (tmp_path / ds.MANIFEST).exists() and not (tmp_path / ds.KEYS).exists()
-
-
-def test_help_lists_every_field_and_a_field_that_is_gone_is_refused(capsys):
-    assert md.main(["--help"]) == 0
-    said = capsys.readouterr().out
-    assert all(f"--{field.name}" in said for field in dataclasses.fields(md.Config))
-    assert md.main(["build", "--top_k", "5"]) == 2  # it was read nowhere
-    assert "top_k" in capsys.readouterr().err
 
 
 def spoil(path: Path, how: str) -> None:
