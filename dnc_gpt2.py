@@ -62,6 +62,7 @@ Seed = Annotated[int, Bound("from 0 to 2**32 - 1", lambda x: 0 <= x < 2**32)]
 Positive = Annotated[float, Bound("above 0", lambda x: x > 0)]
 NotNegative = Annotated[float, Bound("0 or more", lambda x: x >= 0)]
 Share = Annotated[float, Bound("from 0 to 1", lambda x: 0 <= x <= 1)]
+CompileMode = Literal["default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,8 +118,7 @@ class Config:
     plot_dir: str = "plots/"  # pictures and metrics.jsonl
     # hardware
     use_compile: bool = False  # torch.compile of the controller; needs num_gpus 1 or 0
-    compile_mode: Literal["default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"
-                          ] = "reduce-overhead"  # of torch.compile
+    compile_mode: CompileMode = "reduce-overhead"  # of torch.compile
     scan: Literal["auto", "eager", "fused"] = "auto"  # the recurrence: eager is the readable loop
     num_gpus: Literal["auto", 0, 1, 2] = "auto"  # auto: up to 2, by nn.DataParallel; 0: the CPU
     precision: Literal["auto", "bf16", "float32"] = "auto"  # auto: bf16 autocast on GPUs with it
@@ -1607,7 +1607,9 @@ def read_config(cls: type, argv: list[str], description: str, preset: dict | Non
     import tyro
 
     # The rules of the class run below, outside tyro, so that what they say stays one line.
-    members = {"__doc__": cls.__doc__, "__post_init__": lambda self: None}
+    # It says it is of the class's own file, where tyro looks for the comments of the fields.
+    members = {"__doc__": cls.__doc__, "__module__": cls.__module__,
+               "__post_init__": lambda self: None}
     unchecked = type(cls.__name__, (cls,), members)
     options = tyro.cli(
         unchecked, args=argv, default=unchecked(**(preset or {})),
@@ -1947,7 +1949,7 @@ def choose_preset(argv: list[str], cuda: bool) -> tuple[dict, str]:
     """The fields that a preset changes, and which one it is and why. A field that was edited in
     this file, away from what was shipped, wins over the preset."""
     asked = Config.preset
-    for word, following in zip(argv, [*argv[1:], ""], strict=True):
+    for word, following in zip(argv, [*argv[1:], ""], strict=False):
         name, _, value = word.partition("=")
         if name == "--preset":
             asked = value or following

@@ -5,8 +5,9 @@
     python benchmarks/datastore.py --keys trained_models/datastore_keys.npy --json datastore.json
     python benchmarks/datastore.py --tiny                 a check of seconds, for CI
 
-What is measured is what memory_decoder.py runs: its new_index, add_keys and Datastore.search, whose
-candidates come from the index and whose distances are computed again from the float16 keys.
+What is measured is what memory_decoder.py runs, of datastore.py: new_index, add_keys, read_index,
+Datastore.search, whose candidates come from the index and whose distances are computed again from
+the float16 keys.
 Random keys lie around centres, one for a thousand keys, in 32 of their dimensions, with a little
 noise in all: keys that are equally far from each other have no neighbours to find, and hidden
 states are not so. Queries are drawn as the keys are; with --keys, the real test, they are stored
@@ -31,17 +32,37 @@ import numpy as np
 import torch
 from scan import OneLineParser, new_report, number, print_head, print_table, some_of, write_json
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # before this folder: its datastore.py
 
-from memory_decoder import KEYS, Datastore, add_keys, import_faiss, new_index, sample_keys
+from datastore import (
+    INDEX,
+    KEYS,
+    NPROBE,
+    RERANK,
+    Datastore,
+    add_keys,
+    import_faiss,
+    new_index,
+    read_index,
+    sample_keys,
+    write_index,
+)
 
 KINDS = ("flat", "ivfpq", "hnsw")
-COLUMNS = {"index": ("index", ""), "build_s": ("build s", ",.1f"), "index_mib": ("MiB", ",.0f"),
-           "keys_mib": ("keys MiB", ",.0f"), "one_ms": ("one ms", ",.2f"),
-           "batch_ms": ("batch ms", ",.2f"), "recall": ("recall@k", ".4f")}
+COLUMNS = {
+    "index": ("index", ""),
+    "build_s": ("build s", ",.1f"),
+    "index_mib": ("MiB", ",.0f"),
+    "keys_mib": ("keys MiB", ",.0f"),
+    "one_ms": ("one ms", ",.2f"),
+    "batch_ms": ("batch ms", ",.2f"),
+    "recall": ("recall@k", ".4f"),
+}
 
-def random_keys(count: int, width: int, queries: int, folder: Path):
-    """float16 keys in a memory-mapped file, and float32 queries (Q, D)."""
+
+def random_keys(count: int, width: int, queries: int, folder: Path
+                ) -> tuple[np.ndarray, np.ndarray]:
+    """Draw float16 keys (n, D) into a memory-mapped file, and float32 queries (Q, D)."""
     draw = np.random.default_rng(0)
     hidden = min(32, width)
     centres = draw.standard_normal((max(2, count // 1000), hidden), dtype=np.float32)
@@ -58,49 +79,74 @@ def random_keys(count: int, width: int, queries: int, folder: Path):
     keys.flush()
     return keys, some(queries)
 
-def true_neighbours(keys: np.ndarray, queries: np.ndarray, k: int, own) -> np.ndarray:
-    """Ids (Q, k) by brute force: squared distances of every key in float32, not by FAISS."""
-    found = []
-    for i, query in enumerate(torch.from_numpy(queries)):
-        d = torch.cat([(torch.from_numpy(np.asarray(keys[s : s + 8192])).float() - query).square_()
-                       .sum(1) for s in range(0, len(keys), 8192)])  # (n,)
-        if own is not None:
-            d[own[i]] = np.inf
-        found.append(d.topk(k, largest=False).indices.numpy())
-    return np.stack(found)
 
-def measure(kind: str, keys: np.ndarray, queries: np.ndarray, own, true, args) -> dict:
-    """One row: an index built, written, opened again, searched."""
-    faiss = import_faiss()
+def true_neighbours(keys: np.ndarray, queries: np.ndarray, k: int, own: np.ndarray | None
+                    ) -> np.ndarray:
+    """Find the nearest ids (Q, k) by brute force: squared distances in float32, not by FAISS."""
+    nearest = []
+    for i, query in enumerate(torch.from_numpy(queries)):
+        parts = []
+        for start in range(0, len(keys), 8192):
+            block = torch.from_numpy(np.asarray(keys[start : start + 8192])).float()
+            parts.append((block - query).square_().sum(1))
+        distances = torch.cat(parts)  # (n,)
+        if own is not None:
+            distances[own[i]] = np.inf
+        nearest.append(distances.topk(k, largest=False).indices.numpy())
+    return np.stack(nearest)
+
+
+def time_search(store: Datastore, queries: np.ndarray, own: np.ndarray | None, k: int
+                ) -> tuple[np.ndarray, float, float]:
+    """Search queries (Q, D) -> ids (Q, k), seconds a query among 256, and of one alone."""
+    store.search(queries[:4], k)  # opens what is opened at the first use
+    blocks = []
+    began = time.perf_counter()
+    for start in range(0, len(queries), 256):
+        rows = slice(start, start + 256)
+        exclude = None if own is None else own[rows]
+        blocks.append(store.search(queries[rows], k, exclude)[1])
+    batch = (time.perf_counter() - began) / len(queries)
+
+    singles = []
+    for query in queries[:100]:
+        began = time.perf_counter()
+        store.search(query[None], k)
+        singles.append(time.perf_counter() - began)
+    return np.concatenate(blocks), batch, statistics.median(singles)
+
+
+def measure(kind: str, keys: np.ndarray, queries: np.ndarray, own: np.ndarray | None,
+            true: np.ndarray, args: argparse.Namespace) -> dict:
+    """Build an index, write it, open it again, search it -> one row."""
     began = time.perf_counter()
     index = new_index(kind, keys.shape[1], len(keys), sample_keys(keys))
     add_keys(index, keys, 0, len(keys))
     build = time.perf_counter() - began
     with tempfile.TemporaryDirectory() as folder:
-        path = str(Path(folder) / "index.bin")
-        faiss.write_index(index, path)
-        size = Path(path).stat().st_size
-        flag = {"flat": faiss.IO_FLAG_MMAP_IFC, "ivfpq": faiss.IO_FLAG_MMAP}.get(kind, 0)
-        index = faiss.read_index(path, flag)
-        if kind == "ivfpq":
-            index.nprobe = min(args.nprobe, index.nlist)
-        store = Datastore(keys, np.zeros(len(keys), np.int32), index, kind, args.rerank)
-        store.search(queries[:4], args.k)  # opens what is opened at the first use
-        began = time.perf_counter()
-        ids = np.concatenate([store.search(queries[i : i + 256], args.k, None if own is None else
-                                           own[i : i + 256])[1] for i in range(0, len(true), 256)])
-        batch, singles = (time.perf_counter() - began) / len(true), []
-        for query in queries[: min(len(true), 100)]:
-            began = time.perf_counter()
-            store.search(query[None], args.k)
-            singles.append(time.perf_counter() - began)
-    recall = np.mean([len(np.intersect1d(a, b)) / args.k for a, b in zip(ids, true, strict=True)])
-    return {"index": kind, "n": len(keys), "width": keys.shape[1], "k": args.k, "build_s": build,
-            "index_mib": size / 2**20, "keys_mib": keys.nbytes / 2**20,
-            "one_ms": 1e3 * statistics.median(singles), "batch_ms": 1e3 * batch,
-            "recall": float(recall)}
+        path = Path(folder) / INDEX
+        write_index(index, path)
+        size = path.stat().st_size
+        values = np.zeros(len(keys), np.int32)
+        store = Datastore(keys, values, read_index(path, kind, args.nprobe), kind, args.rerank)
+        ids, batch, single = time_search(store, queries, own, args.k)
+    hits = [len(np.intersect1d(a, b)) for a, b in zip(ids, true, strict=True)]
+    return {
+        "index": kind,
+        "n": len(keys),
+        "width": keys.shape[1],
+        "k": args.k,
+        "build_s": build,
+        "index_mib": size / 2**20,
+        "keys_mib": keys.nbytes / 2**20,
+        "one_ms": 1e3 * single,
+        "batch_ms": 1e3 * batch,
+        "recall": float(np.mean(hits)) / args.k,
+    }
+
 
 def parse(argv: list[str]) -> argparse.Namespace:
+    """Read the command line; --tiny overrides the sizes."""
     summary = "\n\n".join(__doc__.split("\n\n")[:2])
     parser = OneLineParser(description=summary, epilog=__doc__.split("\n\n", 2)[2],
                            formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -110,25 +156,37 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--width", type=number(2), default=768, help="default: 768")
     parser.add_argument("--k", type=number(1), default=128, help="neighbours; default: 128")
     parser.add_argument("--queries", type=number(1), default=256, help="default: 256")
-    parser.add_argument("--nprobe", type=number(1), default=32, help="of ivfpq; default: 32")
-    parser.add_argument("--rerank", type=number(1), default=2, help="of ivfpq; default: 2")
+    parser.add_argument("--nprobe", type=number(1), default=NPROBE,
+                        help=f"of ivfpq; default: {NPROBE}")
+    parser.add_argument("--rerank", type=number(1), default=RERANK,
+                        help=f"of ivfpq; default: {RERANK}")
     parser.add_argument("--keys", type=Path, metavar="PATH", help="a datastore_keys.npy instead")
     parser.add_argument("--tiny", action="store_true", help="2,000 keys of 64, k 10")
     parser.add_argument("--threads", type=number(1), help="of the CPU; default: torch's choice")
     parser.add_argument("--json", type=Path, metavar="PATH", help="write the report here as well")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if args.tiny:
+        args.count, args.width, args.queries, args.k = 2000, 64, 32, 10
+    return args
+
+
+def stored_keys(path: Path, queries: int) -> tuple[np.ndarray, np.ndarray]:
+    """Map the keys (n, D) of a datastore, and choose which of them (Q,) are looked for. Raises
+    ValueError."""
+    try:
+        keys = np.load(path, mmap_mode="c", allow_pickle=False)
+    except (OSError, ValueError, EOFError):
+        raise ValueError(f"--keys {path}: must be a datastore_keys.npy") from None
+    if keys.ndim != 2 or keys.dtype != np.float16 or len(keys) < 1000:
+        raise ValueError(f"--keys {path}: must be float16 (n, D), 1,000 keys or more")
+    return keys, np.linspace(0, len(keys) - 1, queries).astype(np.int64)
+
 
 def run_benchmark(args: argparse.Namespace, report: dict, folder: Path) -> None:
     """Measure every index on the same keys; print the table, write the report after each."""
     own = None
     if args.keys:
-        try:
-            keys = np.load(args.keys, mmap_mode="c", allow_pickle=False)
-        except (OSError, ValueError, EOFError):
-            raise ValueError(f"--keys {args.keys}: must be a datastore_keys.npy") from None
-        if keys.ndim != 2 or keys.dtype != np.float16 or len(keys) < 1000:
-            raise ValueError(f"--keys {args.keys}: must be float16 (n, D), 1,000 keys or more")
-        own = np.linspace(0, len(keys) - 1, args.queries).astype(np.int64)
+        keys, own = stored_keys(args.keys, args.queries)
         queries = keys[own].astype(np.float32)
     else:
         keys, queries = random_keys(args.count, args.width, args.queries, folder)
@@ -142,11 +200,10 @@ def run_benchmark(args: argparse.Namespace, report: dict, folder: Path) -> None:
           f"{args.nprobe}, rerank {args.rerank}\n")
     print_table(report["rows"], COLUMNS)
 
+
 def main(argv: list[str]) -> int:
     """Run a command line -> exit code: 0, 2 a user's mistake."""
     args = parse(argv)
-    if args.tiny:
-        args.count, args.width, args.queries, args.k = 2000, 64, 32, 10
     try:
         if args.json and not args.json.resolve().parent.is_dir():
             raise ValueError(f"--json {args.json}: its folder does not exist; make it first")
@@ -161,6 +218,7 @@ def main(argv: list[str]) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0
+
 
 if __name__ == "__main__":
     sys.stdout.reconfigure(errors="replace")  # a terminal that lacks the dash still gets the table

@@ -39,26 +39,83 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from transformers import GPT2Config
 
-from edm_gpt2 import FLAGS, EDMGPT2Config, EDMGPT2ForCausalLM
+from edm_gpt2 import FLAGS, read_tokens
+from edm_model import EDMGPT2Config, EDMGPT2ForCausalLM, EDMGPT2State
 
-SIZES = {"card": dict(n_embd=768, n_layer=6, n_head=8, vocab_size=50257),
-         "gpt2": dict(n_embd=768, n_layer=12, n_head=12, vocab_size=50257),
-         "small": dict(n_embd=256, n_layer=4, n_head=4, vocab_size=4096)}
+SIZES = {
+    "card": {"n_embd": 768, "n_layer": 6, "n_head": 8, "vocab_size": 50257},
+    "gpt2": {"n_embd": 768, "n_layer": 12, "n_head": 12, "vocab_size": 50257},
+    "small": {"n_embd": 256, "n_layer": 4, "n_head": 4, "vocab_size": 4096},
+}
 
 
 def make_model(args: argparse.Namespace, arm: str, device: torch.device) -> EDMGPT2ForCausalLM:
     """An arm with random weights and open gates."""
-    edm, recurrent = FLAGS[arm]
+    has_notebook, has_recurrent = FLAGS[arm]
     torch.manual_seed(0)
     base = GPT2Config(n_positions=max(1024, args.window), bos_token_id=None, eos_token_id=None,
                       **SIZES[args.size])
     model = EDMGPT2ForCausalLM(EDMGPT2Config(
-        base=base.to_dict(), window=args.window, edm=edm, early=recurrent, late=recurrent,
-        slots=args.slots, bos_token_id=None, eos_token_id=None))
+        base=base.to_dict(),
+        window=args.window,
+        edm=has_notebook,
+        early=has_recurrent,
+        late=has_recurrent,
+        slots=args.slots,
+        bos_token_id=None,
+        eos_token_id=None,
+    ))
     for memory in (model.edm, model.early, model.late):
         if memory is not None:
             memory.alpha.data.fill_(0.1)
     return model.eval().to(device)
+
+
+def generate(model: EDMGPT2ForCausalLM, tokens: torch.Tensor, state: EDMGPT2State, count: int
+             ) -> tuple[torch.Tensor, EDMGPT2State]:
+    """Go on greedily behind tokens (1, T) -> the last of so many tokens (1, 1), state."""
+    for _ in range(count):
+        h, state, _ = read_tokens(model, tokens, state)
+        logits = h[:, -1] @ model.transformer.wte.weight.T  # (1, V)
+        tokens = logits.argmax(-1, keepdim=True)
+    return tokens, state
+
+
+def time_arms(models: dict[str, EDMGPT2ForCausalLM], args: argparse.Namespace,
+              device: torch.device) -> dict[str, list[float]]:
+    """ms/token of each arm in each stretch."""
+    stretch = args.window // 2
+    vocabulary = models["base"].config.vocab_size
+    prompt = torch.randint(0, vocabulary, (1, args.window), device=device)
+    tokens = dict.fromkeys(models, prompt)
+    states = {arm: model.init_state(1) for arm, model in models.items()}
+    times = {arm: [] for arm in models}
+    for _ in range(args.tokens // stretch):
+        for arm, model in models.items():
+            synchronize(device)
+            began = time.perf_counter()
+            tokens[arm], states[arm] = generate(model, tokens[arm], states[arm], stretch)
+            synchronize(device)
+            times[arm].append(1000 * (time.perf_counter() - began) / stretch)
+    return times
+
+
+def summary(arm: str, times: dict[str, list[float]], stretch: int) -> dict:
+    """What is reported of an arm."""
+    full = times[arm][2:]  # the first window and the compiling of anything are over
+    quarter = max(1, len(full) // 4)
+    first, last = statistics.median(full[:quarter]), statistics.median(full[-quarter:])
+    ratios = [of_base / own for of_base, own in zip(times["base"][2:], full, strict=True)]
+    return {
+        "arm": arm,
+        "ms": statistics.median(full),
+        "first": first,
+        "last": last,
+        "constant": last / first,
+        "ratio": statistics.median(ratios),
+        "ms_by_stretch": [round(x, 3) for x in times[arm]],
+        "stretch": stretch,
+    }
 
 
 @torch.no_grad()
@@ -73,36 +130,19 @@ def main() -> None:
     device = choose_device(args)
     report = new_report(device)
     print_head(report, f"Generation, {args.size}, window {args.window}, {args.slots} slots")
+
     models = {arm: make_model(args, arm, device) for arm in FLAGS}
-    prompt = torch.randint(0, models["base"].config.vocab_size, (1, args.window), device=device)
-    states, tokens = {}, dict.fromkeys(models, prompt)
-    stretch, times = args.window // 2, {arm: [] for arm in models}
-    for _ in range(args.tokens // stretch):
-        for arm, model in models.items():
-            state = states.get(arm) or model.init_state(1)
-            synchronize(device)
-            began = time.perf_counter()
-            for _ in range(stretch):
-                x = tokens[arm]
-                h, state, _ = model.advance(x, torch.ones_like(x, dtype=torch.bool), state)
-                tokens[arm] = (h[:, -1] @ model.transformer.wte.weight.T).argmax(-1, keepdim=True)
-            synchronize(device)
-            times[arm].append(1000 * (time.perf_counter() - began) / stretch)
-            states[arm] = state
-    for arm, spent in times.items():
-        full = spent[2:]  # the first window and the compiling of anything are over
-        quarter = max(1, len(full) // 4)
-        ratio = [a / b for a, b in zip(times["base"][2:], full, strict=True)]
-        report["rows"].append({
-            "arm": arm, "ms": statistics.median(full), "first": statistics.median(full[:quarter]),
-            "last": statistics.median(full[-quarter:]), "ratio": statistics.median(ratio),
-            "ms_by_stretch": [round(x, 3) for x in spent], "stretch": stretch})
-        report["rows"][-1]["constant"] = report["rows"][-1]["last"] / report["rows"][-1]["first"]
+    times = time_arms(models, args, device)
+    report["rows"] = [summary(arm, times, args.window // 2) for arm in models]
     write_json(report, args.json)
     print_table(report["rows"], {
-        "arm": ("arm", ""), "ms": ("ms/token", ".2f"), "first": ("first quarter", ".2f"),
-        "last": ("last quarter", ".2f"), "constant": ("last / first", ".2f"),
-        "ratio": ("of base", ".2f")})
+        "arm": ("arm", ""),
+        "ms": ("ms/token", ".2f"),
+        "first": ("first quarter", ".2f"),
+        "last": ("last quarter", ".2f"),
+        "constant": ("last / first", ".2f"),
+        "ratio": ("of base", ".2f"),
+    })
 
 
 if __name__ == "__main__":

@@ -174,6 +174,32 @@ def wikitext() -> tuple[str, str]:
     return str(folders[0]), str(folders[1])
 
 
+@pytest.fixture(scope="session")
+def edm_tokenizer():
+    """A BPE of at most 97 entries over lower-case text."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    tokenizer = Tokenizer(models.BPE(unk_token="?"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+    tokenizer.decoder = decoders.Metaspace()
+    trainer = trainers.BpeTrainer(vocab_size=97, special_tokens=["?", "<end>"], show_progress=False)
+    text = "the city was built on a hill by the river and the sea"
+    tokenizer.train_from_iterator([text] * 3, trainer)
+    return tokenizer
+
+
+@pytest.fixture(scope="session")
+def edm_base(edm_tokenizer):
+    """The base of edm_oracle, as edm_gpt2 freezes it."""
+    from edm_oracle import make_base
+
+    import edm_gpt2
+
+    base = make_base()
+    return edm_gpt2.Base("tiny", base.config.to_dict(), base.transformer.state_dict(),
+                         edm_tokenizer, origin="")
+
+
 def error_line(captured_err: str) -> str:
     """The one line that a user's mistake prints, after progress bars if any; no traceback."""
     assert "Traceback" not in captured_err, captured_err

@@ -1,8 +1,10 @@
 #!/usr/bin/env python3
 """Print AST nodes a code line of each file, and every function over the limits; exit 1 if any is.
 
-    python tests/density.py dnc_gpt2.py long_range.py      A code line is no blank, comment, docstring.
-    python tests/density.py --kernels dnc_scan/cpu.py      Kernels: reported only.
+    python tests/density.py dnc_gpt2.py long_range.py
+    python tests/density.py --kernels dnc_scan/cpu.py      of kernels, which have no limits
+
+A code line is one that is neither blank nor comment nor docstring.
 """
 
 import ast
@@ -30,7 +32,7 @@ def code_lines(text: str, tree: ast.Module) -> int:
 
 
 def check(path: Path) -> list[str]:
-    """Print a file's measures, and return what is over a limit. Plots may have any size of nodes."""
+    """Print a file's measures, and return what is over a limit; plots may have any size."""
     text = path.read_text(encoding="utf-8")
     tree = ast.parse(text)
     density = sum(1 for _ in ast.walk(tree)) / code_lines(text, tree)

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Run every command tiny on the CPU, and print what it computed as sha256 digests.
 
-    python tests/freeze.py                      every command, in the order in which each needs the last
+    python tests/freeze.py                      every command, in the order of their needs
     python tests/freeze.py --keep FOLDER        keep what they wrote, and their masked stdout
     python tests/freeze.py --repo OTHER         the commands of another checkout
     python tests/freeze.py --only dnc_gpt2      stop behind one of them
@@ -88,9 +88,10 @@ def command_lines(work: Path) -> dict[str, list[str]]:
             generate="The old bridge", new_tokens=40, save_dir=work / "edm",
             memory_file=work / "notebook.pt")],
         "long_range": ["long_range.py", "--full", *flags(
-            tasks="copy,mqar,brackets,repeats", seeds=0, lr_grid=0.01, mqar_symbols=256, train_rows=64,
-            test_rows=4, steps=2, mqar_steps=2, edm_base_steps=2, lengths="32,64,288",
-            mqar_test="64:4", data_dir=work / "data", save_dir=work / "long_range",
+            tasks="copy,mqar,brackets,repeats", seeds=0, lr_grid=0.01, mqar_symbols=256,
+            train_rows=64, test_rows=4, steps=2, mqar_steps=2, edm_base_steps=2,
+            lengths="32,64,288", mqar_test="64:4", data_dir=work / "data",
+            save_dir=work / "long_range",
             plot_dir=work / "plots")],
         "memory_decoder": ["memory_decoder.py", *decoder],
     }

@@ -19,7 +19,7 @@ pytest.importorskip("gradio", reason="pip install gradio")
 from test_app import HOSTILE, lm, model_flags, serving, step  # noqa: E402, F401
 
 import app  # noqa: E402
-from memory_decoder import Neighbour  # noqa: E402
+from memory_lm import Neighbour  # noqa: E402
 
 CHROMIUM = shutil.which("chromium")
 pytestmark = pytest.mark.skipif(not CHROMIUM, reason="no chromium: apt-get install chromium")
@@ -100,21 +100,21 @@ def slowly(monkeypatch):
     monkeypatch.setattr(app, "generate", slow)
 
 
-def test_a_visit(window, lm, slowly, tmp_path):  # noqa: F811
+def test_an_answer_streams_and_its_evidence_is_listed(window, lm, slowly, tmp_path):  # noqa: F811
     with serving(lm) as address:
         load(window, address)
         shoot(window, "empty", tmp_path)
-        for name, value in {"alpha": 0.9, "temperature": 0.5, "top_k": 20,
-                            "max_new_tokens": 120}.items():
+        wanted = {"alpha": 0.9, "temperature": 0.5, "top_k": 20, "max_new_tokens": 120}
+        for name, value in wanted.items():
             set_slider(window, name, value)
             assert float(window.input_value(f"#{name} input[type=range]")) == value
         window.locator("#alpha input[type=range]").press("ArrowLeft")
         assert float(window.input_value("#alpha input[type=number]")) == 0.89
 
         say(window, "Ba den fi gor")
-        lengths = []  # the text grows while it is written
         window.wait_for_selector("#live .answer.live mark")
         shoot(window, "streaming", tmp_path)
+        lengths = []  # the text grows while it is written
         while window.query_selector("#live .answer.live"):
             lengths.append(len(window.inner_text("#log")))
             window.wait_for_timeout(20)
@@ -127,24 +127,27 @@ def test_a_visit(window, lm, slowly, tmp_path):  # noqa: F811
         assert rows == min(marks, app.MAX_ROWS) and window.locator("#found li").count() >= rows
         shoot(window, "answered", tmp_path)
 
+
+def test_two_answers_stand_beside_or_below_each_other(window, lm, tmp_path):  # noqa: F811
+    with serving(lm) as address:
+        load(window, address)
         choose(window, "kNN-LM")  # brings the alpha that was tuned for it
-        tuned = app.tuned_alpha(lm, "knn")
         window.wait_for_function("value => document.querySelector('#alpha input[type=number]')"
-                                 ".value == value", arg=str(tuned))
+                                 ".value == value", arg=str(app.tuned_alpha(lm, "knn")))
         set_slider(window, "alpha", 0)
-        window.check("#beside input")
         set_slider(window, "max_new_tokens", 12)
+        window.check("#beside input")
         window.fill("#box textarea", "hul ka")
         window.press("#box textarea", "Enter")
         window.wait_for_selector("#found :text('The base alone would have said the same')")
-        base, memory = (window.locator("#past .answers.beside .answer").nth(i) for i in (0, 1))
-        words = [column.locator("p").inner_text() for column in (base, memory)]
-        assert words[0] == words[1] != ""  # alpha 0 is the base
-        left, right = base.bounding_box(), memory.bounding_box()
+        base, memory = window.locator("#past .answers.beside .answer").all()
+        words = base.locator("p").inner_text()
+        assert memory.locator("p").inner_text() == words != ""  # alpha 0 is the base
+        first, second = base.bounding_box(), memory.bounding_box()
         if window.viewport_size["width"] == WIDE[0]:
-            assert left["y"] == right["y"] and left["x"] + left["width"] <= right["x"]
+            assert first["y"] == second["y"] and first["x"] + first["width"] <= second["x"]
         else:
-            assert left["x"] == right["x"] and left["y"] + left["height"] <= right["y"]
+            assert first["x"] == second["x"] and first["y"] + first["height"] <= second["y"]
         shoot(window, "beside", tmp_path)
 
 
@@ -165,8 +168,6 @@ def test_stop_clear_and_refusal(window, lm, slowly, tmp_path):  # noqa: F811
         window.wait_for_selector("#notice :text('20,001 characters')")
         assert len(window.input_value("#box textarea")) == 20_001  # not lost
         shoot(window, "refused", tmp_path)
-        say(window, "   ")
-        window.wait_for_selector("#notice :text('is empty')")
         window.click("#clear")
         window.wait_for_selector("#past :text('Write a message below')")
         assert window.inner_text("#found") == window.inner_text("#notice") == ""

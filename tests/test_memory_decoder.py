@@ -1,6 +1,7 @@
-"""Tests of memory_decoder.py: search and the kNN distribution against NumPy in float64, the build
-killed, resumed and sharded, keys against a recomputation without hooks, scoring against a naive
-loop, generation with caches against none, users at once, chat prompts, bad input, and the command.
+"""Tests of datastore.py, memory_lm.py and memory_decoder.py: search and the kNN distribution in
+NumPy float64, the build killed, resumed and sharded, keys against a recomputation without hooks,
+scoring against a naive loop, generation with caches against none, users at once, chat prompts, a
+full disk, what an older version wrote, bad input, and the command.
 
 D width of a key, V vocabulary, n stored keys, Q queries, k neighbours, M entries of a target.
 """
@@ -13,10 +14,12 @@ import dataclasses
 import json
 import math
 import os
+import resource
 import shutil
 import signal
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -24,53 +27,50 @@ import pytest
 import torch
 from conftest import ROOT, error_line, flags, write_corpus
 
+import datastore as ds
 import dnc_gpt2
 import memory_decoder as md
+import memory_lm as ml
 
 faiss = pytest.importorskip("faiss")
 
-TINY = {"window": 32, "stride": 16, "batch_windows": 2, "index": "flat", "knn_k": 8, "rerank": 2,
-        "decoder_dim": 16, "decoder_layers": 2, "decoder_heads": 4, "decoder_reach": 12,
-        "num_epochs": 1, "batch_tokens": 128, "target_width": 8, "finetune_lrs": "1e-3",
-        "latency_tokens": 3, "latency_rounds": 1, "tune_tokens": 200,
-        "eval_tokens": 200}  # fmt: skip
-BASE = {"arms": "baseline", "hidden_size": 32, "num_layers": 2, "num_heads": 2, "batch_size": 4,
-        "seq_len": 32, "max_steps": 60, "lr": 1e-2, "save_every_steps": 100, "eval_rows": 2,
-        "eval_tokens": 200, "final_eval_tokens": 200, "num_gpus": 0}  # fmt: skip
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Tiny tensors gain nothing from threads."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+TINY = dict(
+    window=32, stride=16, batch_windows=2, index="flat", knn_k=8, decoder_dim=16, decoder_layers=2,
+    decoder_heads=4, decoder_reach=12, batch_tokens=128, target_width=8, finetune_lrs="1e-3",
+    latency_tokens=3, latency_rounds=1, tune_tokens=200, eval_tokens=200)
+BASE = dict(
+    arms="baseline", hidden_size=32, num_layers=2, num_heads=2, batch_size=4, seq_len=32,
+    max_steps=60, lr=1e-2, save_every_steps=100, eval_rows=2, eval_tokens=200,
+    final_eval_tokens=200, num_gpus=0)
+GREEDY = ml.Sampling("base", 0.5, 0.0, 0, 20)
 
 
 @pytest.fixture(scope="module")
 def text_folder(tmp_path_factory) -> str:
+    """A domain of three splits."""
     return str(write_corpus(tmp_path_factory.mktemp("domain") / "text", 900, 200, 200))
 
 
 @pytest.fixture(scope="module")
-def save_dir(tmp_path_factory, text_folder, tokenizer_folder) -> str:
+def save_dir(tmp_path_factory, text_folder, tokenizer_folder) -> Path:
     """A folder with one tiny trained GPT-2."""
     folder = tmp_path_factory.mktemp("base")
-    argv = flags(BASE | {"dataset": text_folder, "tokenizer": tokenizer_folder, "save_dir":
-                         str(folder), "plot_dir": str(folder / "plots")})
+    fields = BASE | {"dataset": text_folder, "tokenizer": tokenizer_folder}
+    argv = flags(fields | {"save_dir": folder, "plot_dir": folder / "plots"})
     assert dnc_gpt2.main(argv) == 0
-    return str(folder)
+    return folder
 
 
 @pytest.fixture(scope="module")
 def checkpoint(save_dir) -> str:
-    return str(next(Path(save_dir).glob("GPT2_Baseline_FINAL_*.pt")))
+    """The file of the tiny GPT-2."""
+    return str(next(save_dir.glob("GPT2_Baseline_FINAL_*.pt")))
 
 
 def argv_of(folder, checkpoint: str, text_folder: str, **fields) -> list[str]:
-    return flags({**TINY, "base": checkpoint, "domain": text_folder, "model_dir": str(folder),
-                  "plot_dir": str(folder), **fields})
+    """The command line of a tiny run in a folder."""
+    named = {"base": checkpoint, "domain": text_folder, "model_dir": folder, "plot_dir": folder}
+    return flags(TINY | named | fields)
 
 
 @pytest.fixture(scope="module")
@@ -83,115 +83,118 @@ def made(tmp_path_factory, checkpoint, text_folder) -> Path:
 
 @pytest.fixture(scope="module")
 def config(made, checkpoint, text_folder) -> md.Config:
-    return md.Config(**{**TINY, "base": checkpoint, "domain": text_folder, "model_dir": str(made),
-                        "plot_dir": str(made)})
+    """The Config of `made`."""
+    folders = {"model_dir": str(made), "plot_dir": str(made)}
+    return md.Config(**TINY, base=checkpoint, domain=text_folder, **folders)
 
 
 @pytest.fixture(scope="module")
-def lm(config) -> md.MemoryLM:
+def lm(made) -> ml.MemoryLM:
     """The model, its alpha and lambda well inside (0, 1) whatever was tuned."""
-    loaded = md.MemoryLM.load(config)
+    loaded = ml.MemoryLM.load(made)
     settings = loaded.settings | {"lambda": 0.3, "both": {"alpha": 0.4, "lambda": 0.3}}
     return dataclasses.replace(loaded, settings=settings)
 
 
 @pytest.fixture(scope="module")
 def domain(config, lm) -> md.Domain:
+    """The tokenized domain."""
     return md.load_domain(config, lm.base)
 
 
+@pytest.fixture(scope="module")
+def targets(made) -> tuple[np.ndarray, np.ndarray]:
+    """The sparse kNN targets on disk."""
+    return np.load(made / "targets_tokens.npy"), np.load(made / "targets_weights.npy")
+
+
+# ── Search and the kNN distribution ──────────────────────────────────────────────────────────────
 def clustered(n: int, width: int, seed: int = 0) -> np.ndarray:
     """float16 keys around some centres, so that neighbours mean something."""
     draw = np.random.default_rng(seed)
     centres = draw.standard_normal((40, width))
-    found = centres[draw.integers(0, 40, n)] + 0.5 * draw.standard_normal((n, width))
-    return found.astype(np.float16)
+    keys = centres[draw.integers(0, 40, n)] + 0.5 * draw.standard_normal((n, width))
+    return keys.astype(np.float16)
 
 
-def store_of(keys: np.ndarray, kind: str, values=None) -> md.Datastore:
-    index = md.new_index(kind, keys.shape[1], len(keys), keys.astype(np.float32))
-    md.add_keys(index, keys, 0, len(keys))
+def store_of(keys: np.ndarray, kind: str) -> ds.Datastore:
+    """A datastore of keys; their values are of 11 kinds."""
+    index = ds.new_index(kind, keys.shape[1], len(keys), keys.astype(np.float32))
+    ds.add_keys(index, keys, 0, len(keys))
     if kind == "ivfpq":
         index.nprobe = 16
-    values = np.arange(len(keys), dtype=np.int32) % 11 if values is None else values
-    return md.Datastore(keys, values, index, kind, 4)
+    return ds.Datastore(keys, np.arange(len(keys), dtype=np.int32) % 11, index, kind, 4)
 
 
 def brute_force(keys: np.ndarray, queries: np.ndarray, k: int, exclude=None):
     """Distances (Q, k) and ids (Q, k) in float64, ties to the lowest id."""
-    d = ((queries[:, None].astype(np.float64) - keys[None].astype(np.float64)) ** 2).sum(-1)
+    apart = queries[:, None].astype(np.float64) - keys[None].astype(np.float64)
+    distances = (apart**2).sum(-1)
     if exclude is not None:
-        d[np.arange(len(queries)), exclude] = np.inf
-    ids = np.argsort(d, axis=1, kind="stable")[:, :k]
-    return np.take_along_axis(d, ids, 1), ids
+        distances[np.arange(len(queries)), exclude] = np.inf
+    ids = np.argsort(distances, axis=1, kind="stable")[:, :k]
+    return np.take_along_axis(distances, ids, 1), ids
 
 
-# ── Search and the kNN distribution ───────────────────────────────────────────────────────────────
-@pytest.mark.parametrize("tau", [0.3, 5.0, 200.0])
-def test_knn_probabilities_equal_brute_force_in_float64(tau):
+def votes(distances: np.ndarray, tau: float) -> np.ndarray:
+    """softmax(-d / tau) over the last axis in float64."""
+    weights = np.exp(-(distances - distances[:, :1]) / tau)
+    return weights / weights.sum(1, keepdims=True)
+
+
+def test_knn_probabilities_equal_brute_force_in_float64():
     keys = clustered(1500, 24)
     queries = np.random.default_rng(1).standard_normal((37, 24)).astype(np.float32)
     store = store_of(keys, "flat")
     distances, ids = store.search(queries, 13)
     true_distances, true_ids = brute_force(keys, queries, 13)
     assert (ids == true_ids).all()
-    assert distances.dtype == np.float32
     np.testing.assert_allclose(distances, true_distances, rtol=1e-5)
-    expected = np.zeros((37, 11))
-    weights = np.exp(-(true_distances - true_distances[:, :1]) / tau)
-    weights /= weights.sum(1, keepdims=True)
-    for q in range(37):
-        for i, w in zip(true_ids[q], weights[q], strict=True):
-            expected[q, store.values[i]] += w
-    found = md.knn_probabilities(torch.from_numpy(distances), torch.from_numpy(store.values[ids]),
-                                 tau, 11)
-    np.testing.assert_allclose(found.numpy(), expected, atol=2e-5)
-    np.testing.assert_allclose(found.sum(1).numpy(), 1, atol=1e-6)
+    for tau in (0.3, 5.0, 200.0):
+        expected = np.zeros((37, 11))
+        np.add.at(expected, (np.arange(37)[:, None], store.values[true_ids]),
+                  votes(true_distances, tau))
+        values = torch.from_numpy(store.values[ids])
+        p = ds.knn_probabilities(torch.from_numpy(distances), values, tau, 11)
+        np.testing.assert_allclose(p.numpy(), expected, atol=2e-5)
+        np.testing.assert_allclose(p.sum(1).numpy(), 1, atol=1e-6)
 
 
 @pytest.mark.parametrize("kind, least", [("flat", 1.0), ("ivfpq", 0.95), ("hnsw", 0.95)])
-def test_recall_of_each_index_against_brute_force(kind, least):
+def test_each_index_recalls_and_leaves_out_the_query_itself_but_not_its_duplicate(kind, least):
     keys = clustered(4000, 32)
-    queries = clustered(64, 32, seed=3).astype(np.float32)
-    _, ids = store_of(keys, kind).search(queries, 10)
-    _, true = brute_force(keys, queries, 10)
-    recall = np.mean([len(set(a) & set(b)) / 10 for a, b in zip(ids, true, strict=True)])
-    assert recall >= least
-
-
-@pytest.mark.parametrize("kind", ["flat", "ivfpq", "hnsw"])
-def test_own_position_is_excluded_and_a_planted_duplicate_is_not(kind):
-    keys = clustered(2000, 32)
     keys[1234] = keys[77]  # the same text twice
+    store = store_of(keys, kind)
+    queries = clustered(64, 32, seed=3).astype(np.float32)
+    ids, true = store.search(queries, 10)[1], brute_force(keys, queries, 10)[1]
+    hits = [len(np.intersect1d(a, b)) for a, b in zip(ids, true, strict=True)]
+    assert np.mean(hits) / 10 >= least
+
     own = np.array([77, 1234, 5])
-    distances, ids = store_of(keys, kind).search(keys[own], 6, exclude=own)
+    distances, ids = store.search(keys[own], 6, exclude=own)
     assert not (ids == own[:, None]).any()
-    assert (ids[0, 0], ids[1, 0]) == (1234, 77)
-    assert distances[0, 0] == distances[1, 0] == 0
-    distances, ids = store_of(keys, kind).search(keys[own], 6)
-    assert ids[0, 0] == ids[1, 0] == 77  # a tie goes to the lowest id
-    assert ids[2, 0] == 5 and distances[2, 0] == 0
+    assert ids[:2, 0].tolist() == [1234, 77] and distances[:2, 0].tolist() == [0, 0]
+    distances, ids = store.search(keys[own], 6)
+    assert ids[:, 0].tolist() == [77, 77, 5]  # a tie goes to the lowest id
 
 
-def test_neighbours_are_sorted_whatever_order_the_index_gives_and_missing_ones_weigh_nothing():
+def test_neighbours_are_sorted_whatever_the_index_gives_and_missing_ones_weigh_nothing():
     keys = clustered(50, 8)
 
     class Shuffled:
         def search(self, queries, wanted):
-            ids = np.tile(np.random.default_rng(0).permutation(50)[: wanted - 4], (len(queries), 1))
-            return None, np.concatenate([ids, np.full((len(queries), 4), -1)], axis=1)
+            some = np.random.default_rng(0).permutation(50)[: wanted - 4]
+            missing = np.full(4, -1)
+            return None, np.tile(np.concatenate([some, missing]), (len(queries), 1))
 
-    store = md.Datastore(keys, np.zeros(50, np.int32), Shuffled(), "flat")
+    store = ds.Datastore(keys, np.zeros(50, np.int32), Shuffled(), "flat")
     distances, ids = store.search(keys[:3].astype(np.float32), 50)
     assert (np.diff(distances[:, :46]) >= 0).all()
     assert (ids[:, 46:] == -1).all() and np.isinf(distances[:, 46:]).all()
-    weights = md.knn_weights(torch.from_numpy(distances), 1.0)
+    weights = ds.knn_weights(torch.from_numpy(distances), 1.0)
     assert (weights[:, 46:] == 0).all()
     torch.testing.assert_close(weights.sum(1), torch.ones(3))
-
-
-def test_a_query_without_any_neighbour_has_no_votes_and_no_nan():
-    assert md.knn_weights(torch.full((2, 3), math.inf), 1.0).eq(0).all()
+    assert ds.knn_weights(torch.full((2, 3), math.inf), 1.0).eq(0).all()  # and no NaN
 
 
 @pytest.mark.parametrize("width", [3, 8, 40])
@@ -201,11 +204,9 @@ def test_sparse_kl_equals_dense_kl_in_float64(width):
     values = torch.randint(0, 8, (20, 30), generator=draw)
     log_q = torch.randn(20, 12, generator=draw).log_softmax(-1)
     tokens, p = md.sparse_targets(distances, values, 1.0, width)
+
     dense = np.zeros((20, 12))
-    weights = np.exp(-distances.double().numpy())
-    weights /= weights.sum(1, keepdims=True)
-    for q in range(20):
-        np.add.at(dense[q], values[q].numpy(), weights[q])
+    np.add.at(dense, (np.arange(20)[:, None], values.numpy()), votes(distances.double().numpy(), 1))
     if width < 8:  # the heaviest, renormalised
         floor = np.sort(dense, axis=1)[:, -width]
         dense[dense < floor[:, None]] = 0
@@ -215,266 +216,273 @@ def test_sparse_kl_equals_dense_kl_in_float64(width):
     np.testing.assert_allclose(md.sparse_kl(tokens, p, log_q).numpy(), expected, atol=1e-5)
 
 
-# ── Mixing ────────────────────────────────────────────────────────────────────────────────────────
+def test_targets_on_disk_are_the_knn_distribution_without_the_own_position(targets, lm):
+    at = np.array([3, 200, 511])
+    store, k = lm.datastore, lm.settings["k"]
+    distances, ids = brute_force(store.keys, store.keys[at], k, exclude=at)
+    weights = votes(distances, lm.settings["tau"])
+    tokens, p = targets
+    for row, position in enumerate(at):
+        expected = np.bincount(store.values[ids[row]], weights[row], lm.base.vocab)
+        dense = np.bincount(tokens[position], p[position].astype(float), lm.base.vocab)
+        np.testing.assert_allclose(dense, expected, atol=2e-3)
+
+
+# ── Mixing ───────────────────────────────────────────────────────────────────────────────────────
 @pytest.mark.parametrize("mixing", ["probability", "logits"])
 @pytest.mark.parametrize("alpha", [0.0, 1e-6, 0.3, 0.999, 1.0])
 def test_mixture_sums_to_one_and_its_ends_are_exact(alpha, mixing):
-    a, b = torch.randn(2, 5, 300).mul(4).log_softmax(-1)
-    mixed = md.mix(a, b, alpha, mixing)
+    draw = torch.Generator().manual_seed(0)
+    base, memory = torch.randn(2, 5, 300, generator=draw).mul(4).log_softmax(-1)
+    mixed = ml.mix(base, memory, alpha, mixing)
     torch.testing.assert_close(mixed.exp().sum(-1), torch.ones(5), atol=1e-5, rtol=0)
     if alpha in (0.0, 1.0):
-        assert torch.equal(mixed, (a, b)[int(alpha)])
+        assert torch.equal(mixed, memory if alpha else base)
     elif mixing == "probability":
-        expected = (1 - alpha) * a.double().exp() + alpha * b.double().exp()
+        expected = (1 - alpha) * base.double().exp() + alpha * memory.double().exp()
         torch.testing.assert_close(mixed.double().exp(), expected, atol=1e-6, rtol=1e-4)
 
 
-@pytest.mark.parametrize("mode", ["base", "knn", "decoder", "both"])
-def test_the_distribution_of_every_mode_sums_to_one(lm, domain, mode):
-    reading = md.Conversation(lm, mode).feed(domain.test[:20].tolist())
-    log_p, _ = md.distribution(lm, mode, 0.4, reading)
-    assert log_p.exp().sum().item() == pytest.approx(1, abs=1e-5)
+@pytest.mark.parametrize("mode", ml.MODES)
+def test_every_mode_sums_to_one_and_alpha_0_is_the_base_bit_for_bit(lm, domain, mode):
+    reading = ml.Conversation(lm, mode).feed(domain.test[:20].tolist())
+    mixed, _ = ml.distribution(lm, mode, 0.4, reading)
+    assert mixed.exp().sum().item() == pytest.approx(1, abs=1e-5)
+    if mode != "both":  # which mixes the kNN distribution in by its own share
+        alone = ml.Conversation(lm, "base").feed(domain.test[:20].tolist()).log_base
+        assert torch.equal(ml.distribution(lm, mode, 0.0, reading)[0], alone)
 
 
-@pytest.mark.parametrize("mode", ["knn", "decoder"])
-def test_alpha_0_is_the_base_bit_for_bit_and_alpha_1_the_memory(lm, domain, mode):
-    ids = domain.test[:20].tolist()
-    reading = md.Conversation(lm, mode).feed(ids)
-    alone = md.Conversation(lm, "base").feed(ids).log_base
-    assert torch.equal(md.distribution(lm, mode, 0.0, reading)[0], alone)
-    log_p = md.distribution(lm, mode, 1.0, reading)[0]
-    if mode == "decoder":
-        assert torch.equal(log_p, reading.log_decoder)
-    else:
-        distances, _, values = md.nearest(lm, reading.query)
-        p = md.knn_probabilities(distances[None], values[None], lm.settings["tau"], len(log_p))
-        assert torch.equal(log_p, p[0].log())
-
-
-# ── Reading, keys, scoring ────────────────────────────────────────────────────────────────────────
+# ── Reading, keys, scoring ───────────────────────────────────────────────────────────────────────
 @pytest.mark.parametrize("positions, window, stride", [(1, 8, 4), (8, 8, 4), (9, 8, 4), (63, 8, 3),
                                                        (100, 16, 16), (101, 16, 1)])
 def test_windows_use_every_position_once_with_context_and_no_padding(positions, window, stride):
-    groups = md.plan_windows(positions, window, stride, 3)
-    found = [w for group in groups for w in group]
-    assert [p for w in found for p in range(w.first, w.end)] == list(range(positions))
-    assert all(w.end - w.start == min(window, positions) and w.start >= 0 for w in found)
-    assert all(w.first - w.start >= window - stride for w in found[1:])
+    windows = [w for group in ds.plan_windows(positions, window, stride, 3) for w in group]
+    assert [p for w in windows for p in range(w.first, w.end)] == list(range(positions))
+    assert all(w.end - w.start == min(window, positions) and w.start >= 0 for w in windows)
+    assert all(w.first - w.start >= window - stride for w in windows[1:])
 
 
 def test_stored_keys_equal_a_recomputation_without_hooks(lm, domain, made):
-    keys = np.load(made / md.KEYS, allow_pickle=False)
-    values = np.load(made / md.VALUES, allow_pickle=False)
+    keys = np.load(made / ds.KEYS, allow_pickle=False)
+    values = np.load(made / ds.VALUES, allow_pickle=False)
     assert (keys.dtype, values.dtype) == (np.float16, np.int32)
     assert (values == domain.train[1:].numpy()).all()
     gpt2 = lm.base.model.transformer
-    for w in (md.plan_windows(len(values), 32, 16, 1)[i][0] for i in (0, 5, -1)):
-        tokens = domain.train[None, w.start : w.end]
-        h = gpt2(tokens, output_hidden_states=True).hidden_states[-2]  # what the last block reads
-        block = gpt2.h[-1]
-        key = block.ln_2(h + block.attn(block.ln_1(h))[0])[0, w.first - w.start :]
-        np.testing.assert_allclose(keys[w.first : w.end], key.numpy(), atol=4e-3, rtol=1e-3)
+    block = gpt2.h[-1]
+    windows = ds.plan_windows(len(values), 32, 16, 1)
+    for [window] in (windows[0], windows[5], windows[-1]):
+        ids = domain.train[None, window.start : window.end]
+        h = gpt2(ids, output_hidden_states=True).hidden_states[-2]  # what the last block reads
+        key = block.ln_2(h + block.attn(block.ln_1(h))[0])[0, window.used]
+        np.testing.assert_allclose(keys[window.first : window.end], key.numpy(), atol=4e-3,
+                                   rtol=1e-3)
 
 
-def small_model(kind: str, vocab: int):
+def save_foreign_base(kind: str, tokenizer_folder: str, folder: Path) -> int:
+    """Save a tiny model of another architecture, and a tokenizer that puts <bos> before a text ->
+    the token <bos>."""
     import transformers
-    sizes = dict(vocab_size=vocab, hidden_size=16, intermediate_size=24, num_hidden_layers=2,
-                 num_attention_heads=2, num_key_value_heads=1, max_position_embeddings=24,
-                 head_dim=8)
-    made = {"llama": ("LlamaConfig", "LlamaForCausalLM"),
-            "gemma2": ("Gemma2Config", "Gemma2ForCausalLM")}[kind]
-    torch.manual_seed(0)
-    return getattr(transformers, made[1])(getattr(transformers, made[0])(**sizes))
-
-
-@pytest.mark.parametrize("kind", ["llama", "gemma2"])
-def test_a_folder_of_another_architecture_gives_keys_after_the_norm_and_no_prefix_is_scored(
-        kind, tmp_path, tokenizer_folder, text_folder):
     from tokenizers import processors
-    from transformers import AutoTokenizer
-    tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder)
+
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tokenizer_folder)
     tokenizer.add_special_tokens({"bos_token": "<bos>", "eos_token": "<eos>"})
     tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
         single="<bos> $A", special_tokens=[("<bos>", tokenizer.bos_token_id)])
-    tokenizer.save_pretrained(tmp_path)
-    model = small_model(kind, len(tokenizer))
-    model.save_pretrained(tmp_path)
-    config = md.Config(**{**TINY, "base": str(tmp_path), "domain": text_folder})
-    base = md.load_base(config, str(tmp_path))
-    assert (base.prefix, base.window) == ((tokenizer.bos_token_id,), 23)
-    assert base.end_ids() >= {tokenizer.eos_token_id}
-    norm = base.model.model.layers[-1]
-    norm = norm.pre_feedforward_layernorm if kind == "gemma2" else norm.post_attention_layernorm
+    tokenizer.save_pretrained(folder)
+    torch.manual_seed(0)
+    sizes = getattr(transformers, f"{kind}Config")(
+        vocab_size=len(tokenizer), hidden_size=16, intermediate_size=24, num_hidden_layers=2,
+        num_attention_heads=2, num_key_value_heads=1, max_position_embeddings=24, head_dim=8)
+    getattr(transformers, f"{kind}ForCausalLM")(sizes).save_pretrained(folder)
+    return tokenizer.bos_token_id
+
+
+@pytest.mark.parametrize("kind, norm", [("Llama", "post_attention_layernorm"),
+                                        ("Gemma2", "pre_feedforward_layernorm")])
+def test_a_folder_of_another_architecture_gives_keys_after_the_norm_and_no_prefix_is_scored(
+        kind, norm, tmp_path, tokenizer_folder, text_folder):
+    begin = save_foreign_base(kind, tokenizer_folder, tmp_path)
+    base = ds.load_base(str(tmp_path), 32, "feed_forward")
+    assert (base.prefix, base.window) == ((begin,), 23)
+    assert base.tokenizer.eos_token_id in base.end_ids()
     seen = []
-    norm.register_forward_hook(lambda module, args, out: seen.append(out))
-    stream = md.load_domain(config, base).train
-    ids, logits, keys = md.read_group(base, stream, [md.Window(0, 0, 10), md.Window(5, 10, 15)])
+    module = getattr(base.model.model.layers[-1], norm)
+    module.register_forward_hook(lambda module, args, out: seen.append(out))
+    stream = md.load_domain(md.Config(domain=text_folder), base).train
+    windows = [ds.Window(0, 0, 10), ds.Window(5, 10, 15)]
+    ids, logits, keys = ds.read_group(base, stream, windows)
     assert torch.equal(keys, seen[0][:, 1:].float()) and keys.shape == (2, 10, 16)
-    assert torch.equal(ids[1], stream[5:15]) and logits.shape == (2, 10, len(tokenizer))
+    assert torch.equal(ids[1], stream[5:15]) and logits.shape == (2, 10, base.vocab)
 
 
-def test_score_equals_a_naive_loop_over_positions(config, lm, domain):
-    stream, found = domain.valid[:90], {}
-    scores = md.score(config, lm.base, stream, 0, {"hidden": lm.decoder}, store=lm.datastore,
-                      taus=[2.0], ks=[5], alphas=[0.3])
-    for [w] in md.plan_windows(89, 32, 16, 1):
-        logits, keys = lm.base.forward(stream[None, w.start : w.end])
+def naive_scores(lm, stream: torch.Tensor, mixing: str) -> np.ndarray:
+    """base, base + decoder at alpha 0.3 and p_knn of 5 neighbours at tau 2 of every token (n, 3),
+    position after position in float64."""
+    rows = []
+    for [window] in ds.plan_windows(len(stream) - 1, 32, 16, 1):
+        logits, keys = lm.base.forward(stream[None, window.start : window.end])
+        log_p = logits[0].double().log_softmax(-1)
         log_q = lm.decoder(keys, None)[0].double().log_softmax(-1)
-        for i in range(w.first, w.end):
-            p = logits[0, i - w.start].double().softmax(-1)[stream[i + 1]]
-            q = log_q[i - w.start, stream[i + 1]].exp()
-            d, ids = brute_force(lm.datastore.keys, keys[0, i - w.start][None].numpy(), 5)
-            weights = np.exp(-d[0] / 2) / np.exp(-d[0] / 2).sum()
-            knn = weights[lm.datastore.values[ids[0]] == int(stream[i + 1])].sum()
-            found[i] = math.log(p), math.log(0.7 * p + 0.3 * q), knn
-    expected = np.array([found[i] for i in range(89)])
+        for position in range(window.first, window.end):
+            at, target = position - window.start, stream[position + 1]
+            mixed = torch.log(0.7 * log_p[at].exp() + 0.3 * log_q[at].exp())
+            if mixing == "logits":
+                mixed = (0.7 * log_p[at] + 0.3 * log_q[at]).log_softmax(-1)
+            distances, near = brute_force(lm.datastore.keys, keys[0, at, None].numpy(), 5)
+            p_knn = votes(distances, 2.0)[lm.datastore.values[near] == int(target)].sum()
+            rows.append([float(log_p[at, target]), float(mixed[target]), p_knn])
+    return np.array(rows)
+
+
+@pytest.mark.parametrize("mixing", ["probability", "logits"])
+def test_score_equals_a_naive_loop_over_positions(config, lm, domain, mixing):
+    config, stream = dataclasses.replace(config, mixing=mixing), domain.valid[:90]
+    systems = md.Systems({"hidden": lm.decoder}, store=lm.datastore)
+    grid = md.Grid(taus=[2.0], ks=[5], alphas=[0.0, 0.3])
+    scores = md.score(config, lm.base, stream, 0, systems, grid)
+    expected = naive_scores(lm, stream, mixing)
     np.testing.assert_allclose(scores.log_p["base"], expected[:, 0], atol=1e-4)
-    np.testing.assert_allclose(scores.mixed["hidden"][0], expected[:, 1], atol=1e-4)
+    np.testing.assert_allclose(scores.mixed["hidden"][1], expected[:, 1], atol=1e-4)
     np.testing.assert_allclose(scores.knn[0, 0], expected[:, 2], atol=1e-4)
-
-
-def test_logit_mixing_is_scored_with_whole_distributions(config, lm, domain):
-    config, stream = dataclasses.replace(config, mixing="logits"), domain.valid[:31]
-    scores = md.score(config, lm.base, stream, 0, {"hidden": lm.decoder}, alphas=[0.0, 0.4])
-    logits, keys = lm.base.forward(stream[None, :-1])
-    both = (0.6 * logits + 0.4 * lm.decoder(keys, None)).log_softmax(-1)[0]
-    expected = both.gather(1, stream[1:, None])[:, 0]
-    np.testing.assert_allclose(scores.mixed["hidden"][1], expected.numpy(), atol=1e-4)
     assert (scores.mixed["hidden"][0] == scores.log_p["base"]).all()
 
 
-# ── Building ──────────────────────────────────────────────────────────────────────────────────────
-class Killed(BaseException):
-    """What no handler catches."""
-
-
-def kill_at(monkeypatch, group: int) -> None:
-    """The build dies in its group of that number."""
-    real, calls = md.read_group, []
-
-    def read(*args):
-        calls.append(0)
-        if len(calls) == group:
-            raise Killed
-        return real(*args)
-
-    monkeypatch.setattr(md, "read_group", read)
-
-
-SIGKILL_AT_THE_SEVENTH = """
+# ── Building ─────────────────────────────────────────────────────────────────────────────────────
+SIGKILL_AT = """
 import os, signal, sys
-import memory_decoder as md
-real, calls = md.read_group, []
-def read(*args):
-    calls.append(0)
-    if len(calls) == 7:
+import datastore, memory_decoder
+read, groups = datastore.read_group, []
+def read_group(*args):
+    groups.append(0)
+    if len(groups) == int(sys.argv[1]):
         os.kill(os.getpid(), signal.SIGKILL)
-    return real(*args)
-md.read_group = read
-sys.exit(md.main(sys.argv[1:]))
+    return read(*args)
+datastore.read_group = read_group
+sys.exit(memory_decoder.main(sys.argv[2:]))
 """
 
 
-def test_a_killed_build_resumes_with_the_same_bytes(
-        made, checkpoint, text_folder, tmp_path, monkeypatch, capsys):
-    argv = ["build", *argv_of(tmp_path, checkpoint, text_folder)]
-    done = subprocess.run([sys.executable, "-c", SIGKILL_AT_THE_SEVENTH, *argv], cwd=ROOT,
+def kill_build(group: int, argv: list[str]) -> str:
+    """Run the command until it kills itself in that group of windows -> its stdout."""
+    done = subprocess.run([sys.executable, "-c", SIGKILL_AT, str(group), *argv], cwd=ROOT,
                           capture_output=True, text=True, timeout=120)
     assert done.returncode == -signal.SIGKILL, done.stderr[-2000:]
-    assert not (tmp_path / md.MANIFEST).exists() and not (tmp_path / md.KEYS).exists()
-    with monkeypatch.context() as patch:
-        kill_at(patch, 5)
-        with pytest.raises(Killed):
-            md.main(argv)
-    assert not (tmp_path / md.MANIFEST).exists() and not (tmp_path / md.KEYS).exists()
+    return done.stdout
+
+
+def test_a_killed_build_resumes_with_the_same_bytes_and_not_that_of_another_text(
+        made, checkpoint, text_folder, tmp_path, monkeypatch, capsys):
+    argv = ["build", *argv_of(tmp_path, checkpoint, text_folder)]
+    kill_build(4, [*argv, "--max_keys=700"])
+    assert "resumed" not in kill_build(7, argv) and not (tmp_path / ds.KEYS).exists()
+
     # What was written after the last flush is not trusted.
-    part = np.load(tmp_path / f"{md.KEYS}.part", mmap_mode="r+")
+    part = np.load(tmp_path / f"{ds.KEYS}.part", mmap_mode="r+")
     part[-50:] = 7
     part.flush()
-    capsys.readouterr()
-    calls = []
-    real = md.read_group
-    monkeypatch.setattr(md, "read_group", lambda *args: calls.append(0) or real(*args))
-    assert md.main(argv) == 0
-    assert "resumed at position" in capsys.readouterr().out
-    keys = len(np.load(made / md.VALUES))
-    assert len(calls) == len(md.plan_windows(keys, 32, 16, 2)) - 10
-    for name in (md.KEYS, md.VALUES, md.INDEX):
-        assert (tmp_path / name).read_bytes() == (made / name).read_bytes()
-    assert sorted(p.name for p in tmp_path.iterdir()) == sorted(
-        [".lock", md.KEYS, md.VALUES, md.INDEX, md.MANIFEST])
-    assert md.main(argv) == 0  # a second time: there is nothing to do
-    assert "holds these" in capsys.readouterr().out
-
-
-def test_a_build_of_another_text_does_not_resume_but_starts_anew(
-        made, checkpoint, text_folder, tmp_path, monkeypatch):
-    with monkeypatch.context() as patch:
-        kill_at(patch, 4)
-        with pytest.raises(Killed):
-            md.main(["build", *argv_of(tmp_path, checkpoint, text_folder, max_keys=700)])
-    assert md.main(["build", *argv_of(tmp_path, checkpoint, text_folder)]) == 0
-    assert (tmp_path / md.KEYS).read_bytes() == (made / md.KEYS).read_bytes()
-
-
-@pytest.mark.parametrize("kind", ["ivfpq"])
-def test_shards_built_by_two_processes_and_merged_equal_one_build(
-        made, checkpoint, text_folder, tmp_path, kind):
-    argv = argv_of(tmp_path, checkpoint, text_folder, index=kind)
-    done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
-         str(ROOT / "memory_decoder.py"), "build", *argv], capture_output=True, text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=120)
-    assert done.returncode == 0, done.stderr[-2000:]
-    for name in (md.KEYS, md.VALUES, *([md.INDEX] if kind == "flat" else [])):
-        assert (tmp_path / name).read_bytes() == (made / name).read_bytes()
-    if kind == "ivfpq":
-        keys = np.load(tmp_path / md.KEYS)
-        whole, merged = store_of(keys, "ivfpq"), faiss.read_index(str(tmp_path / md.INDEX))
-        assert merged.ntotal == len(keys)
-        whole.index.nprobe = merged.nprobe = 4
-        found = [md.Datastore(keys, keys[:, 0], index, "ivfpq", 2).search(keys[::40], 5)[1]
-                 for index in (whole.index, merged)]
-        assert np.mean(found[0] == found[1]) > 0.97
-    assert not [p for p in tmp_path.iterdir() if "of2" in p.name]
-
-
-def test_two_writers_in_one_folder_are_refused_and_a_dead_one_is_not_waited_for(
-        checkpoint, text_folder, tmp_path, capsys):
-    argv = ["build", *argv_of(tmp_path, checkpoint, text_folder)]
-    with md.folder_lock(tmp_path):
-        assert md.main(argv) == 2
-    assert f"process {os.getpid()} is writing there" in error_line(capsys.readouterr().err)
-    assert [p.name for p in tmp_path.iterdir()] == [".lock"]
-    (tmp_path / ".lock").write_text("999999999")  # of a process that was killed
-    assert md.main(argv) == 0
-
-
-def test_auto_names_the_newest_base_and_says_which_index_it_chose(
-        made, save_dir, text_folder, tmp_path, capsys):
-    fields = {"base": "auto", "save_dir": save_dir, "index": "auto", "max_keys": 500}
-    assert md.main(["build", *argv_of(tmp_path, "", text_folder, **fields)]) == 0
+    read, calls = ds.read_group, []
+    monkeypatch.setattr(ds, "read_group", lambda *args: calls.append(0) or read(*args))
+    assert md.main(argv) == md.main(argv) == 0
     out = capsys.readouterr().out
-    assert "index auto: flat for 500 keys" in out and "GPT2_Baseline_FINAL" in out
-    assert md.choose_index(md.Config(), 10**6) == "ivfpq"
+    assert "resumed at position" in out and "holds these" in out  # the second time
+    groups = ds.plan_windows(len(part), 32, 16, 2)
+    assert len(calls) == len(groups) - 6
+    built = {path.name: path for path in tmp_path.iterdir()}
+    assert built.keys() - {".lock"} == {ds.KEYS, ds.VALUES, ds.INDEX, ds.MANIFEST}
+    for name in (ds.KEYS, ds.VALUES, ds.INDEX):
+        assert built[name].read_bytes() == (made / name).read_bytes()
 
 
-# ── Generation ────────────────────────────────────────────────────────────────────────────────────
-def naive_log_p(lm: md.MemoryLM, mode: str, ids: list[int], alpha: float) -> torch.Tensor:
+def test_shards_built_by_two_processes_and_merged_equal_one_build(
+        made, checkpoint, text_folder, tmp_path):
+    argv = argv_of(tmp_path, checkpoint, text_folder, index="ivfpq")
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    command = [sys.executable, *torchrun, str(ROOT / "memory_decoder.py"), "build", *argv]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120,
+                          env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr[-2000:]
+    for name in (ds.KEYS, ds.VALUES):
+        assert (tmp_path / name).read_bytes() == (made / name).read_bytes()
+    assert not [path for path in tmp_path.iterdir() if "of2" in path.name]
+
+    keys = np.load(tmp_path / ds.KEYS)
+    whole = store_of(keys, "ivfpq").index
+    merged = ds.read_index(tmp_path / ds.INDEX, "ivfpq")
+    assert merged.ntotal == len(keys)
+    whole.nprobe = merged.nprobe = 4
+    one, two = (ds.Datastore(keys, keys[:, 0], index, "ivfpq").search(keys[::40], 5)[1]
+                for index in (whole, merged))
+    assert np.mean(one == two) > 0.97
+
+
+def test_auto_takes_the_newest_finished_base_and_says_which_index_it_chose(
+        save_dir, checkpoint, text_folder, tmp_path, capsys):
+    bases = tmp_path / "bases"
+    shutil.copytree(save_dir, bases)
+    shutil.copy(checkpoint, bases / "GPT2_Baseline_step300.pt")  # newer, and of a run that goes on
+    fields = {"save_dir": bases, "index": "auto", "max_keys": 500}
+    assert md.main(["build", *argv_of(tmp_path, "auto", text_folder, **fields)]) == 0
+    assert "index auto: flat for 500 keys" in capsys.readouterr().out
+    assert ds.read_manifest(tmp_path)["base"] == str(bases / Path(checkpoint).name)
+    assert ds.choose_index("auto", 10**6) == "ivfpq"
+
+
+@pytest.mark.parametrize("command, mib", [("build", 0.05), ("train", 0.04)])
+def test_a_disk_that_is_full_is_one_line_and_leaves_no_file_of_half(
+        command, mib, made, checkpoint, text_folder, tmp_path):
+    """A limit on the size of a file stands for the disk: the system refuses both alike."""
+    folder = tmp_path / "models"
+    if command != "build":
+        shutil.copytree(made, folder)
+    def limit() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (int(mib * 2**20),) * 2)
+
+    argv = [command, *argv_of(folder, checkpoint, text_folder, arms="")]
+    done = subprocess.run([sys.executable, str(ROOT / "memory_decoder.py"), *argv], text=True,
+                          capture_output=True, preexec_fn=limit, timeout=120)
+    assert done.returncode == 2
+    line = error_line(done.stderr)
+    assert "cannot be written" in line and str(folder) in line and "free some space" in line
+    assert not list(folder.glob("*.tmp"))
+    decoder = folder / md.DECODER_FILE
+    assert command == "build" or decoder.read_bytes() == (made / md.DECODER_FILE).read_bytes()
+
+
+def test_what_an_older_version_wrote_still_opens(made, lm, tmp_path):
+    folder = tmp_path / "models"
+    shutil.copytree(made, folder)
+    manifest = json.loads((folder / ds.MANIFEST).read_text())
+    del manifest["about"]
+    manifest["torch"] = "2.4.0"
+    manifest["config"] |= {"temperature": 0.8, "top_k": 50}  # are no fields any more
+    (folder / ds.MANIFEST).write_text(json.dumps(manifest))
+    (folder / ".lock").write_text("4711")
+    old = ml.MemoryLM.load(folder, lm.base.name)
+    assert old.modes() == list(ml.MODES)
+    ids = lm.base.encode("ba den fi")
+    new = ml.MemoryLM.load(made)
+    sampling = GREEDY._replace(mode="both")
+    assert list(ml.generate(old, ids, sampling)) == list(ml.generate(new, ids, sampling))
+
+
+# ── Generation ───────────────────────────────────────────────────────────────────────────────────
+def naive_log_p(lm: ml.MemoryLM, mode: str, ids: list[int], alpha: float) -> torch.Tensor:
     """The distribution after ids, everything computed anew, without caches."""
     logits, keys = lm.base.forward(torch.tensor([ids]))
     log_q = lm.decoder(keys, torch.tensor([ids]))[0, -1].log_softmax(-1)
-    reading = md.Reading(logits[0, -1].log_softmax(-1), keys[0, -1], log_q)
-    return md.distribution(lm, mode, alpha, reading)[0]
+    reading = ml.Reading(logits[0, -1].log_softmax(-1), keys[0, -1], log_q)
+    return ml.distribution(lm, mode, alpha, reading)[0]
 
 
-@pytest.mark.parametrize("mode", ["base", "knn", "decoder", "both"])
+@pytest.mark.parametrize("mode", ml.MODES)
 def test_generation_with_caches_equals_greedy_without_also_beyond_the_window(lm, domain, mode):
-    ids = domain.test[:25].tolist()
+    seen = domain.test[:25].tolist()
     close = 1e-4 if mode in ("base", "knn") else 1e-3  # the decoder's head in half precision
-    steps = list(md.generate(lm, ids, md.Sampling(mode, 0.6, 0.0, 0, 30)))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # of a renamed argument
+        steps = list(ml.generate(lm, seen, ml.Sampling(mode, 0.6, 0.0, 0, 30)))
     assert len(steps) == 30
-    seen = list(ids)
     for step in steps:
         log_p = naive_log_p(lm, mode, seen, 0.6)
         assert step.token == int(log_p.argmax())
@@ -482,65 +490,67 @@ def test_generation_with_caches_equals_greedy_without_also_beyond_the_window(lm,
         seen.append(step.token)
         if len(seen) > lm.window:
             seen = seen[-(lm.window // 2) :]  # the older half is dropped
-    assert "".join(step.text for step in steps) == lm.base.decode([s.token for s in steps])
+    text = "".join(step.text for step in steps)
+    assert text == lm.base.decode([step.token for step in steps])
 
 
-def test_steps_tell_what_memory_changed_and_where_it_comes_from(lm, domain):
+def test_steps_tell_what_memory_changed_and_name_the_heaviest_neighbours(lm, domain):
     ids = domain.test[:25].tolist()
-    plain = [s.token for s in md.generate(lm, ids, md.Sampling("base", 0.5, 0.0, 0, 1))]
-    for mode in ("knn", "both", "decoder"):
-        for step in md.generate(lm, ids, md.Sampling(mode, 1.0, 1.0, 0, 12, seed=3)):
-            assert step.changed or step.base_token == lm.base.decode([step.token])
-            assert bool(step.neighbours) == (mode != "decoder" or step.changed)
+    for mode in ml.MODES:
+        for step in ml.generate(lm, ids, ml.Sampling(mode, 1.0, 1.0, 0, 12, seed=3)):
             said = lm.base.decode([step.token])
+            assert step.changed or step.base_token == said
+            searched = mode in ("knn", "both") or step.changed
+            assert bool(step.neighbours) == searched and not (mode == "base" and step.changed)
             order = [(n.token != said, -n.weight) for n in step.neighbours]
             assert len(order) <= 5 and order == sorted(order)  # those that voted for it first
-    step = next(md.generate(lm, ids, md.Sampling("knn", 1.0, 0.0, 0, 1)))
-    assert step.changed == (step.token != plain[0])
-    reading = md.Conversation(lm, "base").feed(ids)
-    _, true = brute_force(lm.datastore.keys, reading.query[None].numpy(), 1)
-    at = int(true[0, 0])
-    nearest = max(step.neighbours, key=lambda n: -n.distance)
+
+
+def test_a_neighbour_is_a_stored_position_with_the_text_before_it(lm, domain):
+    ids = domain.test[:25].tolist()
+    [alone] = ml.generate(lm, ids, GREEDY._replace(max_new_tokens=1))
+    [step] = ml.generate(lm, ids, ml.Sampling("knn", 1.0, 0.0, 0, 1))
+    assert step.changed == (step.token != alone.token)
+    reading = ml.Conversation(lm, "base").feed(ids)
+    at = brute_force(lm.datastore.keys, reading.query[None].numpy(), 1)[1].item()
+    nearest = min(step.neighbours, key=lambda neighbour: neighbour.distance)
     assert nearest.token == lm.base.decode([int(domain.train[at + 1])])
     assert nearest.context == lm.base.decode(domain.train[max(1, at - 7) : at + 1].tolist())
-    base_steps = list(md.generate(lm, ids, md.Sampling("base", 0.5, 1.0, 5, 9)))
-    assert not any(s.changed or s.neighbours for s in base_steps)
 
 
 def test_sampling_follows_seed_top_k_and_temperature(lm, domain):
     ids = domain.test[:9].tolist()
 
     def tokens(**fields) -> list[int]:
-        sampling = md.Sampling("decoder", 0.5, 1.0, 0, 20)._replace(**fields)
-        return [step.token for step in md.generate(lm, ids, sampling)]
+        sampling = ml.Sampling("decoder", 0.5, 1.0, 0, 20)._replace(**fields)
+        return [step.token for step in ml.generate(lm, ids, sampling)]
 
     assert tokens(seed=1) == tokens(seed=1) != tokens(seed=2)
     assert tokens(top_k=1) == tokens(temperature=0.0) == tokens(temperature=1e-4)
     log_p = torch.tensor([0.5, 0.3, 0.15, 0.05]).log()
     draw = torch.Generator().manual_seed(0)
-    sampling = md.Sampling("base", 0, 1.0, 3)
     noise = -torch.empty(4000, 4).exponential_(generator=draw).log()
-    counts = np.bincount([md.choose(log_p, row, sampling) for row in noise], minlength=4) / 4000
-    np.testing.assert_allclose(counts, np.array([0.5, 0.3, 0.15, 0]) / 0.95, atol=0.03)
+    sampling = ml.Sampling("base", 0, 1.0, 3)
+    counts = np.bincount([ml.choose(log_p, row, sampling) for row in noise], minlength=4)
+    expected = np.array([0.5, 0.3, 0.15, 0]) / 0.95
+    np.testing.assert_allclose(counts / 4000, expected, atol=0.03)
 
 
 def test_an_answer_stops_at_the_end_of_text(lm, domain, monkeypatch):
-    ids, sampling = domain.test[:9].tolist(), md.Sampling("both", 0.5, 0.0, 0, 20)
-    tokens = [step.token for step in md.generate(lm, ids, sampling)]
+    ids, sampling = domain.test[:9].tolist(), GREEDY._replace(mode="both")
+    tokens = [step.token for step in ml.generate(lm, ids, sampling)]
     end = tokens[6]
-    monkeypatch.setattr(md.Base, "end_ids", lambda self: {end})
-    assert [s.token for s in md.generate(lm, ids, sampling)] == tokens[: tokens.index(end)]
+    monkeypatch.setattr(ds.Base, "end_ids", lambda self: {end})
+    stopped = [step.token for step in ml.generate(lm, ids, sampling)]
+    assert stopped == tokens[: tokens.index(end)]
 
 
 def test_incomplete_characters_wait_until_they_are_whole(lm, monkeypatch):
     ids = lm.base.encode("né € 日")
-    wanted = iter(ids)
-    monkeypatch.setattr(md, "choose", lambda *args: current[0])
-    current, texts = [0], []
-    steps = md.generate(lm, ids[:1], md.Sampling("base", 0, 0.0, 0, len(ids)))
-    for token in wanted:
-        current[0] = token
-        texts.append(next(steps).text)
+    drawn = [token for token in ids for _ in range(2)]  # for the mixture, and for the base alone
+    monkeypatch.setattr(ml, "choose", lambda *args: drawn.pop(0))
+    steps = ml.generate(lm, ids[:1], GREEDY._replace(max_new_tokens=len(ids)))
+    texts = [step.text for step in steps]
     assert "".join(texts) == "né € 日" and "" in texts
     assert not any("\ufffd" in text for text in texts)
 
@@ -548,142 +558,121 @@ def test_incomplete_characters_wait_until_they_are_whole(lm, monkeypatch):
 def test_twenty_users_at_once_get_what_each_gets_alone(lm, domain):
     jobs = []
     for user in range(20):
-        sampling = md.Sampling(md.MODES[user % 4], 0.5, 0.9, 20, 12, seed=user)
+        sampling = ml.Sampling(ml.MODES[user % 4], 0.5, 0.9, 20, 12, seed=user)
         jobs.append((domain.test[3 * user : 3 * user + 8 + user % 3].tolist(), sampling))
 
-    def answer(job) -> list[md.Step]:
-        return list(md.generate(lm, *job))
+    def answer(job) -> list[ml.Step]:
+        return list(ml.generate(lm, *job))
 
     alone = [answer(job) for job in jobs]
     with concurrent.futures.ThreadPoolExecutor(20) as pool:
         assert list(pool.map(answer, jobs)) == alone
-    # One thread that takes turns between conversations does not mix them either.
-    turns = [md.generate(lm, *job) for job in jobs[:4]]
-    mixed = [list(steps) for steps in zip(*(zip(*turns, strict=False)), strict=True)]
-    assert mixed == [steps[: len(mixed[0])] for steps in alone[:4]]
+@pytest.mark.parametrize("fields, named", [
+    ({"mode": "magic"}, "mode"), ({"alpha": 1.01}, "alpha"), ({"alpha": math.nan}, "alpha"),
+    ({"temperature": -0.1}, "temperature"), ({"temperature": math.inf}, "temperature"),
+    ({"top_k": -1}, "top_k"), ({}, "prompt")])
+def test_sampling_that_cannot_be_is_refused_at_once(lm, fields, named):
+    with pytest.raises(ValueError, match=named):
+        ml.generate(lm, [1] if fields else [], GREEDY._replace(**fields))
 
 
-# ── Chat prompts ──────────────────────────────────────────────────────────────────────────────────
-def turn(role: str, content: str) -> dict:
-    return {"role": role, "content": content}
+# ── Chat prompts ─────────────────────────────────────────────────────────────────────────────────
+def conversation(*texts: str) -> list[dict]:
+    """Messages of a user and an assistant in turn, the user's first."""
+    roles = ("user", "assistant") * len(texts)
+    return [{"role": role, "content": text} for role, text in zip(roles, texts, strict=False)]
 
 
 def test_chat_prompt_drops_whole_oldest_turns(lm):
-    messages = [turn("user" if i % 2 == 0 else "assistant", f"ba den {i}") for i in range(9)]
-    ids, dropped = md.chat_ids(lm, messages[:1], 4)
+    messages = conversation(*(f"ba den {i}" for i in range(9)))
+    ids, dropped = ml.chat_ids(lm, messages[:1], 4)
     assert (lm.base.decode(ids), dropped) == ("ba den 0", 0)
-    ids, dropped = md.chat_ids(lm, messages, 4)
+    ids, dropped = ml.chat_ids(lm, messages, 4)
     assert dropped > 0 and messages[dropped]["role"] == "user"
-    assert lm.base.decode(ids) == "\n".join(m["content"] for m in messages[dropped:])
+    assert lm.base.decode(ids) == ml.chat_text(lm, messages[dropped:])
     assert len(ids) <= lm.window - 4
-    more = "\n".join(m["content"] for m in messages[dropped - 2 :])
-    assert len(lm.base.encode(more)) > lm.window - 4
+    assert len(lm.base.encode(ml.chat_text(lm, messages[dropped - 2 :]))) > lm.window - 4
 
 
 def test_chat_template_is_used_keeps_the_system_message_and_its_errors_are_one_line(lm):
-    template = ("{% for m in messages %}{% if m['content'] == 'bad' %}{{ raise_exception('no') }}"
-                "{% endif %}[{{ m['role'][0] }}]{{ m['content'] }}{% endfor %}"
-                "{% if add_generation_prompt %}[a]{% endif %}")
     from transformers import PreTrainedTokenizerFast
+
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=lm.base.tokenizer.backend_tokenizer)
-    tokenizer.chat_template = template
+    tokenizer.chat_template = (
+        "{% for m in messages %}{% if m['content'] == 'bad' %}{{ raise_exception('no') }}"
+        "{% endif %}[{{ m['role'][0] }}]{{ m['content'] }}{% endfor %}"
+        "{% if add_generation_prompt %}[a]{% endif %}")
     chat = dataclasses.replace(lm, base=dataclasses.replace(lm.base, tokenizer=tokenizer))
-    ids, _ = md.chat_ids(chat, [turn("user", "ba")], 0)
-    assert lm.base.decode(ids) == "[u]ba[a]"
-    messages = [turn("system", "den"), turn("user", "gor " * 20), turn("assistant", "fi"),
-                turn("user", "ba")]
-    ids, dropped = md.chat_ids(chat, messages, 0)
+    system = [{"role": "system", "content": "den"}]
+    ids, dropped = ml.chat_ids(chat, system + conversation("gor " * 20, "fi", "ba"), 0)
     assert (lm.base.decode(ids), dropped) == ("[s]den[u]ba[a]", 2)
     with pytest.raises(ValueError, match="chat template .* refuses"):
-        md.chat_ids(chat, [turn("user", "bad")], 0)
+        ml.chat_ids(chat, conversation("bad"), 0)
 
 
-@pytest.mark.parametrize("content, wanted", [
-    ("", "empty"), (" \n", "empty"), ("x" * 20_001, "20,000"), ("ba den " * 200, "room for"),
-    ("\ud800", "UTF-8")])
-def test_chat_messages_that_cannot_be_are_one_line(lm, content, wanted):
-    with pytest.raises(ValueError, match=wanted):
-        md.chat_ids(lm, [turn("user", content)], 0)
-    with pytest.raises(ValueError, match="empty"):
-        md.chat_ids(lm, [], 0)
+@pytest.mark.parametrize("texts, said", [
+    ([], "empty"), ([" \n"], "empty"), (["x" * 20_001], "20,000"), (["ba den " * 200], "room for"),
+    (["\ud800"], "UTF-8")])
+def test_chat_messages_that_cannot_be_are_one_line(lm, texts, said):
+    with pytest.raises(ValueError, match=said):
+        ml.chat_ids(lm, conversation(*texts), 0)
 
 
-# ── Bad input ─────────────────────────────────────────────────────────────────────────────────────
-@pytest.mark.parametrize("argv, wanted", [
-    (["bild"], "command"), (["--alpha", "1.5"], "alpha"), (["--alpha", "-0.1"], "alpha"),
-    (["--alpha", "much"], "alpha"), (["--temperature", "-1"], "temperature"),
-    (["--knn_k", "0"], "knn_k"), (["--decoder_heads", "3"], "decoder_dim"),
-    (["--base", "missing.pt"], "missing.pt"), (["--domain", "./nowhere"], "./nowhere"),
-    (["--index", "tree"], "index"), (["--arms", "hidden,other"], "arms"),
-    (["--finetune_lrs", "fast"], "finetune_lrs"), (["--no_such", "1"], "no such field"),
-    (["--stride", "64"], "stride"), (["--model_dir", "/dev/null/x"], "model_dir"),
-    (["--knn_k", "100000"], "knn_k"), (["--index", "ivfpq", "--max_keys", "500"], "ivfpq")])
+# ── Bad input ────────────────────────────────────────────────────────────────────────────────────
+@pytest.mark.parametrize("command, option, said", [
+    ("bild", "", "command = 'bild'"), ("build", "--alpha=1.5", "alpha = 1.5"),
+    ("build", "--window=7", "8 or more"), ("build", "--decoder_heads=3", "decoder_dim = 16"),
+    ("build", "--arms=hidden,other", "arms"), ("build", "--finetune_lrs=fast", "finetune_lrs"),
+    ("build", "--stride=64", "stride = 64"), ("build", "--model_dir=/dev/null/x", "model_dir"),
+    ("build", "--base=missing.pt", "missing.pt"), ("build", "--domain=./nowhere", "./nowhere"),
+    ("build", "--knn_k=100000", "knn_k"), ("build", "--index=ivfpq --max_keys=500", "ivfpq")])
 def test_bad_options_are_one_line_and_nothing_is_written(
-        argv, wanted, checkpoint, text_folder, tmp_path, capsys):
-    words = argv[:1] if argv[0] == "bild" else ["build"]
-    words += argv_of(tmp_path, checkpoint, text_folder) + (argv if words == ["build"] else [])
-    assert md.main(words) == 2
-    assert wanted in error_line(capsys.readouterr().err)
-    assert not (tmp_path / md.MANIFEST).exists() and not (tmp_path / md.KEYS).exists()
+        command, option, said, checkpoint, text_folder, tmp_path, capsys):
+    argv = argv_of(tmp_path, checkpoint, text_folder)
+    assert md.main([command, *argv, *option.split()]) == 2
+    assert said in error_line(capsys.readouterr().err)
+    assert not (tmp_path / ds.MANIFEST).exists() and not (tmp_path / ds.KEYS).exists()
 
 
-def spoil(folder: Path, what: str) -> None:
-    """Make one artefact wrong."""
-    name, _, how = what.partition(" ")
-    path = folder / name
+def spoil(path: Path, how: str) -> None:
+    """Make a file wrong."""
+    content = path.read_bytes()
     if how == "missing":
         path.unlink()
-    elif how == "truncated":
-        path.write_bytes(path.read_bytes()[:-100])
-    elif how == "flipped":
-        data = bytearray(path.read_bytes())
-        data[len(data) // 2] ^= 255
-        path.write_bytes(data)
     elif how == "pickle":
         np.save(path, np.array([{"a": 1}], dtype=object), allow_pickle=True)
     elif how == "foreign":
         torch.save({"identity": object}, path)
-    elif how == "garbage":
-        path.write_bytes(b"garbage")
-    else:  # a field of the manifest
-        manifest = json.loads(path.read_text())
-        field, value = how.split("=")
-        manifest[field] = json.loads(value)
-        path.write_text(json.dumps(manifest))
+    elif how.startswith("{"):  # fields of the manifest
+        path.write_text(json.dumps(json.loads(content) | json.loads(how)))
+    else:
+        flipped = content[:99] + bytes([content[99] ^ 255]) + content[100:]
+        wrong = {"truncated": content[:-100], "flipped": flipped, "garbage": b"garbage"}
+        path.write_bytes(wrong[how])
 
 
-@pytest.mark.parametrize("what", [
-    f"{md.MANIFEST} missing", f"{md.MANIFEST} garbage", f"{md.MANIFEST} count=7",
-    f"{md.MANIFEST} width=31", f"{md.MANIFEST} vocab=1", f'{md.MANIFEST} base_fingerprint="x"',
-    f'{md.MANIFEST} index_sha256="x"', f'{md.MANIFEST} identity="x"',
-    f"{md.MANIFEST} settings={{}}",
-    f"{md.KEYS} missing", f"{md.KEYS} truncated", f"{md.KEYS} pickle", f"{md.KEYS} garbage",
-    f"{md.VALUES} missing", f"{md.VALUES} truncated", f"{md.INDEX} missing",
-    f"{md.INDEX} truncated", f"{md.INDEX} flipped", "memory_decoder.pt missing",
-    "memory_decoder.pt truncated", "memory_decoder.pt foreign"])
-def test_spoilt_artefacts_are_one_line(what, made, config, tmp_path, capsys):
+SPOILT = [
+    (ds.MANIFEST, ("missing", "garbage", '{"count": 7}', '{"width": 31}', '{"vocab": 1}',
+                   '{"base_fingerprint": "x"}', '{"index_sha256": "x"}', '{"identity": "x"}',
+                   '{"settings": {}}')),
+    (ds.KEYS, ("missing", "truncated", "pickle", "garbage")),
+    (ds.VALUES, ("missing", "truncated")),
+    (ds.INDEX, ("missing", "truncated", "flipped")),
+    ("memory_decoder.pt", ("missing", "truncated", "foreign")),
+]
+
+
+@pytest.mark.parametrize("name, how", [(name, how) for name, hows in SPOILT for how in hows])
+def test_spoilt_artefacts_are_one_line(name, how, made, config, tmp_path, capsys):
     folder = tmp_path / "models"
     shutil.copytree(made, folder)
-    spoil(folder, what)
-    mine = dataclasses.replace(config, model_dir=str(folder))
+    spoil(folder / name, how)
     with pytest.raises((ValueError, FileNotFoundError)) as caught:
-        md.MemoryLM.load(mine)
+        ml.MemoryLM.load(folder)
     assert "\n" not in str(caught.value) and str(folder) in str(caught.value)
-    argv = flags({k: v for k, v in dataclasses.asdict(mine).items() if v != ""})
-    assert md.main(["evaluate", *argv]) == 2
+    fields = dataclasses.asdict(config) | {"model_dir": folder}
+    assert md.main(["evaluate", *flags(fields)]) == 2
     error_line(capsys.readouterr().err)
-
-
-@pytest.mark.parametrize("fields, wanted", [
-    ({"mode": "magic"}, "mode"), ({"alpha": 1.01}, "alpha"), ({"alpha": math.nan}, "alpha"),
-    ({"temperature": -0.1}, "temperature"), ({"temperature": math.inf}, "temperature"),
-    ({"top_k": -1}, "top_k")])
-def test_sampling_that_cannot_be_is_refused_at_once(lm, fields, wanted):
-    sampling = md.Sampling("base", 0.5, 1.0, 0)._replace(**fields)
-    with pytest.raises(ValueError, match=wanted):
-        md.generate(lm, [1], sampling)
-    with pytest.raises(ValueError, match="prompt"):
-        md.generate(lm, [], md.Sampling("base", 0.5, 1.0, 0))
 
 
 def test_a_gated_model_says_how_to_log_in(monkeypatch, tmp_path, text_folder, capsys):
@@ -693,8 +682,7 @@ def test_a_gated_model_says_how_to_log_in(monkeypatch, tmp_path, text_folder, ca
         raise OSError("You are trying to access a gated repo.\n401 Client Error")
 
     monkeypatch.setattr(AutoTokenizer, "from_pretrained", refuse)
-    argv = argv_of(tmp_path, "google/gemma-2b", text_folder)
-    assert md.main(["build", *argv]) == 2
+    assert md.main(["build", *argv_of(tmp_path, "google/gemma-2b", text_folder)]) == 2
     assert "huggingface-cli login" in error_line(capsys.readouterr().err)
 
 
@@ -703,30 +691,34 @@ def test_a_checkpoint_with_a_memory_is_no_base(tmp_path, checkpoint):
     payload["model_state_dict"]["memory.x"] = torch.zeros(1)
     torch.save(payload, tmp_path / "dnc.pt")
     with pytest.raises(ValueError, match="without a memory"):
-        md.load_base(md.Config(), str(tmp_path / "dnc.pt"))
+        ds.load_base(str(tmp_path / "dnc.pt"), 32, "final")
 
 
-# ── Domain ────────────────────────────────────────────────────────────────────────────────────────
+# ── Domain ───────────────────────────────────────────────────────────────────────────────────────
 def test_hub_rows_pass_the_template_and_are_split_by_text_each_once(monkeypatch):
     import datasets
+
     rows = {"Title": [f"t{i % 50}" for i in range(60)], "Answer": [None, *["a"] * 59]}
-    found = datasets.DatasetDict(train=datasets.Dataset.from_dict(rows))
-    monkeypatch.setattr(datasets, "load_dataset", lambda name: found)
-    monkeypatch.setattr(md, "had_or_refused", lambda *args: contextlib.nullcontext())
-    texts = md.hub_domain(md.Config(domain="a/b", text_template="{Title}: {Answer}"))
+    splits = datasets.DatasetDict(train=datasets.Dataset.from_dict(rows))
+    monkeypatch.setattr(datasets, "load_dataset", lambda name: splits)
+    monkeypatch.setattr(md, "asking_hub", lambda *args: contextlib.nullcontext())
+    texts = md.hub_domain("a/b", "{Title}: {Answer}")
     assert texts["train"][:2] == ["t0: \n", "t1: a\n"]
     everything = [text for split in texts.values() for text in split]
     assert len(everything) == len(set(everything)) == 51  # t0 without an answer, then with one
-    assert [len(texts[s]) for s in ("valid", "test")] == [2, 2]
+    assert len(texts["valid"]) == len(texts["test"]) == 2
     with pytest.raises(ValueError, match="text_template .* Title, Answer"):
-        md.hub_domain(md.Config(domain="a/b", text_template="{Titel}"))
+        md.hub_domain("a/b", "{Titel}")
+    splits |= {"validation": splits["train"].select([1]), "test": splits["train"].select([2])}
+    texts = md.hub_domain("a/b", "{Title}")  # its own splits
+    assert (len(texts["train"]), texts["valid"], texts["test"]) == (60, ["t1\n"], ["t2\n"])
 
 
 def test_a_folder_of_any_text_files_is_split_and_bad_ones_are_one_line(tmp_path):
     for i in range(40):
         (tmp_path / f"{i:02}.txt").write_text(f"text {i}\n", encoding="utf-8")
     texts = md.folder_domain(str(tmp_path))
-    assert [len(texts[s]) for s in ("train", "valid", "test")] == [36, 2, 2]
+    assert [len(texts[split]) for split in ("train", "valid", "test")] == [36, 2, 2]
     (tmp_path / "40.txt").write_bytes(b"\xff\xfe")
     with pytest.raises(ValueError, match="40.txt is not UTF-8"):
         md.folder_domain(str(tmp_path))
@@ -734,20 +726,21 @@ def test_a_folder_of_any_text_files_is_split_and_bad_ones_are_one_line(tmp_path)
     one.mkdir()
     with pytest.raises(ValueError, match="there is none"):
         md.folder_domain(str(one))
-    (one / "a.txt").write_text("\n\n".join(f"paragraph {i}" for i in range(30)), encoding="utf-8")
+    paragraphs = "\n\n".join(f"paragraph {i}" for i in range(30))
+    (one / "a.txt").write_text(paragraphs, encoding="utf-8")
     assert len(md.folder_domain(str(one))["train"]) == 28
 
 
-# ── Decoder, and the command ──────────────────────────────────────────────────────────────────────
+# ── Decoder and training ─────────────────────────────────────────────────────────────────────────
 @pytest.mark.parametrize("kind", ["hidden", "tokens"])
 def test_one_token_through_the_half_precision_head_is_close_to_the_whole_one(kind):
     torch.manual_seed(0)
-    decoder = md.Decoder(kind, 64, 2, 4, 16, 500, 48)
+    decoder = ml.Decoder(kind, 64, 2, 4, 16, 500, 48)
     decoder.head.weight.data.normal_()
     keys, ids = torch.randn(1, 1, 48), torch.tensor([[7]])
     with torch.no_grad():
         whole = decoder(keys, ids)
-        assert decoder.head_half is None and "head_half" not in decoder.state_dict()
+        assert "head_half" not in decoder.state_dict()
         decoder.ready()
         single, pair = decoder(keys, ids), decoder(keys.expand(2, 1, 48), ids.expand(2, 1))
     assert single.dtype == torch.float32 and not torch.equal(single, whole)
@@ -759,34 +752,31 @@ def test_one_token_through_the_half_precision_head_is_close_to_the_whole_one(kin
 @pytest.mark.parametrize("reach", [4, 32])
 def test_decoder_attends_back_as_far_as_its_reach_and_its_cache_is_exact(kind, reach):
     torch.manual_seed(0)
-    decoder = md.Decoder(kind, 16, 1, 4, reach, 30, 10).eval()
+    decoder = ml.Decoder(kind, 16, 1, 4, reach, 30, 10).eval()
     for weight in decoder.parameters():
         weight.data += 0.3 * torch.randn_like(weight)
     keys, ids = torch.randn(2, 11, 10), torch.randint(0, 30, (2, 11))
     out = decoder(keys, ids)
-    assert out.shape == (2, 11, 30)
+
     changed_keys, changed_ids = keys.clone(), ids.clone()
     changed_keys[:, 3] = torch.randn(10)
     changed_ids[:, 3] = (ids[:, 3] + 1) % 30
-    moved = (decoder(changed_keys, changed_ids) - out).abs().amax(-1)
-    seen = torch.arange(11).sub(3)
-    assert ((moved > 1e-4) == ((seen >= 0) & (seen < reach))).all()
+    moved = (decoder(changed_keys, changed_ids) - out).abs().amax(-1) > 1e-4  # (B, T)
+    behind = torch.arange(11) - 3
+    assert (moved == ((behind >= 0) & (behind < reach))).all()
+
     cache: list = []
-    parts = [decoder(keys[:, :5], ids[:, :5], cache)]
-    parts += [decoder(keys[:, t : t + 1], ids[:, t : t + 1], cache) for t in range(5, 9)]
-    parts += [decoder(keys[:, 9:], ids[:, 9:], cache)]
+    parts = [decoder(keys[:, at], ids[:, at], cache)
+             for at in (slice(0, 5), slice(5, 6), slice(6, 7), slice(7, 11))]
     torch.testing.assert_close(torch.cat(parts, dim=1), out, atol=1e-5, rtol=1e-4)
 
 
 def test_distance_bias_falls_with_distance_and_masks_what_is_ahead_or_too_far():
-    bias = md.distance_bias(4, 3)
-    assert bias.shape == (4, 3, 6)
-    for h, slope in enumerate((1 / 4, 1 / 16, 1 / 64, 1 / 256)):
-        for t in range(3):
-            for j in range(6):
-                distance = 3 + t - j
-                expected = -slope * distance if 0 <= distance < 3 else -math.inf
-                assert bias[h, t, j] == expected
+    distance = 3 + np.arange(3)[:, None] - np.arange(6)  # reach + t - j
+    allowed = (distance >= 0) & (distance < 3)
+    slopes = np.array([1 / 4, 1 / 16, 1 / 64, 1 / 256])
+    expected = np.where(allowed, -slopes[:, None, None] * distance, -np.inf)
+    assert (ml.distance_bias(4, 3).numpy() == expected).all()
 
 
 def test_a_decoder_as_wide_as_the_base_starts_with_the_head_of_the_base(lm):
@@ -794,126 +784,80 @@ def test_a_decoder_as_wide_as_the_base_starts_with_the_head_of_the_base(lm):
     embedding = lm.base.model.get_output_embeddings().weight
     torch.testing.assert_close(decoder.head.weight @ decoder.enter.weight, embedding, atol=1e-5,
                                rtol=1e-4)
-    for width in (8, 48):
-        assert md.new_decoder(md.Config(decoder_dim=width, decoder_heads=4), lm.base,
-                              "tokens").head.weight.shape == (lm.base.vocab, width)
+    for width in (8, 48):  # narrower and wider than the base
+        md.new_decoder(md.Config(decoder_dim=width, decoder_heads=4), lm.base, "tokens")
 
 
 def test_a_decoder_of_tokens_serves_another_base_with_its_tokenizer_and_one_of_states_does_not(
-        config, lm, made):
-    other = md.read_manifest(config) | {"identity": "of another base"}
-    assert md.load_decoder(config, "tokens", lm.base, other).kind == "tokens"
-    for manifest in (other, other | {"tokenizer_sha256": "x"}):
-        with pytest.raises(ValueError, match="train again"):
-            arm = "hidden" if manifest is other else "tokens"
-            md.load_decoder(config, arm, lm.base, manifest)
+        lm, made):
+    other = ds.read_manifest(made) | {"identity": "of another base"}
+    assert ml.load_decoder(made / "decoder_tokens.pt", lm.base, other).kind == "tokens"
+    with pytest.raises(ValueError, match="train again"):
+        ml.load_decoder(made / "memory_decoder.pt", lm.base, other)
+    with pytest.raises(ValueError, match="train again"):
+        ml.load_decoder(made / "decoder_tokens.pt", lm.base, other | {"tokenizer_sha256": "x"})
 
 
-def test_another_domain_than_the_one_built_is_refused(config, made, tmp_path, capsys):
-    other = write_corpus(tmp_path / "other", 300, 60, 60)
-    for command in ("train", "tune", "evaluate"):
-        argv = flags(dataclasses.asdict(config) | {"domain": str(other), "text_template": "x"})
-        assert md.main([command, *argv]) == 2
-        assert "domain" in error_line(capsys.readouterr().err)
-
-
-def test_the_benchmark_of_the_datastore_runs(tmp_path, monkeypatch, capsys):
-    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
-    import datastore
-    assert datastore.main(["--tiny", "--json", str(tmp_path / "found.json")]) == 0
-    rows = json.loads((tmp_path / "found.json").read_text())["rows"]
-    assert [row["index"] for row in rows] == ["flat", "ivfpq", "hnsw"]
-    assert all(row["recall"] > 0.9 for row in rows) and rows[0]["recall"] == 1
-    assert datastore.main(["--tiny", "--keys", str(tmp_path / "none.npy")]) == 2
-    assert "datastore_keys.npy" in error_line(capsys.readouterr().err)
-
-
-def test_the_benchmark_of_a_generated_token_times_every_system(tmp_path, monkeypatch, capsys):
-    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
-    import decoder
-    monkeypatch.setattr(sys, "argv", [
-        "decoder.py", "--size", "small", "--dim", "32", "--keys", "1000", "--prompt", "4",
-        "--tokens", "2", "--rounds", "2", "--device", "cpu", "--json", str(tmp_path / "d.json")])
-    decoder.main()
-    rows = json.loads((tmp_path / "d.json").read_text())["rows"]
-    assert [row["system"] for row in rows] == ["base", "knn", "hidden", "tokens", "both"]
-    assert rows[0]["ratio"] == 1 and all(len(row["ms_by_turn"]) == 2 for row in rows)
-    monkeypatch.setattr(sys, "argv", [*sys.argv, "--dim", "40"])
-    with pytest.raises(SystemExit, match="2"):
-        decoder.run_command(decoder.main)
-    assert "decoder_dim = 40" in error_line(capsys.readouterr().err)
-
-
-def test_targets_on_disk_are_the_knn_distribution_without_the_own_position(made, lm):
-    tokens, weights = (np.load(made / f"targets_{x}.npy") for x in ("tokens", "weights"))
-    at = np.array([3, 200, 511])
-    k, tau = lm.settings["k"], lm.settings["tau"]
-    d, ids = brute_force(lm.datastore.keys, lm.datastore.keys[at], k, exclude=at)
-    w = np.exp(-(d - d[:, :1]) / tau)
-    w /= w.sum(1, keepdims=True)
-    for row in range(3):
-        expected = np.bincount(lm.datastore.values[ids[row]], w[row], lm.base.vocab)
-        found = np.bincount(tokens[at[row]], weights[at[row]].astype(float), lm.base.vocab)
-        np.testing.assert_allclose(found, expected, atol=2e-3)
-
-
-def test_training_lowers_the_loss_of_every_arm(config, lm, domain, made):
-    targets = [np.load(made / f"targets_{x}.npy") for x in ("tokens", "weights")]
+def test_training_lowers_the_loss_of_every_arm(config, lm, domain, targets):
     config = dataclasses.replace(config, num_epochs=6, decoder_lr=3e-3)
     for arm in ("hidden", "tokens", "text", "distilled"):
-        start = md.new_decoder(config, lm.base, arm if arm in ("hidden", "tokens") else "hidden")
+        start = md.new_decoder(config, lm.base, "tokens" if arm == "tokens" else "hidden")
         end = md.train_decoder(config, lm.base, domain, lm.datastore, arm, targets)
-        scores = md.score(config, lm.base, domain.train, 300, {"a": start, "b": end}, alphas=[1.0])
-        before, after = (md.perplexity(scores.mixed[name]) for name in "ab")
+        systems = md.Systems({"start": start, "end": end})
+        scores = md.score(config, lm.base, domain.train, 300, systems, md.Grid(alphas=[1.0]))
+        before, after = (md.perplexity(scores.mixed[name]) for name in ("start", "end"))
         assert after < 0.9 * before, arm
 
 
 def test_the_datastore_has_no_part_in_the_controls_and_has_one_in_the_decoder(
-        config, lm, domain, made):
-    targets = [np.load(made / f"targets_{x}.npy") for x in ("tokens", "weights")]
-    others = [targets[0][::-1].copy(), targets[1][::-1].copy()]
+        config, lm, domain, targets):
+    others = (targets[0][::-1].copy(), targets[1][::-1].copy())
     for arm in ("text", "distilled", "hidden"):
         one, two = (md.train_decoder(config, lm.base, domain, lm.datastore, arm, x).state_dict()
                     for x in (targets, others))
         assert all(torch.equal(one[name], two[name]) for name in one) == (arm != "hidden"), arm
 
 
-def test_what_is_written_holds_tensors_and_plain_values_alone(made):
-    for name in ("memory_decoder", "decoder_tokens", "decoder_text", "decoder_distilled",
-                 "base_finetuned"):
-        payload = torch.load(made / f"{name}.pt", weights_only=True)
-        assert all(isinstance(x, torch.Tensor) for x in payload["model_state_dict"].values())
-    for name in (md.KEYS, md.VALUES, "targets_tokens.npy", "targets_weights.npy"):
-        np.load(made / name, allow_pickle=False)
-    assert not [p for p in made.iterdir() if p.name.endswith((".part", ".tmp", ".empty"))]
+def test_training_that_diverges_names_the_rate(config, lm, domain, targets):
+    config = dataclasses.replace(config, decoder_lr=1e30)
+    with pytest.raises(dnc_gpt2.Diverged, match="decoder hidden diverged .* decoder_lr below"):
+        md.train_decoder(config, lm.base, domain, lm.datastore, "hidden", targets)
 
 
+# ── The command ──────────────────────────────────────────────────────────────────────────────────
 def test_evaluation_has_a_row_a_system_with_settings_from_validation(made):
-    found = json.loads((made / "evaluation.json").read_text())
-    rows = {row["system"]: row for row in found["rows"]}
+    evaluation = json.loads((made / "evaluation.json").read_text())
+    manifest = ds.read_manifest(made)
+    rows = {row["system"]: row for row in evaluation["rows"]}
     assert list(rows) == list(md.NAMES.values())
-    assert set(rows["base"]) == {"system", "alpha", "lambda", "tau", "k", "valid_ppl", "test_ppl",
-                                 "ms_per_token"}
     for row in rows.values():
         assert row["valid_ppl"] <= rows["base"]["valid_ppl"] or row["system"] == "fine-tuned base"
         assert 1 < row["test_ppl"] < 1000 and row["ms_per_token"] > 0
-    manifest = json.loads((made / md.MANIFEST).read_text())
-    assert rows["kNN-LM"]["tau"] == manifest["settings"]["tau"]
-    surface = np.array(manifest["tuning"]["surface"])
-    assert rows["kNN-LM"]["valid_ppl"] == pytest.approx(surface.min(), rel=1e-6)
-    assert {"base", "layer", "key", "tokenizer_sha256", "key_dtype", "count", "text_sha256"} <= set(
-        manifest)
+    knn, surface = rows["kNN-LM"], np.array(manifest["tuning"]["surface"])
+    assert knn["tau"] == manifest["settings"]["tau"]
+    assert knn["valid_ppl"] == pytest.approx(surface.min(), rel=1e-6)
+    for about in (evaluation["about"], manifest["about"]):
+        assert about["versions"]["torch"] and about["device"] and about["command"]
     assert (made / "memory_decoder.png").stat().st_size > 10_000
+    assert not [path for path in made.iterdir() if path.suffix in (".part", ".tmp", ".empty")]
 
 
-def test_the_real_command_does_everything(tmp_path, save_dir, text_folder):
-    argv = argv_of(tmp_path, "auto", text_folder, save_dir=save_dir, arms="", max_keys=600,
+def test_another_domain_than_the_one_built_is_refused(config, tmp_path, capsys):
+    other = write_corpus(tmp_path / "other", 300, 60, 60)
+    assert md.main(["train", *flags(dataclasses.asdict(config) | {"domain": other})]) == 2
+    assert "domain" in error_line(capsys.readouterr().err)
+
+
+def test_the_real_command_prints_its_table_before_it_draws(tmp_path, save_dir, tokenizer_folder):
+    domain = write_corpus(tmp_path / "5$ and $6", 900, 200, 200)  # would be a formula in a title
+    argv = argv_of(tmp_path, "auto", domain, save_dir=save_dir, arms="", max_keys=600,
                    decoder_kind="tokens", mixing="logits", alpha=0.25)
     command = [sys.executable, str(ROOT / "memory_decoder.py"), *argv]
     done = subprocess.run(command, capture_output=True, text=True, encoding="utf-8", timeout=120,
-                          env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONIOENCODING": "utf-8"})
+                          env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONIOENCODING": "utf-8"})
     assert done.returncode == 0, done.stderr[-3000:]
-    for words in ("What does memory add?", "chosen: lambda", "memory decoder (tokens)"):
-        assert words in done.stdout
+    table, drawn = done.stdout.index("What does memory add?"), done.stdout.index(".png")
+    assert done.stdout.index("chosen: lambda") < table < drawn
     rows = json.loads((tmp_path / "evaluation.json").read_text())["rows"]
-    assert [r["alpha"] for r in rows if r["system"] == "memory decoder (tokens)"] == [0.25]
+    alphas = [row["alpha"] for row in rows if row["system"] == "memory decoder (tokens)"]
+    assert alphas == [0.25]

@@ -89,10 +89,10 @@ def test_arms_start_equal(start):
         state = run.model.init_state(run.config.rows)
         h, h_out, *_ = run.model.hidden(tokens[:, :-1], state)
         assert torch.equal(h, h_out)
-        outputs.append(run.model(tokens[:, :-1], tokens[:, 1:], state, measure="full"))
+        outputs.append(run.model.measure(tokens[:, :-1], tokens[:, 1:], state)[0])
     both = slice(0, STATS.index("nll_without"))
-    assert torch.equal(outputs[0].stats[..., both], outputs[1].stats[..., both])
-    assert (outputs[1].stats[..., STATS.index("kl")] == 0).all()
+    assert torch.equal(outputs[0][..., both], outputs[1][..., both])
+    assert (outputs[1][..., STATS.index("kl")] == 0).all()
 
 
 def test_arms_draw_the_same_dropout(start):
@@ -246,105 +246,25 @@ def test_autocast_bf16_leaves_the_addressing_in_float32(start):
     assert_same(output.state, state)
 
 
-# ── the LM head in chunks ────────────────────────────────────────────────────────────────────────
+# ── the LM head ──────────────────────────────────────────────────────────────────────────────────
 
 
-def head_case(M=13, V=31, C=6):
-    """h, weight, targets with two that are not scored, in float64."""
+@pytest.mark.parametrize("rows", [5, 13])  # of a chunk
+def test_head_loss_equals_the_readable_one(rows, monkeypatch):
+    """dnc_scan.head beside a chunked F.cross_entropy: values and gradients, in float64."""
     draw = torch.Generator().manual_seed(0)
-    h, weight = (torch.randn(n, C, generator=draw, dtype=torch.float64) for n in (M, V))
-    targets = torch.randint(V, (M,), generator=draw)
-    targets[[2, M - 1]] = -100
-    return h.requires_grad_(), weight.requires_grad_(), targets
-
-
-@pytest.mark.parametrize("rows", [1, 5, 13, 100])  # of a chunk: uneven, whole, more than there are
-def test_head_loss_equals_cross_entropy_of_all_logits(rows, monkeypatch):
-    h, weight, targets = head_case()
+    h, weight = (torch.randn(n, 6, generator=draw, dtype=torch.float64) for n in (13, 31))
+    targets = torch.randint(31, (13,), generator=draw)
+    targets[[2, 12]] = -100
     monkeypatch.setattr(dnc_gpt2, "LOGITS_AT_ONCE", rows * len(weight))
-    logits = h @ weight.T
-    expected = torch.nn.functional.cross_entropy(logits, targets, reduction="none")
-    wanted = torch.autograd.grad(0.7 * expected.mean(), (h, weight))
-    loss, nll, top1 = dnc_gpt2.HeadLoss.apply(h, weight, targets, torch.float64)
-    found = torch.autograd.grad(0.7 * loss, (h, weight))
-    torch.testing.assert_close(nll, expected.detach(), rtol=1e-12, atol=1e-12)
-    torch.testing.assert_close(loss, expected.mean(), rtol=1e-12, atol=1e-12)
-    assert torch.equal(top1, (logits.argmax(-1) == targets).double())
-    torch.testing.assert_close(found, wanted, rtol=1e-12, atol=1e-12)
-    assert not nll.requires_grad and not top1.requires_grad
-
-
-def test_head_loss_survives_logits_that_overflow_exp():
-    h, weight, targets = head_case()
-    h = (h * 1e3).detach().requires_grad_()
-    loss, _, _ = dnc_gpt2.HeadLoss.apply(h, weight, targets, torch.float64)
-    expected = torch.nn.functional.cross_entropy(h @ weight.T, targets, reduction="none").mean()
-    torch.testing.assert_close(loss, expected)
-    for grad in torch.autograd.grad(loss, (h, weight)):
-        assert grad.isfinite().all()
-
-
-def test_head_loss_in_bf16_products_stays_near_float32():
-    h, weight, targets = (x.detach().float() if x.is_floating_point() else x for x in head_case())
     results = []
-    for dtype in (torch.float32, torch.bfloat16):
+    for head in (dnc_gpt2.head_loss, dnc_gpt2.chunked_head_loss):
         leaves = h.clone().requires_grad_(), weight.clone().requires_grad_()
-        loss, _, _ = dnc_gpt2.HeadLoss.apply(*leaves, targets, dtype)
-        results.append((loss.detach(), *torch.autograd.grad(loss, leaves)))
-    assert not torch.equal(results[0][0], results[1][0])
-    for exact, rough in zip(*results, strict=True):
-        assert rough.dtype == torch.float32
-        assert (exact - rough).abs().max() < 0.02 * exact.abs().max()
-
-
-class VocabularyWide(TorchDispatchMode):
-    """Keeps every tensor as wide as the vocabulary, so that no storage is counted for another."""
-
-    def __init__(self, vocab: int):
-        super().__init__()
-        self.vocab, self.kept = vocab, []
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        result = function(*args, **(kwargs or {}))
-        if isinstance(result, torch.Tensor) and result.shape[-1:] == (self.vocab,):
-            self.kept.append(result)
-        return result
-
-    def elements(self) -> list[int]:
-        """Of each storage."""
-        sizes = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in self.kept}
-        return [size // 8 for size in sizes.values()]
-
-
-@pytest.mark.parametrize("rows", [4, 13])
-def test_head_loss_holds_one_chunk_of_logits(rows, monkeypatch):
-    h, weight, targets = head_case()
-    monkeypatch.setattr(dnc_gpt2, "LOGITS_AT_ONCE", rows * len(weight))
-    with VocabularyWide(len(weight)) as seen:
-        loss, _, _ = dnc_gpt2.HeadLoss.apply(h, weight, targets, torch.float64)
-        loss.backward()
-    chunk_logits = [size for size in seen.elements() if size != weight.numel()]
-    assert len(chunk_logits) == math.ceil(13 / rows)  # one storage a chunk, made in place
-    assert max(chunk_logits) == rows * len(weight)
-
-
-def test_head_loss_in_bf16_products_takes_half_of_the_rows_at_once(monkeypatch):
-    """There a chunk exists twice, in bf16 and in float32: together no more than all rows once."""
-    h, weight, targets = (x.detach().float() if x.is_floating_point() else x for x in head_case())
-    monkeypatch.setattr(dnc_gpt2, "LOGITS_AT_ONCE", 13 * len(weight))
-    leaves = h.requires_grad_(), weight.requires_grad_()
-    with VocabularyWide(len(weight)) as seen:
-        dnc_gpt2.HeadLoss.apply(*leaves, targets, torch.bfloat16)
-    rows = [x.shape[0] for x in seen.kept if x.shape[0] != h.shape[1]]  # not weight.T
-    assert rows and max(rows) <= 6
-
-
-def test_head_loss_refuses_a_second_backward():
-    h, weight, targets = head_case()
-    loss, _, _ = dnc_gpt2.HeadLoss.apply(h, weight, targets, torch.float64)
-    loss.backward(retain_graph=True)
-    with pytest.raises(RuntimeError, match="run the forward again"):
-        loss.backward()
+        slices = [] if head is dnc_gpt2.head_loss else [dnc_gpt2.logit_chunks(13, weight)]
+        loss, nll, top1 = head(*leaves, targets, torch.float64, *slices)
+        assert not nll.requires_grad and not top1.requires_grad
+        results.append((loss.detach(), nll, top1, *torch.autograd.grad(0.7 * loss, leaves)))
+    assert_same(*results, rtol=1e-12, atol=1e-12)
 
 
 # ── loss ────────────────────────────────────────────────────────────────────────────────────────
@@ -610,9 +530,9 @@ def test_evaluate_swapped_moves_the_state_by_one_row(start, corpus):
         model.eval()
         for row in range(3):
             before = states[(row - 1) % 3]
-            expected = model(inputs[row, None, T:], targets[row, None, T:], before, measure="full")
+            expected, _ = model.measure(inputs[row, None, T:], targets[row, None, T:], before)
             torch.testing.assert_close(
-                swapped["sums"][1, row], expected.stats[0].double().sum(0), rtol=1e-4, atol=1e-4)
+                swapped["sums"][1, row], expected[0].double().sum(0), rtol=1e-4, atol=1e-4)
 
 
 def test_token_statistics_count_ties_against_the_model():
@@ -682,17 +602,15 @@ def test_paired_sign_is_right_about_noise_in_95_of_100_cases(correlation):
 # ── training ────────────────────────────────────────────────────────────────────────────────────
 
 
-def test_learning_rate_warms_up_then_follows_its_schedule():
-    config = tiny_config(lr=0.01, lr_warmup=0.1)
-    rates = [dnc_gpt2.learning_rate(step, 100, config) for step in range(100)]
-    assert rates[:10] == pytest.approx([0.001 * (i + 1) for i in range(10)])
-    assert max(rates) == pytest.approx(0.01) and rates[10] == pytest.approx(0.01)
-    assert all(a > b for a, b in zip(rates[10:], rates[11:], strict=False))
-    assert rates[55] == pytest.approx(0.0055) and rates[-1] == pytest.approx(0.001, rel=0.02)
-    constant = dataclasses.replace(config, lr_schedule="constant")
-    flat = [dnc_gpt2.learning_rate(step, 100, constant) for step in range(100)]
-    assert flat[:10] == rates[:10] and set(flat[10:]) == {0.01}
-    assert dnc_gpt2.learning_rate(0, 1, dataclasses.replace(config, lr_warmup=0.0)) == 0.01
+def test_rate_share_warms_up_then_follows_its_schedule():
+    shares = [dnc_gpt2.rate_share(step, 100, warmup=0.1, floor=0.1) for step in range(100)]
+    assert shares[:10] == pytest.approx([0.1 * (i + 1) for i in range(10)])
+    assert max(shares) == pytest.approx(1) and shares[10] == pytest.approx(1)
+    assert all(a > b for a, b in zip(shares[10:], shares[11:], strict=False))
+    assert shares[55] == pytest.approx(0.55) and shares[-1] == pytest.approx(0.1, rel=0.02)
+    flat = [dnc_gpt2.rate_share(step, 100, warmup=0.1, floor=1.0) for step in range(100)]
+    assert flat[:10] == shares[:10] and set(flat[10:]) == {1.0}
+    assert dnc_gpt2.rate_share(0, 1, warmup=0.0, floor=1.0) == 1
 
 
 def test_training_feeds_the_stream_in_order_and_every_arm_the_same(start, corpus):

@@ -1,0 +1,791 @@
+"""Keys and values of a frozen language model on disk, an index over them, and the kNN distribution.
+
+A key is what the base computes at a position of a text, a value the token that followed there. So
+the base stands here, with the tap on its forward pass: who opens a datastore has to have the base
+that made it, and must read as it read. What is done with a datastore stands above this file:
+memory_lm.py answers with it, memory_decoder.py builds it, tunes it and trains on it.
+
+Read downward; each section uses only what stands above it.
+kNN-LM is Khandelwal et al. 2020, arXiv 1911.00172. Position i of a text is a query for its token
+i + 1; one key is stored for each.
+Letters: B rows, T tokens, D width of a key, V vocabulary, P tokens of the prefix, n stored keys,
+Q queries, k neighbours, c candidates, m positions that a group of windows is read for.
+"""
+
+import contextlib
+import dataclasses
+import functools
+import hashlib
+import inspect
+import json
+import math
+import os
+import re
+import shutil
+import threading
+import time
+from collections.abc import Iterator
+from datetime import timedelta
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import nn
+
+# isort: off
+from dnc_gpt2 import (
+    # checks
+    require,
+    # files
+    read_json,
+    whole_file,
+    write_json,
+    # data and model
+    asking_hub,
+    load_checkpoint,
+)
+# isort: on
+
+KEYS, VALUES, INDEX = "datastore_keys.npy", "datastore_values.npy", "faiss_index.bin"
+MANIFEST = "manifest.json"
+FLAT_UP_TO = 20_000  # keys: a query that reads them all is soon slower than the model itself
+NPROBE = 32  # lists of ivfpq that a search visits, as shipped
+RERANK = 2  # candidates of ivfpq a neighbour, as shipped
+
+
+def sha(*parts: object) -> str:
+    """Return the sha256 of bytes and of the text of everything else."""
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(part if isinstance(part, bytes) else repr(part).encode())
+    return digest.hexdigest()
+
+
+def file_sha(path: Path) -> str:
+    """Return the sha256 of a file, which may be larger than memory."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(2**22):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+# ══ Base: any causal language model, and the keys of its forward pass ════════════════════════════
+class KeyTap:
+    """The keys of the forward pass that this same thread ran last.
+
+    A hook takes the input of a module on the way. It is kept by thread, so that users who share
+    the model never see each other's.
+    """
+
+    def __init__(self, model: nn.Module, key: str):
+        self.key = key  # feed_forward | final
+        self.here = threading.local()
+        module = model.get_output_embeddings() if key == "final" else last_feed_forward(model)
+        self.hook = module.register_forward_pre_hook(self.take, with_kwargs=True)
+
+    def __deepcopy__(self, memo: dict) -> "KeyTap":
+        return self  # a copy of the model, to be fine-tuned, may share it
+
+    def take(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
+        """Keep what enters the module."""
+        inputs = [*args, *kwargs.values()]
+        self.here.keys = inputs[0]
+
+
+def last_feed_forward(model: nn.Module) -> nn.Module:
+    """Return the feed-forward of the last block; what enters it has passed its norm. Raises
+    ValueError where the block has none of a known name."""
+    layers = model.config.get_text_config().num_hidden_layers
+    for blocks in model.modules():
+        if not isinstance(blocks, nn.ModuleList) or len(blocks) != layers:
+            continue
+        for name in ("mlp", "feed_forward", "ffn", "fc1"):
+            module = getattr(blocks[-1], name, None)
+            if isinstance(module, nn.Module):
+                return module
+    raise ValueError(f"key = 'feed_forward': the last block of a {model.config.model_type} has no "
+                     "feed-forward that is found; set --key final")
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Base:
+    """A frozen causal language model. It is only read, so that every thread may run it."""
+
+    name: str  # as --base takes it
+    model: nn.Module
+    tokenizer: object  # transformers.PreTrainedTokenizerFast
+    window: int  # tokens at once, without the prefix
+    prefix: tuple[int, ...]  # what its tokenizer puts before every text (Gemma: <bos>)
+    own: bool  # trained by dnc_gpt2.py, whose texts are tokenized by line
+    tap: KeyTap
+    fingerprint: str  # of weights and vocabulary
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return next(self.model.parameters()).device
+
+    @property
+    def vocab(self) -> int:
+        """V, the tokens that it gives a probability to."""
+        return self.model.get_output_embeddings().weight.shape[0]
+
+    @property
+    def width(self) -> int:
+        """D, the width of its hidden states, which is that of a key."""
+        return self.model.get_output_embeddings().weight.shape[1]
+
+    @property
+    def layer(self) -> int:
+        """The number of its last block, which the keys come from."""
+        return self.model.config.get_text_config().num_hidden_layers - 1
+
+    @functools.cached_property
+    def cache_argument(self) -> str:
+        """What this version of transformers calls the cache in the model's forward."""
+        names = inspect.signature(self.model.forward).parameters
+        return "cache" if "cache" in names else "past_key_values"
+
+    @torch.no_grad()
+    def forward(self, ids: torch.Tensor, cache=None) -> tuple[torch.Tensor, torch.Tensor]:
+        """Read ids (B, T) -> float32 logits (B, T, V) and keys (B, T, D). `cache`, a transformers
+        DynamicCache, holds what was read before and is extended."""
+        options = {self.cache_argument: cache, "use_cache": cache is not None}
+        out = self.model(input_ids=ids.to(self.device), **options)
+        return out.logits.float(), self.tap.here.keys.float()
+
+    def encode(self, text: str) -> list[int]:
+        """Tokenize a text, without the prefix."""
+        # Not the tokenizer's own call, which sets padding on the shared object in every thread.
+        return self.tokenizer.backend_tokenizer.encode(text, add_special_tokens=False).ids
+
+    def decode(self, ids: list[int]) -> str:
+        """Return the text of tokens."""
+        return self.tokenizer.backend_tokenizer.decode(ids, skip_special_tokens=True)
+
+    def end_ids(self) -> set[int]:
+        """Return the tokens that end an answer; none for a tokenizer that we trained."""
+        settings = getattr(self.model, "generation_config", None)
+        ends = getattr(settings, "eos_token_id", None)
+        ends = ends if isinstance(ends, list) else [ends]
+        return {i for i in (*ends, self.tokenizer.eos_token_id) if i is not None}
+
+
+def fingerprint(model: nn.Module, tokenizer) -> str:
+    """Return a digest of every weight's name and shape, of up to 4,096 of its numbers, and of the
+    vocabulary."""
+    digest = hashlib.sha256(repr(sorted(tokenizer.get_vocab().items())).encode())
+    for name, weight in sorted(model.state_dict().items()):
+        flat = weight.detach().flatten()
+        step = max(1, len(flat) // 4096)
+        sample = flat[::step].float().cpu().numpy()
+        digest.update(f"{name} {tuple(weight.shape)}".encode())
+        digest.update(sample.tobytes())
+    return digest.hexdigest()
+
+
+def own_base(path: str) -> tuple[nn.Module, object]:
+    """Load a checkpoint of dnc_gpt2.py as (GPT2LMHeadModel, tokenizer). Raises ValueError."""
+    from tokenizers import Tokenizer
+    from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
+
+    payload = load_checkpoint(path)
+    trained = payload["model_state_dict"]
+    require(not any(name.startswith("memory.") for name in trained), "base", path,
+            f"a checkpoint without a memory (this is {payload['arm']}); GPT2_Baseline_* is one")
+
+    weights = {"transformer." + name.removeprefix("controller."): weight
+               for name, weight in trained.items()}
+    weights["lm_head.weight"] = weights["transformer.wte.weight"]
+    model = GPT2LMHeadModel(GPT2Config.from_dict(json.loads(payload["controller"])))
+    model.load_state_dict(weights)
+    tokenizer = Tokenizer.from_str(payload["tokenizer"])
+    return model, PreTrainedTokenizerFast(tokenizer_object=tokenizer)
+
+
+def foreign_base(name: str) -> tuple[nn.Module, object]:
+    """Load a causal LM by hub name or folder as (model, tokenizer). Raises ValueError, which says
+    how to log in where access has to be asked for. Weights are taken as safetensors alone, never
+    as a pickle."""
+    try:
+        with asking_hub("base", name, "a folder written by save_pretrained"):
+            from transformers import AutoModelForCausalLM, AutoTokenizer
+
+            tokenizer = AutoTokenizer.from_pretrained(name)
+            model = AutoModelForCausalLM.from_pretrained(name, use_safetensors=True)
+    except ValueError as refused:
+        if re.search(r"gated|\b40[13]\b", str(refused.__context__), re.IGNORECASE):
+            raise ValueError(f"base = {name!r}: is gated; ask for access on its page, log in with "
+                             "`huggingface-cli login`, then run this again") from None
+        raise
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    encodes = backend is not None and backend.encode("word", add_special_tokens=False).ids
+    require(bool(encodes), "base", name, "with a fast tokenizer that encodes text (tokenizer.json)")
+    backend.no_padding()
+    backend.no_truncation()
+    return model, tokenizer
+
+
+def prefix_of(tokenizer) -> tuple[int, ...]:
+    """Return what a tokenizer puts before every text: its begin-of-text token, or nothing."""
+    begin = tokenizer.bos_token_id
+    ids = tokenizer.backend_tokenizer.encode("word").ids
+    puts_it = begin is not None and ids[:1] == [begin]
+    return (begin,) if puts_it else ()
+
+
+def load_base(name: str, window: int, key: str) -> Base:
+    """Load the base that --base names, to be read in windows of so many tokens, with keys from its
+    last feed_forward or its final state. Raises ValueError with one line that says what to do."""
+    own = name.endswith(".pt") or Path(name).is_file()
+    model, tokenizer = own_base(name) if own else foreign_base(name)
+    model = model.eval().requires_grad_(False)
+    model = model.cuda() if torch.cuda.is_available() else model.float()
+
+    settings = model.config.get_text_config()
+    positions = getattr(settings, "max_position_embeddings", None) or window
+    if positions < window:
+        print(f"window: {positions}, the positions of {Path(name).name} (asked: {window})")
+
+    prefix = prefix_of(tokenizer)
+    return Base(
+        name=name,
+        model=model,
+        tokenizer=tokenizer,
+        window=min(window, positions) - len(prefix),
+        prefix=prefix,
+        own=own,
+        tap=KeyTap(model, key),
+        fingerprint=fingerprint(model, tokenizer))
+
+
+# ══ Reading a stream in windows: the same for the datastore and for every system ═════════════════
+class Window(NamedTuple):
+    """Positions start .. end - 1 are read; from `first` on they are used, each exactly once."""
+
+    start: int
+    first: int
+    end: int
+
+    @property
+    def used(self) -> slice:
+        """What of its row is used."""
+        return slice(self.first - self.start, self.end - self.start)
+
+
+def plan_windows(positions: int, window: int, stride: int, batch: int) -> list[list[Window]]:
+    """Cover positions 0 .. n - 1 by windows, in groups of at most `batch`.
+
+    Each position is read with at least window - stride tokens before it (in the first window: with
+    what there is). All windows are equally long, without padding. Groups do not depend on where a
+    build begins: resumed, or in shards, it computes the same.
+    """
+    windows = [Window(0, 0, min(window, positions))]
+    while windows[-1].end < positions:
+        first = windows[-1].end
+        end = min(first + stride, positions)
+        windows.append(Window(end - window, first, end))
+    return [windows[i : i + batch] for i in range(0, len(windows), batch)]
+
+
+def used(x: torch.Tensor, group: list[Window]) -> torch.Tensor:
+    """Take from rows (B, T, …) of a group the positions that it is read for, in order (m, …)."""
+    parts = [row[window.used] for row, window in zip(x, group, strict=True)]
+    return torch.cat(parts)
+
+
+def read_group(base: Base, stream: torch.Tensor, group: list[Window]
+               ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Read a group in one forward pass -> ids (B, T), logits (B, T, V) and keys (B, T, D), the
+    prefix left out."""
+    ids = torch.stack([stream[window.start : window.end] for window in group])  # (B, T)
+    prefix = torch.tensor(base.prefix, dtype=torch.int64)  # (P,)
+    prefixes = prefix.expand(len(ids), -1)  # (B, P)
+    logits, keys = base.forward(torch.cat([prefixes, ids], dim=1))
+    skipped = len(base.prefix)
+    return ids, logits[:, skipped:], keys[:, skipped:]
+
+
+# ══ Building: keys and values in blocks, in shards, resumed where a build was killed ═════════════
+class Build(NamedTuple):
+    """What a datastore is built from, where, and how."""
+
+    folder: Path
+    base: Base
+    stream: torch.Tensor  # (n + 1,) int64, the training text of the domain
+    domain: str  # its name
+    text_sha256: str  # of the stream
+    stride: int  # tokens between windows
+    batch_windows: int  # windows of one forward pass
+    index: str  # auto | flat | ivfpq | hnsw
+    extra: dict  # what else the manifest shall say
+
+    @property
+    def count(self) -> int:
+        """n, the keys that there will be."""
+        return len(self.stream) - 1
+
+    def describe(self) -> dict:
+        """Return all that decides the bytes of the datastore, as the manifest holds it."""
+        vocabulary = sorted(self.base.tokenizer.get_vocab().items())
+        return {
+            "base": self.base.name, "base_fingerprint": self.base.fingerprint,
+            "key": self.base.tap.key, "layer": self.base.layer, "window": self.base.window,
+            "stride": self.stride, "batch_windows": self.batch_windows, "domain": self.domain,
+            "text_sha256": self.text_sha256, "count": self.count, "width": self.base.width,
+            "vocab": self.base.vocab, "key_dtype": "float16", "value_dtype": "int32",
+            "tokenizer_sha256": sha(vocabulary)}
+
+
+def identity_hash(description: dict) -> str:
+    """Return a digest of a description. A base is known by its weights and a domain by its text:
+    their names do not matter."""
+    named = [item for item in description.items() if item[0] not in ("base", "domain")]
+    return sha(sorted(named))
+
+
+def rank_and_size() -> tuple[int, int]:
+    """Return this process's number and their count, as torchrun started them; (0, 1) alone."""
+    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+
+
+def share_of(count: int) -> tuple[int, int]:
+    """Return the first of `count` things that is this rank's, and the first that is no more."""
+    rank, size = rank_and_size()
+    return rank * count // size, (rank + 1) * count // size
+
+
+def barrier() -> None:
+    """Wait for every rank; one alone waits for nobody."""
+    if rank_and_size()[1] > 1:
+        import torch.distributed as dist
+
+        if not dist.is_initialized():
+            dist.init_process_group("gloo", timeout=timedelta(days=7))
+        dist.barrier()
+
+
+def shard_path(folder: Path, name: str, rank: int) -> Path:
+    """Return where a rank writes its part of a file; one alone writes what will be the file."""
+    _, size = rank_and_size()
+    ending = "part" if size == 1 else f"{rank}of{size}"
+    return folder / f"{name}.{ending}"
+
+
+@contextlib.contextmanager
+def growing(path: Path) -> Iterator[None]:
+    """Write to a file under construction: a full disk becomes one line, and the file stays."""
+    try:
+        yield
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be written ({error.strerror or error}); free some space, "
+                         "then run the same command again") from None
+
+
+def open_part(path: Path, shape: tuple[int, ...], dtype: str, resume: bool = False) -> np.memmap:
+    """Map a file under construction, as it is or anew. Raises ValueError where it would not fit: a
+    full disk under a memory-mapped file kills the process without a word."""
+    with growing(path):
+        if resume:
+            return np.lib.format.open_memmap(path, "r+")
+        need = math.prod(shape) * np.dtype(dtype).itemsize / 2**20  # MiB
+        free = shutil.disk_usage(path.parent).free / 2**20  # MiB
+        require(free > need, "model_dir", str(path.parent), f"on a disk with {need:,.0f} MiB free "
+                f"for {path.name} ({free:,.0f} are)")
+        return np.lib.format.open_memmap(path, "w+", dtype, shape)
+
+
+def open_shard(job: Build, identity: str, progress: Path, count: int
+               ) -> tuple[np.memmap, np.memmap, int]:
+    """Map this rank's `count` keys and values -> both, and how many groups of windows a killed
+    build of the same identity has already written."""
+    rank, _ = rank_and_size()
+    keys, values = (shard_path(job.folder, name, rank) for name in (KEYS, VALUES))
+    state = read_json(progress, "delete it and build again")
+    resume = state.get("identity") == identity and keys.is_file() and values.is_file()
+    if not resume:
+        progress.unlink(missing_ok=True)
+    return (open_part(keys, (count, job.base.width), "float16", resume),
+            open_part(values, (count,), "int32", resume),
+            state["groups"] if resume else 0)
+
+
+def write_group(job: Build, group: list[Window], begin: int, keys: np.memmap, values: np.memmap
+                ) -> None:
+    """Compute the keys and values of a group and flush them, from row 0 at position `begin`."""
+    _, _, states = read_group(job.base, job.stream, group)
+    first = group[0].first
+    end = group[-1].end
+    block = used(states, group).half().cpu().numpy()  # (m, D)
+    require(np.isfinite(block).all(), "key", job.base.tap.key, "finite in float16, and is not at "
+            f"position {first}; set --key final")
+    rows = slice(first - begin, end - begin)
+    with growing(job.folder / KEYS):
+        keys[rows] = block
+        values[rows] = job.stream[first + 1 : end + 1].numpy()
+        keys.flush()
+        values.flush()
+
+
+def build_shard(job: Build, identity: str) -> None:
+    """Write the keys and values of this rank's positions, group after group, from where a killed
+    build stopped. What the progress file counts has been flushed to disk before."""
+    from tqdm import tqdm
+
+    rank, size = rank_and_size()
+    groups = plan_windows(job.count, job.base.window, job.stride, job.batch_windows)
+    require(len(groups) >= size, "domain", job.domain, f"longer for {size} processes")
+    low, high = share_of(len(groups))
+    mine = groups[low:high]
+    begin = mine[0][0].first
+    end = mine[-1][-1].end
+
+    progress = job.folder / f"build.{rank}of{size}.json"
+    keys, values, done = open_shard(job, identity, progress, end - begin)
+    position = mine[done][0].first if done < len(mine) else end
+    if done > 0:
+        print(f"build: resumed at position {position:,}")
+
+    with tqdm(total=end - begin, initial=position - begin, desc="keys", unit="key",
+              disable=rank > 0) as bar:
+        for number, group in enumerate(mine[done:], done + 1):
+            write_group(job, group, begin, keys, values)
+            write_json({"identity": identity, "groups": number}, progress)
+            bar.update(group[-1].end - group[0].first)
+
+
+def merge_shards(folder: Path, count: int, width: int) -> None:
+    """Copy the shards of all ranks into one pair of files, still under temporary names. One rank
+    alone has written in place."""
+    _, size = rank_and_size()
+    if size == 1:
+        return
+    for name, shape, dtype in ((KEYS, (count, width), "float16"), (VALUES, (count,), "int32")):
+        path = folder / f"{name}.part"
+        whole, at = open_part(path, shape, dtype), 0
+        for rank in range(size):
+            shard = np.load(shard_path(folder, name, rank), mmap_mode="r", allow_pickle=False)
+            for start in range(0, len(shard), 2**16):
+                block = shard[start : start + 2**16]
+                whole[at : at + len(block)] = block
+                at += len(block)
+        with growing(path):
+            whole.flush()
+
+
+# ══ Index: candidates from FAISS ═════════════════════════════════════════════════════════════════
+def import_faiss():
+    """Import faiss, on as many threads as torch has. Only the datastore needs it."""
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # spinning threads slow torch's tenfold
+    try:
+        import faiss
+    except ImportError:
+        raise ValueError("index: needs faiss; pip install faiss-cpu") from None
+    faiss.omp_set_num_threads(torch.get_num_threads())  # of this thread alone
+    return faiss
+
+
+def choose_index(kind: str, count: int) -> str:
+    """Return the kind of index for so many keys; a choice of auto is printed."""
+    if kind == "auto":
+        kind = "flat" if count <= FLAT_UP_TO else "ivfpq"
+        print(f"index auto: {kind} for {count:,} keys (flat up to {FLAT_UP_TO:,}, then ivfpq; "
+              "hnsw, which neither merges nor leaves memory, when asked for)")
+    require(kind != "ivfpq" or count >= 1000, "index", kind, f"flat or hnsw for {count} keys, too "
+            "few to train ivfpq on")
+    return kind
+
+
+def new_index(kind: str, width: int, count: int, sample: np.ndarray):
+    """Make an empty FAISS index over squared L2 distance; ivfpq is trained on a sample of keys."""
+    faiss = import_faiss()
+    if kind == "flat":
+        return faiss.IndexFlatL2(width)
+    if kind == "hnsw":
+        index = faiss.IndexHNSWFlat(width, 32)
+        index.hnsw.efConstruction = 80
+        return index
+    # 4-bit codes that a CPU scans from registers, of the keys themselves: codes of residuals need a
+    # table for every list, which takes ten times as long as the scan. Re-ranking makes up for it.
+    lists = max(1, min(int(4 * math.sqrt(count)), len(sample) // 39))
+    most = min(256, max(128, width // 2))
+    parts = max(m for m in range(1, most + 1) if width % m == 0)
+    index = faiss.IndexIVFPQFastScan(faiss.IndexFlatL2(width), width, lists, parts, 4)
+    index.by_residual = False
+    index.cp.seed = index.pq.cp.seed = 1234
+    index.train(sample)
+    return index
+
+
+def sample_keys(keys: np.ndarray, most: int = 100_000) -> np.ndarray:
+    """Return evenly spaced keys in float32, to train an index on."""
+    step = max(1, math.ceil(len(keys) / most))
+    return np.asarray(keys[::step], dtype=np.float32)
+
+
+def add_keys(index, keys: np.ndarray, begin: int, end: int) -> None:
+    """Add keys begin .. end - 1 to an index."""
+    for start in range(begin, end, 2**14):
+        block = keys[start : min(start + 2**14, end)]
+        index.add(np.asarray(block, dtype=np.float32))
+
+
+def write_index(index, path: Path) -> None:
+    """Write an index whole or not at all. Raises ValueError."""
+    with whole_file(path) as temporary:
+        import_faiss().write_index(index, str(temporary))
+
+
+def build_index(folder: Path, wanted: str, count: int) -> str:
+    """Index the merged keys under a temporary name -> the kind of index.
+
+    Every rank adds its range to a copy of one trained index, and FAISS merges the copies. HNSW
+    cannot be merged: the first rank adds all.
+    """
+    faiss = import_faiss()
+    rank, size = rank_and_size()
+    kind = choose_index(wanted, count) if rank == 0 else "ivfpq"
+    keys = np.load(folder / f"{KEYS}.part", mmap_mode="r", allow_pickle=False)
+    trained = folder / f"{INDEX}.empty"
+    if rank == 0:
+        write_index(new_index(kind, keys.shape[1], count, sample_keys(keys)), trained)
+    barrier()
+
+    index = faiss.read_index(str(trained))
+    if isinstance(index, faiss.IndexHNSW):
+        add_keys(index, keys, 0, count if rank == 0 else 0)
+    else:
+        add_keys(index, keys, *share_of(count))
+    if rank:
+        write_index(index, shard_path(folder, INDEX, rank))
+    barrier()
+
+    if rank == 0:
+        for other in range(1, size) if kind != "hnsw" else ():
+            part = faiss.read_index(str(shard_path(folder, INDEX, other)))
+            index.merge_from(part, index.ntotal if kind == "ivfpq" else 0)
+        write_index(index, folder / f"{INDEX}.part")
+        trained.unlink()
+    return kind
+
+
+def commit_build(job: Build, kind: str) -> None:
+    """Rename what was built into place. The manifest goes first and comes last: whoever finds one
+    finds the files that it describes."""
+    (job.folder / MANIFEST).unlink(missing_ok=True)
+    for name in (KEYS, VALUES, INDEX):
+        os.replace(job.folder / f"{name}.part", job.folder / name)
+    description = job.describe()
+    manifest = description | {
+        "identity": identity_hash(description), "index": kind,
+        "index_sha256": file_sha(job.folder / INDEX), "settings": {}} | job.extra
+    write_json(manifest, job.folder / MANIFEST)
+    for name in (f"{KEYS}.*of*", f"{VALUES}.*of*", f"{INDEX}.*of*", "build.*of*.json"):
+        for path in job.folder.glob(name):
+            path.unlink()
+
+
+def build_datastore(job: Build) -> None:
+    """Build the datastore, unless these very keys are there under this kind of index. Of several
+    processes each writes a shard."""
+    identity, count, width = identity_hash(job.describe()), job.count, job.base.width
+    old = read_json(job.folder / MANIFEST, "delete it and build again")
+    if old.get("identity") == identity and job.index in ("auto", old["index"]):
+        print(f"build: {job.folder} holds these {count:,} keys already ({old['index']})")
+        return
+    rank, _ = rank_and_size()
+    if rank == 0:
+        print(f"build: {count:,} keys of {width} ({count * width * 2 / 2**20:,.0f} MiB)")
+
+    began = time.perf_counter()
+    build_shard(job, identity)
+    barrier()
+    if rank == 0:
+        merge_shards(job.folder, count, width)
+    barrier()
+
+    keyed = time.perf_counter()
+    kind = build_index(job.folder, job.index, count)
+    if rank == 0:
+        commit_build(job, kind)
+        size = (job.folder / INDEX).stat().st_size / 2**20
+        print(f"build: keys {keyed - began:.0f} s, index {kind} {time.perf_counter() - keyed:.0f} "
+              f"s, {size:,.0f} MiB")
+    barrier()
+
+
+# ══ Search: exact distances from the memory-mapped keys ══════════════════════════════════════════
+class Datastore(NamedTuple):
+    """Keys and values on disk, and an index over them in memory or mapped. It is only read."""
+
+    keys: np.ndarray  # (n, D) float16, memory-mapped
+    values: np.ndarray  # (n,) int32, memory-mapped: the token that followed
+    index: object
+    kind: str  # flat | ivfpq | hnsw
+    rerank: int = RERANK
+
+    def search(self, queries: np.ndarray, k: int, exclude: np.ndarray | None = None
+               ) -> tuple[np.ndarray, np.ndarray]:
+        """Find the k nearest keys of queries (Q, D) -> distances (Q, k) and ids (Q, k).
+
+        A distance is squared L2 in float32 of the float16 keys. Neighbours are sorted here (an
+        index promises no order), ties to the lowest id; inf and -1 stand where fewer were found.
+        `exclude` (Q,) holds each query's own id, which is left out.
+        """
+        queries = np.ascontiguousarray(queries, dtype=np.float32)
+        wanted = k * (self.rerank if self.kind == "ivfpq" else 1) + 8
+        if exclude is not None:
+            wanted += 1
+        wanted = min(wanted, len(self.keys))
+
+        distances = np.empty((len(queries), k), dtype=np.float32)
+        ids = np.empty((len(queries), k), dtype=np.int64)
+        for start in range(0, len(queries), 1024):
+            rows = slice(start, start + 1024)
+            candidates = self.candidates(queries[rows], wanted)  # (q, c)
+            own = None if exclude is None else exclude[rows]
+            distances[rows], ids[rows] = self.rank(queries[rows], candidates, own, k)
+        return distances, ids
+
+    def candidates(self, queries: np.ndarray, wanted: int) -> np.ndarray:
+        """Return ids (Q, c) of keys that may be the nearest, -1 where there are fewer, in any
+        order."""
+        faiss = import_faiss()
+        if self.kind == "hnsw":
+            search = faiss.SearchParametersHNSW(efSearch=max(64, 2 * wanted))
+            return self.index.search(queries, wanted, params=search)[1]
+        return self.index.search(queries, wanted)[1]
+
+    def rank(self, queries: np.ndarray, candidates: np.ndarray, own: np.ndarray | None, k: int
+             ) -> tuple[np.ndarray, np.ndarray]:
+        """Rank candidates (q, c) of queries (q, D) by their exact distances, some queries at a time
+        -> distances and ids (q, k); inf and -1 where there are fewer."""
+        distances = np.full((len(queries), k), np.inf, dtype=np.float32)
+        ids = np.full((len(queries), k), -1, dtype=np.int64)
+
+        numbers = candidates.shape[1] * queries.shape[1]  # of one query
+        at_once = max(1, 2**19 // numbers)  # what a processor's cache holds
+        for start in range(0, len(queries), at_once):
+            rows = slice(start, start + at_once)
+            near = candidates[rows]
+            apart = self.distances(queries[rows], near)
+            if own is not None:
+                apart[near == own[rows, None]] = np.inf
+            order = np.lexsort((near, apart), axis=-1)[:, :k]  # (q, min(k, c))
+            columns = order.shape[1]
+            distances[rows, :columns] = np.take_along_axis(apart, order, 1)
+            ids[rows, :columns] = np.take_along_axis(near, order, 1)
+
+        ids[np.isinf(distances)] = -1
+        return distances, ids
+
+    def distances(self, queries: np.ndarray, ids: np.ndarray) -> np.ndarray:
+        """Return the squared L2 distances (q, c) of queries (q, D) from the keys of ids (q, c); inf
+        for an id of -1."""
+        at = torch.from_numpy(np.maximum(ids, 0)).view(-1)
+        keys = torch.from_numpy(self.keys).index_select(0, at).float()  # (q*c, D)
+        keys = keys.view(*ids.shape, -1)  # (q, c, D)
+        apart = keys.sub_(torch.from_numpy(queries).unsqueeze(1))
+        distances = torch.linalg.vector_norm(apart, dim=-1).square_().numpy()  # (q, c)
+        distances[ids < 0] = np.inf
+        return distances
+
+
+# ══ Opening what was built ═══════════════════════════════════════════════════════════════════════
+NEEDED = {"base", "count", "width", "vocab", "key", "index", "index_sha256", "identity", "settings",
+          "config", "text_sha256", "domain", "tokenizer_sha256"}
+
+
+def read_manifest(folder: Path) -> dict:
+    """Read the manifest of a folder. Raises FileNotFoundError where nothing was built, ValueError
+    where it is not whole."""
+    path = folder / MANIFEST
+    manifest = read_json(path, "delete it and build again")
+    if not manifest:
+        raise FileNotFoundError(f"{path}: is not there; make it with python memory_decoder.py "
+                                "build")
+    require(NEEDED <= manifest.keys(), "file", str(path), "a whole manifest; delete it and build "
+            "again")
+    return manifest
+
+
+def check_manifest(folder: Path, base: Base, manifest: dict) -> None:
+    """Raise ValueError where a datastore was built by another base, or read in another way."""
+
+    def check(name: str, same: bool, built: object, this: object) -> None:
+        if not same:
+            raise ValueError(f"{folder / MANIFEST}: was built with {name} {built!r}, this is "
+                             f"{this!r}; name that one, or build again")
+
+    check("base", manifest.get("base_fingerprint") == base.fingerprint, manifest["base"], base.name)
+    these = {"width": base.width, "vocab": base.vocab, "key": base.tap.key, "window": base.window}
+    for name, this in these.items():
+        check(name, manifest.get(name) == this, manifest.get(name), this)
+
+
+def map_array(path: Path, shape: tuple[int, ...], dtype: str) -> np.ndarray:
+    """Map an array of keys or values; no pickle is read. Raises FileNotFoundError, or ValueError
+    where it is not of the size that the manifest says."""
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: is not there; build again")
+    try:
+        array = np.load(path, mmap_mode="c", allow_pickle=False)  # "c": torch wants to write
+        fits = array.shape == shape and array.dtype == dtype
+    except (ValueError, OSError, EOFError):
+        fits = False
+    require(fits, "file", str(path), f"{dtype} of shape {shape}, whole, as the manifest says; "
+            "build again")
+    return np.asarray(array)
+
+
+def read_index(path: Path, kind: str, nprobe: int = NPROBE):
+    """Open an index file, mapped where its kind can be. Raises ValueError."""
+    faiss = import_faiss()
+    mapped = {"flat": getattr(faiss, "IO_FLAG_MMAP_IFC", 0), "ivfpq": faiss.IO_FLAG_MMAP}
+    try:
+        index = faiss.read_index(str(path), mapped.get(kind, 0))
+    except RuntimeError:
+        raise ValueError(f"{path}: is no index that this version of faiss reads; build again"
+                         ) from None
+    if kind == "ivfpq":
+        index.nprobe = min(nprobe, index.nlist)
+    return index
+
+
+def open_index(path: Path, manifest: dict, nprobe: int):
+    """Open the index that a manifest describes. Raises FileNotFoundError, or ValueError where it is
+    corrupt or another."""
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: is not there; build again")
+    require(file_sha(path) == manifest["index_sha256"], "file", str(path), "the index that was "
+            "built (it is corrupt, or of another build); build again")
+    index = read_index(path, manifest["index"], nprobe)
+    require((index.ntotal, index.d) == (manifest["count"], manifest["width"]), "file", str(path),
+            "of as many keys as the manifest says; build again")
+    return index
+
+
+def open_datastore(folder: Path, manifest: dict, nprobe: int = NPROBE, rerank: int = RERANK
+                   ) -> Datastore:
+    """Map a built datastore. Raises ValueError or FileNotFoundError, one line, where a file is
+    missing, of other sizes than the manifest says, or corrupt."""
+    count = manifest["count"]
+    return Datastore(
+        keys=map_array(folder / KEYS, (count, manifest["width"]), "float16"),
+        values=map_array(folder / VALUES, (count,), "int32"),
+        index=open_index(folder / INDEX, manifest, nprobe), kind=manifest["index"], rerank=rerank)
+
+
+# ══ The kNN distribution ═════════════════════════════════════════════════════════════════════════
+def knn_weights(distances: torch.Tensor, tau: float) -> torch.Tensor:
+    """Weigh neighbours (…, k) by softmax(-d / tau); one that was not found (inf) weighs 0."""
+    return torch.nan_to_num((-distances / tau).softmax(-1))
+
+
+def knn_probabilities(distances: torch.Tensor, values: torch.Tensor, tau: float, vocab: int
+                      ) -> torch.Tensor:
+    """Sum the weights of neighbours, distances and values (Q, k), by value -> p_knn (Q, V)."""
+    dense = distances.new_zeros(len(distances), vocab)
+    return dense.scatter_add_(1, values.long(), knn_weights(distances, tau))

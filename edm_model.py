@@ -1,0 +1,1172 @@
+"""GPT-2 with a memory for what has left its window: External Differentiable Memory (EDM).
+
+EDM is a notebook of keys and values, RecurrentMemory a rolling summary, EDMGPT2ForCausalLM the
+frozen GPT-2 that reads both. This file needs torch and transformers alone: a saved model carries it
+and loads without this repository, with trust_remote_code. edm_gpt2.py trains and measures.
+
+Letters: B rows, T tokens of a call, m tokens of one pass, C hidden width, V vocabulary, W tokens of
+the window, S tokens that leave it at once, N memory slots, M entries of one write, H heads, D key
+width, K slots read (top-k), R width of a recurrent memory, d width of the base's heads.
+"""
+
+import hashlib
+import importlib
+import math
+import warnings
+from collections.abc import Callable, Iterator
+from types import ModuleType
+from typing import Literal, NamedTuple, get_args
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import GenerationMixin, GPT2Config, GPT2Model, PretrainedConfig, PreTrainedModel
+from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.pytorch_utils import Conv1D
+
+Eviction = Literal["fifo", "lru", "usage"]  # what makes room when every slot is taken
+KeyOf = Literal["token", "previous"]  # whose hidden state a stored token is found by
+EVICTION, KEY_OF = get_args(Eviction), get_args(KeyOf)
+MOST_SLOTS = 65_536  # as far as exact search goes
+
+
+# ══ The notebook ═════════════════════════════════════════════════════════════════════════════════
+class EDMState(NamedTuple):
+    """The notebook, one row a sequence. Slots fill from the first; those in use are a prefix."""
+    keys: Tensor  # (B, H, N, D) of norm one
+    values: Tensor  # (B, H, N, D)
+    position: Tensor  # (B, N) place of the stored token in its row, -1 where empty
+    token: Tensor  # (B, N) its id
+    rank: Tensor  # (B, N) the lowest is evicted first; float64, to count tokens exactly
+    seen: Tensor  # (B,) tokens that were offered, stored or not
+    last: Tensor  # (B, C) h of the last of them
+
+
+class EDMTrace(NamedTuple):
+    """What the notebook did at each token of a segment."""
+    write_gate: Tensor  # (B, T) 1 where a token is stored
+    write_slots: Tensor  # (B, T) its slot, -1 where none
+    read_slots: Tensor  # (B, H, T, K)
+    read_weights: Tensor  # (B, H, T, K), sum 1, or 0 where nothing could be read
+
+
+class Entry(NamedTuple):
+    """What one write stored, with its graph: keys and values of a store carry none."""
+    keys: Tensor  # (B, H, M, D)
+    values: Tensor  # (B, H, M, D)
+    slots: Tensor  # (B, M), -1 where nothing was stored
+
+
+class Read(NamedTuple):
+    """What a notebook gives to some tokens."""
+    added: Tensor  # (B, T, C), to be added to h
+    slots: Tensor  # (B, H, T, K)
+    weights: Tensor  # (B, H, T, K)
+
+
+class Candidates(NamedTuple):
+    """All that a query may find, slots of the store and recent entries side by side: n of them."""
+    slots: Tensor  # (B, n)
+    valid: Tensor  # (B, n), False for what is empty or was overwritten
+    keys: Tensor  # (B, H, n, D)
+    values: Tensor  # (B, H, n, D)
+
+
+def join_traces(traces: list[EDMTrace]) -> EDMTrace:
+    """The trace of consecutive segments."""
+    gates, write_slots, read_slots, read_weights = zip(*traces, strict=True)
+    return EDMTrace(
+        write_gate=torch.cat(gates, dim=1),
+        write_slots=torch.cat(write_slots, dim=1),
+        read_slots=torch.cat(read_slots, dim=2),
+        read_weights=torch.cat(read_weights, dim=2),
+    )
+
+
+def map_state(function: Callable, state: NamedTuple) -> NamedTuple:
+    """Apply a function to every tensor of a state, and of the states in it."""
+    parts = (map_state(function, x) if isinstance(x, tuple) else function(x) for x in state)
+    return type(state)(*parts)
+
+
+def empty_notebook(batch: int, heads: int, slots: int, width: int, hidden_size: int,
+                   like: Tensor) -> EDMState:
+    """The notebook of `batch` rows that have stored nothing, where `like` is."""
+    store = like.detach().new_zeros(batch, heads, slots, width)
+    empty = torch.full((batch, slots), -1, device=like.device)
+    return EDMState(
+        keys=store,
+        values=store.clone(),
+        position=empty,
+        token=empty.clone(),
+        rank=torch.full(empty.shape, -math.inf, dtype=torch.float64, device=like.device),
+        seen=empty.new_zeros(batch),
+        last=store.new_zeros(batch, hidden_size),
+    )
+
+
+def newest_entries(shape: torch.Size, recent: list[Entry], device: torch.device) -> Tensor:
+    """Which of all recent entries, counted through, each slot holds, (B, N) = shape; -1 an older
+    one."""
+    newest = torch.full(shape, -1, device=device)
+    start = 0
+    for entry in recent:
+        B, M = entry.slots.shape
+        is_none = entry.slots < 0
+        place = entry.slots.masked_fill(is_none, shape[1])  # a column that is cut off again
+        number = torch.arange(start, start + M, device=device)
+        newest = F.pad(newest, (0, 1))
+        newest = newest.scatter(1, place, number.expand(B, M))[:, :-1]
+        start += M
+    return newest
+
+
+def newest_of(recent: list[Entry], segments: int) -> list[Entry]:
+    """The newest entries, as many as keep their graph beside the segment that reads them."""
+    return recent[1 - max(2, segments) :]
+
+
+def put(store: Tensor, rows: Tensor, slots: Tensor, new: Tensor) -> Tensor:
+    """The store (B, N) with new (n,) at rows (n,) and slots (n,)."""
+    store = store.clone()
+    store[rows, slots] = new
+    return store
+
+
+def put_wide(store: Tensor, rows: Tensor, slots: Tensor, new: Tensor) -> Tensor:
+    """As put, of a store (B, H, N, D) and new (n, H, D), without a graph."""
+    store = store.clone()
+    store[rows, :, slots] = new.detach()
+    return store
+
+
+def valid_softmax(scores: Tensor, valid: Tensor) -> Tensor:
+    """Softmax over the valid ones of the last dimension; 0 where there is none."""
+    nothing = ~valid.any(-1, keepdim=True)
+    scores = scores.masked_fill(~valid, -math.inf)
+    scores = scores.masked_fill(nothing, 0.0)  # a softmax of -inf alone is not a number
+    return scores.softmax(-1).masked_fill(nothing, 0.0)
+
+
+DENSE_SLOTS = 2048  # up to so many slots in use a read is computed as products with all of them
+
+
+class EDM(nn.Module):
+    """Key-value notebook: h + tanh(alpha) * W_o read, alpha = 0 at first.
+
+    Every head reads the softmax over its K nearest slots by cosine, at a learned temperature.
+    `forward` reads and writes by segments, of which the newest `bptt_segments` keep their graph.
+
+    key_of token: a token is found by its own h, which holds what came before it only as far as the
+    base's lower layers put that there. previous: by the h of the token before it, so that a query
+    finds what followed the last time, as in kNN-LM; departs from the plain notebook.
+    """
+
+    def __init__(self, hidden_size: int, heads: int, width: int, slots: int, top_k: int,
+                 eviction: Eviction = "fifo", write_every: int = 1, segment: int = 0,
+                 bptt_segments: int = 4, key_of: KeyOf = "token") -> None:
+        super().__init__()
+        self.heads = heads
+        self.width = width
+        self.slots = slots
+        self.top_k = top_k
+        self.eviction = eviction
+        self.write_every = write_every
+        self.segment = segment
+        self.bptt_segments = bptt_segments
+        self.key_of = key_of
+
+        self.norm = nn.LayerNorm(hidden_size)
+        self.query = nn.Linear(hidden_size, heads * width)
+        self.key = nn.Linear(hidden_size, heads * width)
+        self.value = nn.Linear(hidden_size, heads * width)
+        self.out = nn.Linear(heads * width, hidden_size, bias=False)
+        self.log_strength = nn.Parameter(torch.empty(heads))
+        self.alpha = nn.Parameter(torch.empty(()))
+        self.reset_own()
+
+    def reset_own(self) -> None:
+        """Set the initial values of what is in no module of PyTorch's."""
+        nn.init.constant_(self.log_strength, math.log(16.0))
+        nn.init.zeros_(self.alpha)
+
+    @torch.no_grad()
+    def start_from(self, block: nn.Module | None) -> None:
+        """Start as the attention of the GPT-2 block that the notebook is read before.
+
+        What that block would have looked for, had it reached so far, is what the notebook finds at
+        first. Needs the block's heads and head width; nothing happens where they differ. With
+        key_of previous no block is needed: the notebook starts as a nearest-neighbour store.
+        """
+        if self.key_of == "previous":
+            self.start_as_nearest_neighbour()
+            return
+        C = self.out.out_features
+        if self.heads != block.attn.num_heads or self.heads * self.width != C:
+            return
+        self.norm.load_state_dict(block.ln_1.state_dict())
+        weights = block.attn.c_attn.weight.split(C, dim=1)  # three of (C, C)
+        biases = block.attn.c_attn.bias.split(C)
+        for part, weight, bias in zip((self.query, self.key, self.value), weights, biases,
+                                      strict=True):
+            part.weight.copy_(weight.T)
+            part.bias.copy_(bias)
+        self.out.weight.copy_(block.attn.c_proj.weight.T)
+
+    def start_as_nearest_neighbour(self) -> None:
+        """Project queries and keys alike, and hand on the h that is found as it is."""
+        for part in (self.query, self.value):
+            nn.init.orthogonal_(part.weight)
+            nn.init.zeros_(part.bias)
+        self.key.load_state_dict(self.query.state_dict())
+        self.out.weight.copy_(self.value.weight.T)
+
+    @property
+    def strength(self) -> Tensor:
+        """The inverse temperature of each head, (H, 1, 1)."""
+        return self.log_strength.exp()[:, None, None]
+
+    def init_state(self, batch: int, slots: int = 0) -> EDMState:
+        """The empty notebook of `batch` rows, of so many slots instead of the module's."""
+        return empty_notebook(batch, self.heads, slots or self.slots, self.width,
+                              self.out.out_features, self.query.weight)
+
+    def split(self, x: Tensor) -> Tensor:
+        """Split into heads: (B, T, H * D) -> (B, H, T, D)."""
+        return x.unflatten(-1, (self.heads, self.width)).transpose(1, 2)
+
+    # ── reading ──
+    def read(self, h: Tensor, state: EDMState, recent: list[Entry]) -> Read:
+        """Read for h (B, T, C); what `recent` has stored is read with its graph."""
+        query = self.split(self.query(self.norm(h)))  # (B, H, T, D)
+        query = F.normalize(query, dim=-1, eps=1e-6)
+        in_use = (state.position >= 0).any(0)  # (N,), by any row
+        used = int(in_use.sum())
+        if used == 0:
+            nothing = torch.empty(*query.shape[:3], 0, device=h.device)
+            return Read(torch.zeros_like(h), nothing.long(), nothing)
+
+        search = self.read_dense if used <= DENSE_SLOTS else self.read_top
+        read, slots, weights = search(query, used, state, recent)
+        read = read.transpose(1, 2).flatten(2)  # (B, T, H * D)
+        gate = torch.tanh(self.alpha)
+        added = gate * self.out(read)
+        return Read(added, slots, weights)
+
+    def read_top(self, query: Tensor, used: int, state: EDMState, recent: list[Entry]
+                 ) -> tuple[Tensor, Tensor, Tensor]:
+        """query (B, H, T, D) -> read (B, H, T, D), slots and weights (B, H, T, K).
+
+        The nearest slots are found without a graph; the scores of those K are computed again with
+        one, from `recent` where that is where they were written: for stores too large to have a
+        graph.
+        """
+        B, H, T, _ = query.shape
+        K = min(self.top_k, used)
+        with torch.no_grad():
+            keys = state.keys[:, :, :used]
+            empty = state.position[:, None, None, :used] < 0
+            scores = query @ keys.transpose(2, 3)  # (B, H, T, used)
+            scores = scores.masked_fill(empty, -math.inf)
+            slots = scores.topk(K, dim=-1).indices  # (B, H, T, K)
+
+        keys, values = self.gather(slots, state, recent)  # (B, H, T, K, D)
+        scores = self.strength * torch.einsum("bhtd,bhtkd->bhtk", query, keys)
+        position = state.position[:, None, None]
+        position = position.expand(B, H, T, -1)
+        position = position.gather(3, slots)  # (B, H, T, K)
+        weights = valid_softmax(scores, position >= 0)
+        read = torch.einsum("bhtk,bhtkd->bhtd", weights, values)
+        return read, slots, weights
+
+    def gather(self, slots: Tensor, state: EDMState, recent: list[Entry]) -> tuple[Tensor, Tensor]:
+        """Keys and values of slots (B, H, T, K), both (B, H, T, K, D)."""
+        B, H, T, K = slots.shape
+        slots = slots.reshape(B, H, T * K)
+        index = self.as_index(slots)
+        keys = state.keys.gather(2, index)  # (B, H, T * K, D)
+        values = state.values.gather(2, index)
+
+        if recent:
+            shape = state.position.shape
+            newest = newest_entries(shape, recent, slots.device)  # (B, N)
+            newest = newest.unsqueeze(1)
+            newest = newest.expand(-1, H, -1)
+            number = newest.gather(2, slots)  # (B, H, T * K)
+            is_recent = number.unsqueeze(-1) >= 0
+            index = self.as_index(number.clamp_min(0))
+            recent_keys = torch.cat([entry.keys for entry in recent], dim=2)
+            recent_keys = recent_keys.gather(2, index)
+            recent_values = torch.cat([entry.values for entry in recent], dim=2)
+            recent_values = recent_values.gather(2, index)
+            keys = torch.where(is_recent, recent_keys, keys)
+            values = torch.where(is_recent, recent_values, values)
+
+        shape = (B, H, T, K, self.width)
+        return keys.view(shape), values.view(shape)
+
+    def as_index(self, slots: Tensor) -> Tensor:
+        """Repeat slots (B, H, n) for each number of a key: (B, H, n, D)."""
+        return slots.unsqueeze(-1).expand(-1, -1, -1, self.width)
+
+    def read_dense(self, query: Tensor, used: int, state: EDMState, recent: list[Entry]
+                   ) -> tuple[Tensor, Tensor, Tensor]:
+        """As read_top, by products with every slot: faster where they are few."""
+        B, H, T, _ = query.shape
+        K = min(self.top_k, used)
+        slots, valid, keys, values = self.candidates(used, state, recent)
+
+        valid = valid[:, None, None]  # (B, 1, 1, n)
+        scores = self.strength * (query @ keys.transpose(2, 3))  # (B, H, T, n)
+        scores = scores.masked_fill(~valid, -math.inf)
+        best = scores.detach().topk(K, dim=-1).indices  # (B, H, T, K)
+        chosen = torch.zeros_like(scores, dtype=torch.bool)
+        chosen = chosen.scatter(3, best, True)
+        weights = valid_softmax(scores, chosen & valid)  # (B, H, T, n)
+
+        slots = slots[:, None, None]
+        slots = slots.expand(B, H, T, -1)
+        read = weights @ values  # (B, H, T, D)
+        return read, slots.gather(3, best), weights.gather(3, best)
+
+    def candidates(self, used: int, state: EDMState, recent: list[Entry]) -> Candidates:
+        """The slots in use, and the recent entries with their graph in place of their slots."""
+        device = state.position.device
+        shape = state.position.shape
+        newest = newest_entries(shape, recent, device)
+        newest = newest[:, :used]  # (B, used)
+        in_use = state.position[:, :used] >= 0
+        slots = [torch.arange(used, device=device).expand(len(newest), -1)]
+        valid = [in_use & (newest < 0)]
+        keys = [state.keys[:, :, :used]]
+        values = [state.values[:, :, :used]]
+
+        start = 0
+        for entry in recent:
+            number = start + torch.arange(entry.slots.shape[1], device=device)  # (M,)
+            start += len(number)
+            place = entry.slots.clamp(0, used - 1)
+            # It counts where it is what its slot was written with last, unless emptied since.
+            is_last = newest.gather(1, place) == number
+            is_last = is_last & in_use.gather(1, place)
+            is_stored = (entry.slots >= 0) & (entry.slots < used)
+            slots.append(place)
+            valid.append(is_stored & is_last)
+            keys.append(entry.keys)
+            values.append(entry.values)
+        return Candidates(
+            slots=torch.cat(slots, dim=1),
+            valid=torch.cat(valid, dim=1),
+            keys=torch.cat(keys, dim=2),
+            values=torch.cat(values, dim=2),
+        )
+
+    # ── writing ──
+    def write(self, h: Tensor, token: Tensor, position: Tensor,
+              keep: Tensor, state: EDMState) -> tuple[EDMState, Entry]:
+        """Store h (B, M, C) of tokens and positions (B, M) where keep (B, M) -> state, entry.
+
+        Empty slots are taken first, then those of the lowest rank; M is at most N.
+        """
+        keys, values = self.keys_and_values(h, state)
+        order = state.rank.argsort(dim=1, stable=True)  # (B, N), the first is evicted first
+        turn = keep.cumsum(1) - 1  # (B, M)
+        place = order.gather(1, turn.clamp_min(0))  # (B, M), slots to be written
+        rank = position.to(state.rank.dtype)
+        if self.eviction == "usage":  # one read above what it replaces, else the newest goes first
+            rank = state.rank.gather(1, place).clamp_min(0) + 1
+
+
+        rows, columns = keep.nonzero(as_tuple=True)
+        slots = place[rows, columns]
+        state = EDMState(
+            keys=put_wide(state.keys, rows, slots, keys[rows, :, columns]),
+            values=put_wide(state.values, rows, slots, values[rows, :, columns]),
+            position=put(state.position, rows, slots, position[rows, columns]),
+            token=put(state.token, rows, slots, token[rows, columns]),
+            rank=put(state.rank, rows, slots, rank[rows, columns]),
+            seen=position[:, -1] + 1,
+            last=h[:, -1].detach(),
+        )
+        return state, Entry(keys, values, place.masked_fill(~keep, -1))
+
+    def keys_and_values(self, h: Tensor, state: EDMState
+                        ) -> tuple[Tensor, Tensor]:
+        """What is stored of h (B, M, C): keys of norm one and values, both (B, H, M, D)."""
+        z = self.norm(h)
+        found_by = z
+        if self.key_of == "previous":
+            before = torch.cat([state.last.unsqueeze(1), h[:, :-1]], dim=1)  # (B, M, C)
+            found_by = self.norm(before)
+        keys = self.split(self.key(found_by))
+        keys = F.normalize(keys, dim=-1, eps=1e-6)
+        return keys, self.split(self.value(z))
+
+    def touch(self, slots: Tensor, weights: Tensor, position: Tensor,
+              state: EDMState) -> EDMState:
+        """The state after tokens at position (B, T) have read slots with weights (B, H, T, K): what
+        was read ranks higher."""
+        if self.eviction == "fifo" or not slots.shape[-1]:
+            return state
+        index = slots.transpose(1, 2).flatten(1)  # (B, T * H * K)
+        weights = weights.detach().to(state.rank.dtype)
+        weights = weights.transpose(1, 2).flatten(1)
+        if self.eviction == "usage":
+            rank = state.rank.scatter_add(1, index, weights)
+            return state._replace(rank=rank)
+
+        reads = index.shape[1] // position.shape[1]  # of one token
+        when = position.to(state.rank.dtype)
+        when = when.repeat_interleave(reads, 1)  # (B, T * H * K)
+        when = when.masked_fill(weights <= 0, -math.inf)
+        rank = state.rank.scatter_reduce(1, index, when, "amax")
+        return state._replace(rank=rank)
+
+    def forward(self, h: Tensor, state: EDMState) -> tuple[Tensor, EDMState, EDMTrace]:
+        """h (B, T, C) -> h_out (B, T, C), state, trace.
+
+        Each segment (the whole, if `segment` is 0) reads what was stored before it, then is stored
+        itself; a shorter last one too.
+        """
+        outputs, traces, recent = [], [], []
+        segment = self.segment or max(1, h.shape[1])
+        for x in h.split(segment, dim=1):
+            steps = torch.arange(x.shape[1], device=x.device)
+            position = state.seen.unsqueeze(1) + steps  # (B, T)
+            read = self.read(x, state, recent)
+            state = self.touch(read.slots, read.weights, position, state)
+
+            keep = position % self.write_every == 0
+            token = torch.zeros_like(position)  # not known here
+            state, entry = self.write(x, token, position, keep, state)
+            if torch.is_grad_enabled():
+                recent = newest_of([*recent, entry], self.bptt_segments)
+
+            outputs.append(x + read.added)
+            missing = (0, self.top_k - read.slots.shape[-1])  # all traces are K wide
+            traces.append(EDMTrace(
+                write_gate=keep.to(x.dtype),
+                write_slots=entry.slots,
+                read_slots=F.pad(read.slots, missing),
+                read_weights=F.pad(read.weights, missing),
+            ))
+        return torch.cat(outputs, dim=1), state, join_traces(traces)
+
+
+# ══ A rolling summary ════════════════════════════════════════════════════════════════════════════
+class RecurrentMemory(nn.Module):
+    """Rolling summary: a GRU over the means of the segments that have left the window, added
+    through tanh(alpha), alpha = 0 at first."""
+
+    def __init__(self, hidden_size: int, width: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(hidden_size)
+        self.cell = nn.GRUCell(hidden_size, width)
+        self.out = nn.Linear(width, hidden_size, bias=False)
+        self.alpha = nn.Parameter(torch.zeros(()))
+
+    def reset_own(self) -> None:
+        """Set the initial value of what is in no module of PyTorch's."""
+        nn.init.zeros_(self.alpha)
+
+    def init_state(self, batch: int) -> Tensor:
+        """The summary (B, R) of rows that have read nothing."""
+        return self.out.weight.new_zeros(batch, self.cell.hidden_size).detach()
+
+    def forward(self, h: Tensor, visible: Tensor, state: Tensor) -> Tensor:
+        """Add the summary (B, R) to h (B, T, C) where visible (B, T) -> (B, T, C)."""
+        gate = torch.tanh(self.alpha)
+        added = gate * self.out(state).unsqueeze(1)  # (B, 1, C)
+        return h + added * visible.unsqueeze(2)
+
+    def update(self, h: Tensor, keep: Tensor, state: Tensor) -> Tensor:
+        """The summary (B, R) after h (B, M, C) of the tokens in keep (B, M), if any."""
+        weights = keep.to(h.dtype)
+        total = (h * weights.unsqueeze(2)).sum(1)  # (B, C)
+        mean = total / weights.sum(1, keepdim=True).clamp_min(1)
+        updated = self.cell(self.norm(mean), state)
+        return torch.where(keep.any(1, keepdim=True), updated, state)
+
+
+# ══ Configuration and state ══════════════════════════════════════════════════════════════════════
+# What transformers builds of a configuration without any field.
+TINY_BASE = {"vocab_size": 256, "n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": 64}
+
+
+class EDMGPT2Config(PretrainedConfig):
+    """The base's configuration and the memory's fields. Loads without this repository."""
+    model_type = "edm_gpt2"
+
+    def __init__(self, base: dict | None = None, window: int = 0, stride: int = 0,
+                 read_layer: int = -1, edm: bool = True, early: bool = True, late: bool = True,
+                 edm_heads: int = 0, key_width: int = 0, slots: int = 8192, read_top_k: int = 32,
+                 eviction: Eviction = "fifo", write_every: int = 1, recurrent_width: int = 128,
+                 bptt_segments: int = 4, key_of: KeyOf = "token", document_end: int = -1,
+                 lora: dict | None = None, quantize: bool = False, **kwargs) -> None:
+        # The embedding is the head: one parameter, not two that are tied.
+        super().__init__(**{"tie_word_embeddings": False} | kwargs)
+        self.base = base or GPT2Config(**TINY_BASE).to_dict()
+        gpt2 = GPT2Config(**self.base)
+        self.vocab_size = gpt2.vocab_size
+        self.hidden_size = gpt2.n_embd
+        self.num_hidden_layers = gpt2.n_layer
+        self.num_attention_heads = gpt2.n_head
+
+        self.window = window or gpt2.n_positions
+        self.stride = stride or max(1, self.window // 2)  # tokens that leave a full window
+        self.document_end = document_end  # behind this token memory starts anew, -1 = none
+
+        self.edm = edm
+        self.read_layer = gpt2.n_layer // 2 if read_layer == -1 else read_layer
+        self.edm_heads = edm_heads or gpt2.n_head
+        self.key_width = key_width or gpt2.n_embd // gpt2.n_head
+        self.slots = slots
+        self.read_top_k = read_top_k
+        self.eviction = eviction
+        self.write_every = write_every
+        self.key_of = key_of
+        self.bptt_segments = bptt_segments
+
+        self.early = early
+        self.late = late
+        self.recurrent_width = recurrent_width
+
+        self.lora = lora
+        self.quantize = quantize
+
+    def require(self, name: str, holds: bool, requirement: str) -> None:
+        """Raise ValueError, naming field, value and requirement, unless the condition holds."""
+        if not holds:
+            raise ValueError(f"{name} = {getattr(self, name)!r}: must be {requirement}")
+
+    def check(self) -> None:
+        """Raise ValueError with field, value and requirement where a field does not fit."""
+        for name in ("edm_heads", "key_width", "write_every", "recurrent_width", "bptt_segments"):
+            self.require(name, getattr(self, name) >= 1, "1 or more")
+        for name, choices in (("eviction", EVICTION), ("key_of", KEY_OF)):
+            self.require(name, getattr(self, name) in choices, "one of " + ", ".join(choices))
+
+        positions = GPT2Config(**self.base).n_positions
+        last_layer = self.num_hidden_layers - 1
+        self.require("window", 1 <= self.window <= positions,
+                     f"from 1 to the base's positions ({positions})")
+        self.require("stride", 1 <= self.stride <= self.window,
+                     f"from 1 to window ({self.window})")
+        self.require("read_layer", 0 <= self.read_layer <= last_layer,
+                     f"from 0 to {last_layer}, the base's last layer")
+        self.require("slots", self.window <= self.slots <= MOST_SLOTS,
+                     f"from window ({self.window}) to {MOST_SLOTS}, as far as exact search goes")
+        self.require("read_top_k", 1 <= self.read_top_k <= self.slots,
+                     f"from 1 to slots ({self.slots})")
+        self.require("document_end", -1 <= self.document_end < self.vocab_size,
+                     f"-1 (none), or below the {self.vocab_size} tokens of the base")
+
+
+class EDMGPT2State(NamedTuple):
+    """Everything that a row remembers. Index W of the buffers is for what is masked."""
+    memory: EDMState
+    early: Tensor  # (B, R)
+    late: Tensor  # (B, R)
+    tokens: Tensor  # (B, W + 1) in the window
+    hidden: Tensor  # (B, W + 1, C) before the read, as when they were first encoded
+    final: Tensor  # (B, W + 1, C) the base's output, likewise
+    kv: Tensor  # (B, layers, 2, heads, W + 1, d) of attention
+    fill: Tensor  # (B,) tokens in the window
+    start: Tensor  # (B,) place of the window's first token in its row
+
+
+class Chunk(NamedTuple):
+    """The tokens of one pass, and where in the window they go."""
+    place: Tensor  # (B, m), W for what is masked
+    real: Tensor  # (B, m), False for what is masked
+    visible: Tensor  # (B, m) whether they may read memory
+    window: Tensor  # (B, W + 1) the tokens of the window with them
+    fill: Tensor  # (B,) how many those are
+    mask: Tensor | None  # (B, 1, m, W + 1) what attention sees; None where the chunk alone is all
+    keeps_kv: bool  # False for a window that came whole: it is not attended to again
+
+
+class Outputs(NamedTuple):
+    """What the base makes of a chunk."""
+    before: Tensor  # (B, m, C) before the notebook is read
+    final: Tensor  # (B, m, C)
+    kv: list[Tensor]  # of each layer (B, 2, heads, W + 1, d); empty where it is not needed
+    slots: Tensor | None  # (B, H, m, K) that were read, None without a notebook
+    weights: Tensor | None  # (B, H, m, K), 0 where no memory may be read
+
+
+class Pass(NamedTuple):
+    """What the tokens of one pass have read."""
+    place: Tensor  # (B, m) among the tokens of the call; behind them what is masked
+    slots: Tensor | None  # (B, H, m, K)
+    weights: Tensor | None  # (B, H, m, K)
+
+
+def next_tokens(tokens: Tensor, done: Tensor, take: Tensor) -> tuple[Tensor, Tensor]:
+    """The next take (B,) of tokens (B, T), of which done (B,) are read -> their places, T for what
+    is none, and the tokens, both (B, m)."""
+    most = int(take.max())
+    steps = torch.arange(most, device=tokens.device)
+    is_none = steps >= take.unsqueeze(1)
+    place = done.unsqueeze(1) + steps
+    place = place.masked_fill(is_none, tokens.shape[1])
+    padded = F.pad(tokens, (0, 1))
+    return place, padded.gather(1, place)
+
+
+def put_rows(index: Tensor, new: NamedTuple, old: NamedTuple) -> NamedTuple:
+    """The old state with its rows at index replaced by new."""
+    parts = []
+    for ours, other in zip(new, old, strict=True):
+        if isinstance(ours, tuple):
+            parts.append(put_rows(index, ours, other))
+        else:
+            parts.append(other.index_copy(0, index, ours))
+    return type(old)(*parts)
+
+
+# What generate() calls the cache that it hands from step to step; renamed in transformers 5.24.
+CACHE = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"
+
+
+class EDMCache:
+    """What generate() hands from step to step: the state, and how many columns it has seen."""
+    is_compileable = False
+    is_croppable = False
+    is_linear = ()  # of its layers: prepare_inputs_for_generation cuts the columns, not generate()
+
+    def __init__(self, state: EDMGPT2State, seen: int = 0) -> None:
+        self.state = state
+        self.seen = seen
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """The columns that have been read."""
+        return self.seen
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Replace the rows by those at beam_idx (B,)."""
+        index = beam_idx.to(self.state.fill.device)
+        as_they_are = torch.arange(len(index), device=index.device)
+        if not torch.equal(index, as_they_are):
+            self.state = map_state(lambda x: x.index_select(0, index), self.state)
+
+
+# ══ Adapters, four bits ══════════════════════════════════════════════════════════════════════════
+def import_optional(package: str, field: str) -> ModuleType:
+    """Import a package that only some runs need. Raises ValueError naming what to install."""
+    try:
+        return importlib.import_module(package)
+    except ImportError:
+        raise ValueError(f"{field}: needs {package}; run: pip install {package}") from None
+
+
+def add_lora(transformer: nn.Module, settings: dict) -> None:
+    """Put peft's LoRA adapters on the base's projections, in place.
+
+    settings: r, lora_alpha, lora_dropout, target_modules, fan_in_fan_out. Raises ValueError for a
+    target that does not exist.
+    """
+    peft = import_optional("peft", "lora")
+    names = {name.split(".")[-1] for name, module in transformer.named_modules()
+             if isinstance(module, (nn.Linear, Conv1D))}
+    for target in settings["target_modules"]:
+        if target not in names:
+            raise ValueError(f"lora_targets = {target!r}: must be projections of the base, of "
+                             + ", ".join(sorted(names)))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # it says that Conv1D is stored transposed, and is right
+        peft.inject_adapter_in_model(peft.LoraConfig(**settings), transformer)
+
+
+def projections(transformer: nn.Module) -> Iterator[tuple[nn.Module, str]]:
+    """(parent, name) of every projection of the base, those inside LoRA layers too."""
+    for block in transformer.h:
+        for parent, name in ((block.attn, "c_attn"), (block.attn, "c_proj"), (block.mlp, "c_fc"),
+                             (block.mlp, "c_proj")):
+            layer = getattr(parent, name)
+            if hasattr(layer, "base_layer"):
+                yield layer, "base_layer"
+            else:
+                yield parent, name
+
+
+def quantize(transformer: nn.Module) -> None:
+    """Turn the projections into bitsandbytes' 4-bit NF4 layers, in place. Raises ValueError for a
+    width that is no multiple of 64, a block of NF4: bitsandbytes takes wrong scales there."""
+    bnb = import_optional("bitsandbytes", "qlora")
+    C = transformer.config.n_embd
+    if C % 64:
+        raise ValueError(f"qlora: the base is {C} wide: must be a multiple of 64, a block of NF4, "
+                         f"not {C % 64} over; use --lora alone")
+    for parent, name in projections(transformer):
+        conv = getattr(parent, name)  # Conv1D: weight (in, out)
+        inputs, outputs = conv.weight.shape
+        linear = bnb.nn.Linear4bit(inputs, outputs, compute_dtype=torch.float32, quant_type="nf4")
+        linear.weight = bnb.nn.Params4bit(conv.weight.data.T.contiguous(), requires_grad=False,
+                                          compress_statistics=False, quant_type="nf4")
+        linear.bias = conv.bias
+        linear.support_avx512bf16_for_cpu = False  # its packing rounds, for good
+        setattr(parent, name, linear.to(conv.weight.device))  # which quantizes
+
+
+def dequantize(transformer: nn.Module) -> None:
+    """Turn 4-bit layers back into the layers of plain weights that they stand for, in place."""
+    bnb = import_optional("bitsandbytes", "qlora")
+    for parent, name in projections(transformer):
+        linear = getattr(parent, name)
+        conv = Conv1D(linear.out_features, linear.in_features).to(linear.weight.device)
+        weight = bnb.functional.dequantize_4bit(linear.weight.data, linear.weight.quant_state)
+        conv.weight.data = weight.T.contiguous().float()
+        conv.bias = linear.bias
+        conv.requires_grad_(False)
+        setattr(parent, name, conv)
+
+
+# ══ Model ════════════════════════════════════════════════════════════════════════════════════════
+class EDMGPT2ForCausalLM(PreTrainedModel, GenerationMixin):
+    """tokens, embeddings, early memory, GPT-2 up to read_layer, notebook, GPT-2, late memory, head.
+
+    When the window is full its first `stride` tokens leave it, into the memories, and the rest is
+    encoded again from position 0: the state of a row is a function of its tokens alone, however
+    they are cut into calls. What a token stores is its hidden state when it was first encoded.
+    """
+    config_class = EDMGPT2Config
+    base_model_prefix = "transformer"
+    main_input_name = "input_ids"
+    accepts_loss_kwargs = False  # Trainer then divides by the batches that it accumulates
+
+    def __init__(self, config: EDMGPT2Config) -> None:
+        super().__init__(config)
+        config.check()
+        C = config.hidden_size
+        self.transformer = GPT2Model(GPT2Config(**config.base))
+        self.edm = None
+        self.early = None
+        self.late = None
+        if config.edm:
+            self.edm = EDM(C, config.edm_heads, config.key_width, config.slots, config.read_top_k,
+                           eviction=config.eviction, write_every=config.write_every,
+                           key_of=config.key_of)
+        if config.early:
+            self.early = RecurrentMemory(C, config.recurrent_width)
+        if config.late:
+            self.late = RecurrentMemory(C, config.recurrent_width)
+        if config.lora:
+            add_lora(self.transformer, config.lora)
+        self.freeze()
+        self.post_init()
+
+    def freeze(self) -> None:
+        """Let only memories and adapters be trained."""
+        for name, parameter in self.transformer.named_parameters():
+            parameter.requires_grad_("lora_" in name)
+
+    def train(self, mode: bool = True) -> "EDMGPT2ForCausalLM":
+        """As nn.Module's, but the base stays as it is evaluated: frozen, no dropout but LoRA's."""
+        super().train(mode)
+        for name, module in self.transformer.named_modules():
+            if not name.endswith("lora_dropout.default"):
+                module.training = False
+        return self
+
+    @classmethod
+    def from_pretrained(cls, *args: object, **kwargs: object) -> "EDMGPT2ForCausalLM":
+        """As PreTrainedModel's; a base that was in 4 bits is so again."""
+        result = super().from_pretrained(*args, **kwargs)
+        model = result[0] if isinstance(result, tuple) else result  # with output_loading_info
+        if model.config.quantize:
+            quantize(model.transformer)
+        model.freeze()
+        return result
+
+    def save_pretrained(self, *args: object, **kwargs: object) -> None:
+        """As PreTrainedModel's: base, adapters and memories. Of 4-bit layers the weights that they
+        stand for are saved, which come back as the same 4 bits."""
+        if not self.config.quantize:
+            return super().save_pretrained(*args, **kwargs)
+        dequantize(self.transformer)
+        try:
+            super().save_pretrained(*args, **kwargs)
+        finally:
+            quantize(self.transformer)
+
+    def merge_lora(self) -> None:
+        """Fold the adapters into the base's weights, out of 4 bits if it was in them: a model
+        without adapters."""
+        if self.config.quantize:
+            dequantize(self.transformer)
+            self.config.quantize = False
+        for name, module in list(self.transformer.named_modules()):
+            if hasattr(module, "base_layer") and hasattr(module, "lora_A"):
+                module.merge()
+                parent, _, last = name.rpartition(".")
+                setattr(self.transformer.get_submodule(parent), last, module.base_layer)
+        self.config.lora = None
+        self.freeze()
+
+    def _init_weights(self, module: nn.Module) -> None:
+        """Initialise as PyTorch does what a file does not hold."""
+        if isinstance(module, (nn.Linear, nn.LayerNorm, nn.Embedding, nn.GRUCell)):
+            module.reset_parameters()
+        elif isinstance(module, (EDM, RecurrentMemory)):
+            module.reset_own()
+
+    @classmethod
+    def _supports_default_dynamic_cache(cls) -> bool:
+        return False  # forward makes its own
+
+    # ── state ──
+    def init_state(self, batch: int) -> EDMGPT2State:
+        """The state of `batch` rows that have read nothing."""
+        base = self.transformer.config
+        W = self.config.window
+        like = self.transformer.wte.weight.detach()
+        hidden = like.new_zeros(batch, W + 1, base.n_embd)
+        fill = torch.zeros(batch, dtype=torch.long, device=like.device)
+        if self.edm is None:
+            memory = empty_notebook(batch, heads=1, slots=1, width=1, hidden_size=1, like=like)
+        else:
+            memory = self.edm.init_state(batch)
+        nothing = like.new_zeros(batch, 0)
+        return EDMGPT2State(
+            memory=memory,
+            early=nothing if self.early is None else self.early.init_state(batch),
+            late=nothing if self.late is None else self.late.init_state(batch),
+            tokens=fill.new_zeros(batch, W + 1),
+            hidden=hidden,
+            final=hidden.clone(),
+            kv=like.new_zeros(batch, base.n_layer, 2, base.n_head, W + 1,
+                              base.n_embd // base.n_head),
+            fill=fill,
+            start=fill.clone(),
+        )
+
+    def reset_memory(self, state: EDMGPT2State, rows: Tensor | None = None) -> EDMGPT2State:
+        """The state with these rows (B,) bool, or all, as if nothing had been read."""
+        if rows is None:
+            rows = torch.ones_like(state.fill, dtype=torch.bool)
+        index = rows.nonzero().squeeze(1).to(state.fill.device)
+        return put_rows(index, self.init_state(len(index)), state)
+
+    # ── one pass over tokens that fit the window ──
+    def encode(self, tokens: Tensor, take: Tensor, state: EDMGPT2State,
+               recent: list[Entry], first: bool, read_only: bool = False
+               ) -> tuple[Tensor, EDMGPT2State, Outputs]:
+        """Put the next take (B,) of tokens (B, m) in the window -> out (B, m, C), state, outputs.
+
+        first: they are new, not encoded again.
+        """
+        chunk = self.place(tokens, take, state)
+        outputs = self.run_base(tokens, chunk, state, recent)
+        out = outputs.final
+        if self.late is not None:
+            out = self.late(out, chunk.visible, state.late)
+        state = state._replace(tokens=chunk.window, fill=chunk.fill)
+        if outputs.kv:
+            state = state._replace(kv=torch.stack(outputs.kv, dim=1))
+        if first:
+            state = self.note(chunk, outputs, state, read_only)
+        return out, state, outputs
+
+    def place(self, tokens: Tensor, take: Tensor, state: EDMGPT2State) -> Chunk:
+        """Where in the window the next take (B,) of tokens (B, m) go."""
+        W, m = self.config.window, tokens.shape[1]
+        steps = torch.arange(m, device=tokens.device)
+        real = steps < take.unsqueeze(1)  # (B, m)
+        place = state.fill.unsqueeze(1) + steps
+        place = place.masked_fill(~real, W).clamp_max(W)  # (B, m)
+        window = state.tokens.scatter(1, place, tokens)
+        fill = state.fill + take
+        columns = torch.arange(W + 1, device=tokens.device)
+        is_alone = bool((state.fill == 0).all() and (take == m).all())
+        return Chunk(
+            place=place,
+            real=real,
+            visible=self.may_read(window, fill).gather(1, place),
+            window=window,
+            fill=fill,
+            mask=None if is_alone else (columns <= place.unsqueeze(2)).unsqueeze(1),
+            keeps_kv=not (is_alone and m == W),
+        )
+
+    def may_read(self, window: Tensor, fill: Tensor) -> Tensor:
+        """Whether a token of a window (B, W + 1) may read memory, (B, W + 1): not behind a
+        document's end in its window."""
+        if self.config.document_end < 0:
+            return torch.ones_like(window, dtype=torch.bool)
+        columns = torch.arange(window.shape[1], device=window.device)
+        is_inside = columns < fill.unsqueeze(1)
+        is_end = (window == self.config.document_end) & is_inside
+        return is_end.cumsum(1) == 0
+
+    def run_base(self, tokens: Tensor, chunk: Chunk, state: EDMGPT2State,
+                 recent: list[Entry]) -> Outputs:
+        """Run the base over tokens (B, m), with early memory and notebook."""
+        W = self.config.window
+        gpt2 = self.transformer
+        positions = chunk.place.clamp_max(W - 1)
+        h = gpt2.wte(tokens) + gpt2.wpe(positions)  # (B, m, C)
+        if self.early is not None:
+            h = self.early(h, chunk.visible, state.early)
+
+        before, slots, weights, kv = h, None, None, []
+        for layer in range(len(gpt2.h)):
+            if layer == self.config.read_layer:
+                before = h
+                if self.edm is not None:
+                    added, slots, weights = self.edm.read(h, state.memory, recent)
+                    h = h + added * chunk.visible.unsqueeze(2)
+                    weights = weights * chunk.visible[:, None, :, None]
+            h = self.run_block(layer, h, chunk, state.kv, kv)
+        return Outputs(before, gpt2.ln_f(h), kv, slots, weights)
+
+    def run_block(self, layer: int, h: Tensor, chunk: Chunk, old_kv: Tensor, kv: list[Tensor]
+                  ) -> Tensor:
+        """Run one block of the base over h (B, m, C), whose window has left keys and values in
+        old_kv (B, layers, 2, heads, W + 1, d); appends those with the chunk to kv."""
+        heads = self.config.num_attention_heads
+        block = self.transformer.h[layer]
+        qkv = block.attn.c_attn(block.ln_1(h))  # (B, m, 3 * C)
+        qkv = qkv.split(self.config.hidden_size, dim=2)
+        qkv = [x.unflatten(-1, (heads, -1)) for x in qkv]
+        q, k, v = (x.transpose(1, 2) for x in qkv)  # (B, heads, m, d)
+
+        if chunk.keeps_kv:
+            index = chunk.place[:, None, :, None].expand_as(k)
+            old_keys, old_values = old_kv[:, layer].unbind(1)  # (B, heads, W + 1, d)
+            keys = old_keys.scatter(2, index, k)
+            values = old_values.scatter(2, index, v)
+            kv.append(torch.stack([keys, values], dim=1))
+            if chunk.mask is not None:
+                k, v = keys, values
+
+        is_causal = chunk.mask is None and h.shape[1] > 1
+        mixed = F.scaled_dot_product_attention(q, k, v, chunk.mask, is_causal=is_causal)
+        mixed = mixed.transpose(1, 2)
+        h = h + block.attn.c_proj(mixed.flatten(2))
+        return h + block.mlp(block.ln_2(h))
+
+    def note(self, chunk: Chunk, outputs: Outputs, state: EDMGPT2State, read_only: bool
+             ) -> EDMGPT2State:
+        """The state with what new tokens will store when they leave, and with what they read
+        touched."""
+        index = chunk.place.unsqueeze(2).expand_as(outputs.before)
+        state = state._replace(hidden=state.hidden.scatter(1, index, outputs.before),
+                               final=state.final.scatter(1, index, outputs.final))
+        if self.edm is None or read_only:
+            return state
+        counts = chunk.real & chunk.visible  # (B, m)
+        weights = outputs.weights * counts[:, None, :, None]
+        position = state.start.unsqueeze(1) + chunk.place
+        memory = self.edm.touch(outputs.slots, weights, position, state.memory)
+        return state._replace(memory=memory)
+
+    # ── a full window gives its first tokens away ──
+    def leave(self, state: EDMGPT2State, recent: list[Entry], read_only: bool
+              ) -> tuple[EDMGPT2State, Entry | None]:
+        """The full windows of all rows give their first `stride` tokens to the memories; what stays
+        is encoded again -> state, what was stored or None."""
+        S, W = self.config.stride, self.config.window
+        entry = None
+        if not read_only:
+            state, entry = self.store(state)
+        state = self.shift(state)
+
+        if W > S:
+            if entry is not None:
+                recent = newest_of([*recent, entry], self.config.bptt_segments)
+            tokens = state.tokens[:, : W - S]
+            stay = torch.full_like(state.fill, W - S)
+            _, state, _ = self.encode(tokens, stay, state, recent, first=False)
+        return state, entry
+
+    def shift(self, state: EDMGPT2State) -> EDMGPT2State:
+        """The state whose windows start `stride` tokens later, and are to be encoded again."""
+        S, W = self.config.stride, self.config.window
+
+        def to_front(x: Tensor) -> Tensor:
+            """Move what stays, of a buffer (B, W + 1, ...), to the front."""
+            leaving, rest = x[:, :S], x[:, W:]
+            return torch.cat([x[:, S:W], leaving, rest], dim=1)
+
+        return state._replace(
+            tokens=to_front(state.tokens),
+            hidden=to_front(state.hidden),
+            final=to_front(state.final),
+            fill=torch.zeros_like(state.fill),
+            start=state.start + S,
+        )
+
+    def store(self, state: EDMGPT2State) -> tuple[EDMGPT2State, Entry | None]:
+        """Store the first `stride` tokens of the windows in the memories, but nothing of a document
+        that has ended -> state, what the notebook has stored or None."""
+        S = self.config.stride
+        tokens = state.tokens[:, :S]  # (B, S)
+        ended = tokens == self.config.document_end
+        ends_ahead = ended.flip(1).cumsum(1).flip(1)  # (B, S), from each token on
+        keep = ends_ahead == 0
+        if bool(ended.any()):
+            fresh = self.reset_memory(state, ended.any(1))
+            state = state._replace(memory=fresh.memory, early=fresh.early, late=fresh.late)
+
+        entry = None
+        if self.edm is not None:
+            steps = torch.arange(S, device=tokens.device)
+            position = state.start.unsqueeze(1) + steps  # (B, S)
+            is_due = position % self.config.write_every == 0
+            hidden = state.hidden[:, :S]
+            memory, entry = self.edm.write(hidden, tokens, position, keep & is_due,
+                                           state.memory)
+            state = state._replace(memory=memory)
+        if self.early is not None:
+            early = self.early.update(self.transformer.wte(tokens), keep, state.early)
+            state = state._replace(early=early)
+        if self.late is not None:
+            late = self.late.update(state.final[:, :S], keep, state.late)
+            state = state._replace(late=late)
+        return state, entry
+
+    def leave_rows(self, rows: Tensor, state: EDMGPT2State, recent: list[Entry],
+                   read_only: bool) -> EDMGPT2State:
+        """`leave` for some rows (B,) bool alone; adds what they stored to recent."""
+        index = rows.nonzero().squeeze(1)
+        if len(index) == len(rows):
+            state, entry = self.leave(state, recent, read_only)
+        else:
+            some = map_state(lambda x: x[index], state)
+            some_recent = [map_state(lambda x: x[index], entry) for entry in recent]
+            some, entry = self.leave(some, some_recent, read_only)
+            state = put_rows(index, some, state)
+            if entry is not None:
+                nothing = map_state(lambda x: x.new_full((len(rows), *x.shape[1:]), -1), entry)
+                entry = put_rows(index, entry, nothing)  # slots -1 in the other rows
+        if entry is not None and torch.is_grad_enabled():
+            recent[:] = newest_of([*recent, entry], self.config.bptt_segments)
+        return state
+
+    # ── any number of tokens ──
+    def advance(self, tokens: Tensor, mask: Tensor, state: EDMGPT2State,
+                read_only: bool = False) -> tuple[Tensor, EDMGPT2State, list[Pass]]:
+        """Read tokens (B, T) where mask (B, T) -> outputs (B, T, C), state, passes."""
+        order = (~mask).int().argsort(dim=1, stable=True)  # real tokens first
+        packed = tokens.gather(1, order)
+        out, state, passes = self.advance_packed(packed, mask.sum(1), state, read_only)
+        back = order.argsort(dim=1).unsqueeze(2)
+        return out.gather(1, back.expand_as(out)), state, passes
+
+    def advance_packed(self, tokens: Tensor, count: Tensor, state: EDMGPT2State, read_only: bool
+                       ) -> tuple[Tensor, EDMGPT2State, list[Pass]]:
+        """As advance, for tokens (B, T) of which the first count (B,) of a row are real."""
+        W = self.config.window
+        B, T = tokens.shape
+        out = self.transformer.wte.weight.new_zeros(B, T + 1, self.config.hidden_size)
+        unread = count
+        recent, passes = [], []
+
+        while bool(unread.any()):
+            full = (state.fill == W) & (unread > 0)
+            if bool(full.any()):
+                state = self.leave_rows(full, state, recent, read_only)
+            free = W - state.fill
+            take = torch.minimum(free, unread)  # (B,)
+            place, part = next_tokens(tokens, count - unread, take)
+            h, state, outputs = self.encode(part, take, state, recent, first=True,
+                                            read_only=read_only)
+            index = place.unsqueeze(2).expand_as(h)
+            out = out.scatter(1, index, h)
+            passes.append(Pass(place, outputs.slots, outputs.weights))
+            unread = unread - take
+        return out[:, :T], state, passes
+
+    # ── Hugging Face ──
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None,
+                cache: EDMCache | None = None, labels: Tensor | None = None,
+                logits_to_keep: int = 0, use_cache: bool | None = None, read_only: bool = False,
+                return_dict: bool | None = None, past_key_values: EDMCache | None = None,
+                **kwargs: object) -> CausalLMOutputWithPast:
+        """input_ids (B, T), attention_mask (B, T) or of all columns so far, 0 = padding -> logits
+        (B, T, V), loss (labels shifted here, -100 not scored), cache.
+
+        The cache is called past_key_values before transformers 5.24. Raises ValueError for an
+        argument that it would not use, such as position_ids.
+        """
+        for name, value in kwargs.items():
+            if value is not None and value is not False:
+                raise ValueError(f"{name}: not used by EDMGPT2ForCausalLM; leave it out")
+        B, T = input_ids.shape
+        if attention_mask is None:
+            mask = torch.ones_like(input_ids)
+        else:
+            mask = attention_mask[:, -T:]
+        cache = cache or past_key_values or EDMCache(self.init_state(B))
+
+        h, state, _ = self.advance(input_ids, mask.bool(), cache.state, read_only)
+        state = map_state(Tensor.detach, state)
+        cache = EDMCache(state, cache.seen + T)
+        h = h[:, -logits_to_keep:]  # all for 0
+        logits = h @ self.transformer.wte.weight.T  # (B, T or fewer, V)
+        loss = None
+        if labels is not None:
+            targets = labels[:, 1:].flatten()
+            loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), targets)
+        return CausalLMOutputWithPast(loss=loss, logits=logits, **{CACHE: cache})
+
+    def prepare_inputs_for_generation(self, input_ids: Tensor,
+                                      attention_mask: Tensor | None = None,
+                                      **kwargs: object) -> dict:
+        """The columns that the cache has not seen. generate() hands over all of them."""
+        cache = kwargs.get(CACHE)
+        seen = 0 if cache is None else cache.get_seq_length()
+        return {"input_ids": input_ids[:, seen:], "attention_mask": attention_mask, CACHE: cache,
+                "use_cache": True, "logits_to_keep": 1}
+
+
+# ══ A memory in a file ═══════════════════════════════════════════════════════════════════════════
+SHAPES_MEMORY = ("window", "stride", "read_layer", "slots", "write_every", "eviction", "key_of")
+
+
+def raw_bytes(x: Tensor) -> bytes:
+    """The bytes of a tensor, in order."""
+    flat = x.detach().cpu().contiguous().view(-1)
+    return flat.view(torch.uint8).numpy().tobytes()
+
+
+def fingerprint(model: EDMGPT2ForCausalLM) -> str:
+    """sha256 of the weights and of what shapes a memory: whose memory a file is."""
+    fields = [getattr(model.config, name) for name in SHAPES_MEMORY]
+    digest = hashlib.sha256(repr(fields).encode())
+    weights = model.state_dict()
+    for name, weight in sorted(weights.items()):
+        digest.update(name.encode() + raw_bytes(weight))
+    return digest.hexdigest()
+
+
+def state_hash(state: EDMGPT2State) -> str:
+    """sha256 of every tensor of a state."""
+    own = [x for x in state if isinstance(x, Tensor)]
+    digest = hashlib.sha256()
+    for x in (*state.memory, *own):
+        digest.update(repr((x.dtype, x.shape)).encode() + raw_bytes(x))
+    return digest.hexdigest()
+
+
+def pack_memory(state: EDMGPT2State, model: EDMGPT2ForCausalLM) -> dict:
+    """What torch.save is to write of a state, so that torch.load(weights_only=True) reads it."""
+    flat = state._asdict() | {"memory": list(state.memory)}
+    return {"model": fingerprint(model), "sha256": state_hash(state), "state": flat}
+
+
+def unpack_memory(payload: dict, model: EDMGPT2ForCausalLM) -> EDMGPT2State:
+    """The state of what pack_memory gave. Raises ValueError where it is damaged, or of another
+    model."""
+    try:
+        flat = payload["state"]
+        state = EDMGPT2State(**flat | {"memory": EDMState(*flat["memory"])})
+        is_whole = state_hash(state) == payload["sha256"]
+    except (KeyError, TypeError, AttributeError):
+        is_whole = False
+    if not is_whole:
+        raise ValueError("truncated, altered or no memory")
+    if payload["model"] != fingerprint(model):
+        raise ValueError("must be of this model (it was written by another)")
+    return state

@@ -1,0 +1,513 @@
+"""One frozen language model with a memory, for many users: the decoder, caches, sampling, chat.
+
+A MemoryLM is loaded once from the folder that memory_decoder.py fills, and only read; what belongs
+to one answer is a Conversation. The decoder stands here and not with its training, because whoever
+chats needs the module and nobody who chats needs the training; mix stands here because it is what
+joins base, decoder and kNN distribution into one model. app.py needs this file and datastore.py.
+
+Read downward; each section uses only what stands above it.
+The memory decoder is Cao et al. 2025, arXiv 2508.09874.
+Letters: B rows, T tokens, P tokens before them, D width of a key, C width of the decoder, H its
+attention heads, V vocabulary, k neighbours.
+"""
+
+import dataclasses
+import math
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+# isort: off
+from dnc_gpt2 import (
+    # checks
+    require,
+    # files
+    load_tensors,
+)
+# isort: on
+from datastore import (
+    MANIFEST,
+    Base,
+    Datastore,
+    check_manifest,
+    knn_probabilities,
+    knn_weights,
+    load_base,
+    open_datastore,
+    read_manifest,
+    sha,
+)
+
+MODES = ("base", "knn", "decoder", "both")
+MESSAGE_LIMIT = 20_000  # characters of one chat message
+DECODER_FILE = "memory_decoder.pt"
+
+
+# ══ Mixing ═══════════════════════════════════════════════════════════════════════════════════════
+def mix(log_base: torch.Tensor, log_memory: torch.Tensor, alpha: float, mixing: str = "probability"
+        ) -> torch.Tensor:
+    """Mix two log-distributions (…, V) by the share alpha of the memory.
+
+    probability: log((1 - alpha) p_base + alpha p_memory); it works on single log-probabilities as
+    well. logits: softmax of the weighted mean of logits (log p is as good: a constant falls out).
+    alpha 0 and 1 return base and memory themselves.
+    """
+    if alpha == 0:
+        return log_base
+    if alpha == 1:
+        return log_memory
+    if mixing == "logits":
+        return ((1 - alpha) * log_base + alpha * log_memory).log_softmax(-1)
+    return torch.logaddexp(log_base + math.log1p(-alpha), log_memory + math.log(alpha))
+
+
+# ══ Memory decoder: hidden states, or tokens, to the vocabulary ══════════════════════════════════
+def distance_bias(heads: int, reach: int) -> torch.Tensor:
+    """Return what attention adds for query t and key j, which lies reach + t - j tokens before it:
+    minus that distance times a slope, another in every head, and -inf outside [0, reach).
+    (H, reach, 2 reach). Press et al. 2022, "Train short, test long", arXiv 2108.12409: no position
+    is learned, so that short training rows serve any window."""
+    t = torch.arange(reach).unsqueeze(1)  # (reach, 1)
+    j = torch.arange(2 * reach)  # (2 reach,)
+    distance = reach + t - j  # (reach, 2 reach)
+    slopes = 2.0 ** (-8 * torch.arange(1, heads + 1) / heads)  # (H,)
+    bias = -slopes.view(-1, 1, 1) * distance  # (H, reach, 2 reach)
+    return bias.masked_fill((distance < 0) | (distance >= reach), -math.inf)
+
+
+class Block(nn.Module):
+    """A pre-norm transformer block with causal attention over the last `reach` tokens."""
+
+    def __init__(self, width: int, heads: int):
+        super().__init__()
+        self.heads = heads
+        self.norm1 = nn.LayerNorm(width)
+        self.norm2 = nn.LayerNorm(width)
+        self.qkv = nn.Linear(width, 3 * width)
+        self.out = nn.Linear(width, width)
+        self.up = nn.Linear(width, 4 * width)
+        self.down = nn.Linear(4 * width, width)
+
+    def forward(self, x: torch.Tensor, bias: torch.Tensor, past: torch.Tensor | None
+                ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Read x (B, T, C), T at most reach, with the bias of distance_bias and the past, keys and
+        values (2, B, H, P, C / H) of the tokens before -> x, and the past of the next tokens."""
+        B, T, C = x.shape
+        qkv = self.qkv(self.norm1(x)).view(B, T, 3, self.heads, C // self.heads)
+        q, *kv = qkv.permute(2, 0, 3, 1, 4)  # (B, H, T, C / H) each
+        kv = torch.stack(kv)  # (2, B, H, T, C / H)
+        if past is not None:
+            kv = torch.cat([past, kv], dim=3)  # (2, B, H, P + T, C / H)
+
+        reach = bias.shape[1]
+        P = kv.shape[3] - T
+        # Four dimensions: with three, a kernel that is five times slower is taken.
+        mask = bias[None, :, :T, reach - P : reach + T]  # (1, H, T, P + T)
+        mixed = F.scaled_dot_product_attention(q, kv[0], kv[1], attn_mask=mask)  # (B, H, T, C / H)
+        x = x + self.out(mixed.transpose(1, 2).reshape(B, T, C))
+        x = x + self.down(F.gelu(self.up(self.norm2(x)), approximate="tanh"))
+        return x, kv[:, :, :, -reach:]
+
+
+class Decoder(nn.Module):
+    """A small transformer that imitates the kNN distribution without a datastore.
+
+    Kind hidden reads the sequence of keys, so it needs no embedding and knows what the base knows,
+    and serves that base alone. departs from the original, whose 32 heads attend over one vector,
+    which does nothing: here they attend over the states before it. Kind tokens is a small GPT-2
+    (with distances in place of its positions) and a tied head, which serves every base with the
+    same tokenizer.
+    """
+
+    def __init__(self, kind: str, width: int, layers: int, heads: int, reach: int, vocab: int,
+                 key_width: int):
+        super().__init__()
+        self.kind = kind
+        self.reach = reach
+        self.sizes = dict(kind=kind, width=width, layers=layers, heads=heads, reach=reach,
+                          vocab=vocab, key_width=key_width)
+        if kind == "hidden":
+            self.norm_in = nn.LayerNorm(key_width)
+            self.enter = nn.Linear(key_width, width)
+        self.blocks = nn.ModuleList(Block(width, heads) for _ in range(layers))
+        self.norm = nn.LayerNorm(width)
+        self.head = nn.Linear(width, vocab, bias=False)  # tokens: its transpose embeds them
+        self.register_buffer("bias", distance_bias(heads, reach), persistent=False)
+        self.register_buffer("head_half", None, persistent=False)  # set by ready
+        self.start(layers)
+
+    def start(self, layers: int) -> None:
+        """Draw the weights as GPT-2 does: what is added to the residual stream is drawn smaller."""
+        for name, weight in self.named_parameters():
+            if name.endswith("bias"):
+                nn.init.zeros_(weight)
+            elif weight.dim() == 2 and name != "enter.weight":
+                adds = name.endswith(("out.weight", "down.weight"))
+                nn.init.normal_(weight, std=0.02 / math.sqrt(2 * layers) if adds else 0.02)
+
+    def forward(self, keys: torch.Tensor | None, ids: torch.Tensor | None,
+                cache: list | None = None) -> torch.Tensor:
+        """Read keys (B, T, D) or ids (B, T), whichever the kind reads -> logits (B, T, V). `cache`,
+        a list that is empty at first, holds what the next tokens attend to."""
+        if self.kind == "hidden":
+            x = self.enter(self.norm_in(keys))  # (B, T, C)
+        else:
+            x = F.embedding(ids, self.head.weight)  # (B, T, C)
+
+        past = list(cache) if cache else [None] * len(self.blocks)
+        parts = []
+        for part in x.split(self.reach, dim=1):  # each attends to itself and the part before
+            for i, block in enumerate(self.blocks):
+                part, past[i] = block(part, self.bias, past[i])
+            parts.append(part)
+        if cache is not None:
+            cache[:] = past
+
+        x = self.norm(torch.cat(parts, dim=1))
+        if self.head_half is not None and x.shape[:2] == (1, 1):
+            return F.linear(x.half(), self.head_half).float()
+        return self.head(x)
+
+    def ready(self) -> "Decoder":
+        """Freeze for use. One token of one user takes as long as its weights take to be read, and
+        most of them are the head's: for that case alone they are kept in half precision too (an
+        error of a few 1e-3 in a logit, a third of the time on a CPU)."""
+        self.head_half = self.head.weight.detach().half()
+        return self.eval().requires_grad_(False)
+
+
+def made_for(manifest: dict, kind: str | None) -> str:
+    """Return what trained weights belong to: a datastore, or, for a decoder of tokens, which takes
+    any base with its tokenizer, a tokenizer and a text."""
+    if kind == "tokens":
+        return sha(manifest["tokenizer_sha256"], manifest["text_sha256"])
+    return manifest["identity"]
+
+
+def load_trained(path: Path, manifest: dict) -> dict:
+    """Load weights that were trained on a datastore. Raises ValueError where they are missing,
+    foreign, or of another datastore."""
+    remedy = "train again: python memory_decoder.py train"
+    payload = load_tensors(path, ("identity", "model_state_dict"), remedy)
+    sizes = payload.get("sizes")
+    kind = sizes.get("kind") if isinstance(sizes, dict) else None
+    require(payload["identity"] == made_for(manifest, kind), "file", str(path), "trained on the "
+            f"datastore that is there (it is of another); {remedy}")
+    return payload
+
+
+def load_decoder(path: Path, base: Base, manifest: dict) -> Decoder:
+    """Load a trained decoder. Raises ValueError with one line."""
+    payload = load_trained(path, manifest)
+    try:
+        sizes = payload["sizes"]
+        same_width = sizes["kind"] == "tokens" or sizes["key_width"] == base.width
+        fits = sizes["vocab"] == base.vocab and same_width
+        decoder = Decoder(**sizes)
+        decoder.load_state_dict(payload["model_state_dict"])
+    except (KeyError, TypeError, RuntimeError):
+        fits = False
+    require(fits, "file", str(path), "a decoder for this base; train again")
+    return decoder.to(base.device).ready()
+
+
+# ══ One model for many users ═════════════════════════════════════════════════════════════════════
+@dataclasses.dataclass(frozen=True, eq=False)
+class MemoryLM:
+    """Everything loaded once, read-only, shared by all users."""
+
+    name: str
+    base: Base
+    decoder: Decoder | None
+    datastore: Datastore | None
+    settings: dict  # tuned: alpha, lambda, tau, k, and both: alpha and lambda
+    mixing: str = "probability"
+
+    @property
+    def tokenizer(self) -> object:
+        """The tokenizer of the base."""
+        return self.base.tokenizer
+
+    @property
+    def window(self) -> int:
+        """The tokens that the base sees at once."""
+        return self.base.window
+
+    @staticmethod
+    def load(folder: str | Path, base: str = "auto") -> "MemoryLM":
+        """Load what a folder of memory_decoder.py holds; the base by the name that it was built
+        with (auto) or by where it is now. Raises ValueError or FileNotFoundError, one line each."""
+        folder = Path(folder)
+        manifest = read_manifest(folder)
+        settings = manifest["settings"]
+        if "alpha" not in settings:
+            raise FileNotFoundError(f"{folder / MANIFEST}: holds no tuned settings; make them with "
+                                    "python memory_decoder.py train, then tune")
+        where = manifest["base"] if base == "auto" else base
+        model = load_base(where, manifest["config"]["window"], manifest["key"])
+        check_manifest(folder, model, manifest)
+        return MemoryLM(
+            name=f"{Path(where).stem} + {manifest['domain']}",
+            base=model,
+            decoder=load_decoder(folder / DECODER_FILE, model, manifest),
+            datastore=open_datastore(folder, manifest),
+            settings=settings,
+            mixing=settings["mixing"])
+
+    def modes(self) -> list[str]:
+        """Return the modes that it can answer in."""
+        has_store = self.datastore is not None
+        has_decoder = self.decoder is not None
+        can = {"base": True, "knn": has_store, "decoder": has_decoder,
+               "both": has_store and has_decoder}
+        return [mode for mode in MODES if can[mode]]
+
+
+class Reading(NamedTuple):
+    """What the models say of the next token of one conversation."""
+
+    log_base: torch.Tensor  # (V,)
+    query: torch.Tensor  # (D,)
+    log_decoder: torch.Tensor | None  # (V,)
+
+
+class Conversation:
+    """The caches of one answer, which it alone has. When the window is full, the older half is
+    dropped and the rest read again."""
+
+    def __init__(self, lm: MemoryLM, mode: str):
+        self.lm = lm
+        self.decoder = lm.decoder if mode in ("decoder", "both") else None
+        self.ids: list[int] = []  # what the caches hold
+        self.cache = None  # of the base, a DynamicCache
+        self.decoder_cache: list | None = None
+
+    def start_anew(self) -> None:
+        """Forget what was read."""
+        from transformers import DynamicCache
+
+        self.ids = []
+        self.cache = DynamicCache()
+        self.decoder_cache = []
+
+    @torch.no_grad()
+    def feed(self, new: list[int]) -> Reading:
+        """Read tokens after those read before."""
+        base, fed = self.lm.base, new
+        if self.cache is None or len(self.ids) + len(new) > base.window:
+            fed = [*self.ids, *new]
+            if len(fed) > base.window:
+                fed = fed[-(base.window // 2) :]
+            self.start_anew()
+        prefix = [] if self.ids else list(base.prefix)
+        self.ids += fed
+
+        logits, keys = base.forward(torch.tensor([[*prefix, *fed]]), self.cache)
+        log_decoder = None
+        if self.decoder is not None:
+            ids = torch.tensor([fed], device=base.device)
+            out = self.decoder(keys[:, len(prefix) :], ids, self.decoder_cache)  # (1, T, V)
+            log_decoder = out[0, -1].log_softmax(-1)
+        return Reading(logits[0, -1].log_softmax(-1), keys[0, -1], log_decoder)
+
+
+class Near(NamedTuple):
+    """The stored positions nearest to a query."""
+
+    distances: torch.Tensor  # (k,)
+    ids: np.ndarray  # (k,)
+    values: torch.Tensor  # (k,), the tokens that followed there
+
+
+def nearest(lm: MemoryLM, query: torch.Tensor) -> Near:
+    """Search the neighbours of one query (D,)."""
+    k = min(lm.settings["k"], len(lm.datastore.keys))
+    distances, ids = lm.datastore.search(query.cpu().numpy()[None], k)
+    there = ids[0] >= 0
+    ids = ids[0][there]
+    values = torch.from_numpy(lm.datastore.values[ids])
+    return Near(torch.from_numpy(distances[0][there]), ids, values)
+
+
+def distribution(lm: MemoryLM, mode: str, alpha: float, reading: Reading
+                 ) -> tuple[torch.Tensor, Near | None]:
+    """Mix log p (V,) of the next token; also return what was found in the datastore (None where
+    nothing was searched). Mode both mixes base and decoder by alpha, then the kNN distribution in
+    by the tuned lambda."""
+    log_p, near, share = reading.log_base, None, alpha
+    if mode in ("decoder", "both"):
+        log_p = mix(log_p, reading.log_decoder, alpha, lm.mixing)
+        share = lm.settings["both"]["lambda"]
+    if mode in ("knn", "both") and share > 0:
+        near = nearest(lm, reading.query)
+        p = knn_probabilities(near.distances[None], near.values[None], lm.settings["tau"],
+                              len(log_p))[0]
+        log_p = mix(log_p, p.log().to(log_p.device), share)
+    return log_p, near
+
+
+# ══ Generation ═══════════════════════════════════════════════════════════════════════════════════
+class Sampling(NamedTuple):
+    """How to answer."""
+
+    mode: str  # base | knn | decoder | both
+    alpha: float  # share of the memory: of the decoder; in mode knn, of the kNN distribution
+    temperature: float  # 0 = greedy
+    top_k: int  # 0 = all
+    max_new_tokens: int = 200
+    seed: int = 0
+
+
+class Neighbour(NamedTuple):
+    """A stored position that voted."""
+
+    token: str  # what followed there
+    context: str  # the few tokens before it
+    distance: float
+    weight: float  # its share of the votes
+
+
+class Step(NamedTuple):
+    """One generated token. Probabilities are those before temperature and top_k."""
+
+    token: int
+    text: str  # what it adds to the answer; "" while a character is incomplete
+    changed: bool  # the base alone, with the same noise, would have taken base_token
+    base_token: str
+    base_probability: float  # of the token, by the base alone
+    probability: float  # of the token, by the mixture
+    neighbours: list[Neighbour]  # the heaviest five; [] in mode base
+
+
+def choose(log_p: torch.Tensor, noise: torch.Tensor, sampling: Sampling) -> int:
+    """Draw a token from log p (V,) with Gumbel noise (V,), or, at temperature 0, take the
+    likeliest."""
+    if sampling.temperature == 0:
+        return int(log_p.argmax())
+    if 0 < sampling.top_k < len(log_p):
+        least = log_p.topk(sampling.top_k).values[-1]
+        log_p = log_p.masked_fill(log_p < least, -math.inf)
+    return int((log_p / sampling.temperature + noise).argmax())
+
+
+def show_neighbours(lm: MemoryLM, near: Near, token: int, most: int = 5) -> list[Neighbour]:
+    """Return the heaviest neighbours, with the text before them; those that voted for the token
+    first."""
+    stored = lm.datastore.values
+    weights = knn_weights(near.distances, lm.settings["tau"]).tolist()
+    values = near.values.tolist()
+    order = sorted(range(len(values)), key=lambda j: (values[j] != token, -weights[j]))
+    shown = []
+    for j in order[:most]:
+        at = int(near.ids[j])
+        before = stored[max(0, at - 8) : at].tolist()
+        shown.append(Neighbour(
+            token=lm.base.decode([values[j]]), context=lm.base.decode(before),
+            distance=float(near.distances[j]), weight=weights[j]))
+    return shown
+
+
+def generate(lm: MemoryLM, ids: list[int], sampling: Sampling) -> Iterator[Step]:
+    """Answer token by token. Thread-safe: caches and noise belong to this call. Raises ValueError
+    at once for settings that cannot be, and ends at an end-of-text token."""
+    require(sampling.mode in lm.modes(), "mode", sampling.mode, "one of " + ", ".join(lm.modes()))
+    require(0 <= sampling.alpha <= 1, "alpha", sampling.alpha, "from 0 to 1")
+    require(0 <= sampling.temperature < math.inf, "temperature", sampling.temperature,
+            "0 (greedy) or more")
+    require(sampling.top_k >= 0, "top_k", sampling.top_k, "0 (all) or more")
+    require(len(ids) > 0, "prompt", "", "some text")
+    return steps_of(lm, ids, sampling)
+
+
+def describe(lm: MemoryLM, reading: Reading, log_p: torch.Tensor, token: int, base_token: int,
+             text: str, near: Near | None) -> Step:
+    """Say what a step did: the token, the text that it adds, and what the base alone had taken."""
+    changed = token != base_token
+    if changed and near is None and lm.datastore is not None:
+        near = nearest(lm, reading.query)  # the decoder learned from such neighbours
+    return Step(
+        token=token,
+        text=text,
+        changed=changed,
+        base_token=lm.base.decode([base_token]),
+        base_probability=float(reading.log_base[token].exp()),
+        probability=float(log_p[token].exp()),
+        neighbours=[] if near is None else show_neighbours(lm, near, token))
+
+
+def steps_of(lm: MemoryLM, ids: list[int], sampling: Sampling) -> Iterator[Step]:
+    """Generate the steps of an answer, whose settings have been checked."""
+    conversation = Conversation(lm, sampling.mode)
+    draw = torch.Generator().manual_seed(sampling.seed)
+    ends = lm.base.end_ids()
+    answer: list[int] = []
+    shown, fed = "", list(ids)
+    for number in range(1, sampling.max_new_tokens + 1):
+        reading = conversation.feed(fed)
+        log_p, near = distribution(lm, sampling.mode, sampling.alpha, reading)
+        noise = -torch.empty(len(log_p)).exponential_(generator=draw).log().to(log_p.device)
+        token = choose(log_p, noise, sampling)
+        base_token = choose(reading.log_base, noise, sampling)
+        if token in ends:
+            return
+        answer.append(token)
+        fed = [token]
+
+        text, added = lm.base.decode(answer), ""
+        is_whole = not text.endswith("\ufffd")  # else a character is incomplete
+        if is_whole or number == sampling.max_new_tokens:
+            added, shown = text[len(shown) :], text
+        yield describe(lm, reading, log_p, token=token, base_token=base_token, text=added,
+                       near=near)
+
+
+# ══ Chat ═════════════════════════════════════════════════════════════════════════════════════════
+def chat_text(lm: MemoryLM, messages: list[dict]) -> str:
+    """Write messages under the base's chat template, or, without one, as plain text, a turn a line:
+    a model that knows no chat continues what it is given. Raises ValueError."""
+    if not getattr(lm.tokenizer, "chat_template", None):
+        return "\n".join(message["content"] for message in messages)
+    try:
+        return lm.tokenizer.apply_chat_template(messages, tokenize=False,
+                                                add_generation_prompt=True)
+    except Exception as error:  # of a template, which may raise what it likes
+        raise ValueError(f"messages: the chat template of {lm.base.name} refuses them ({error})"
+                         ) from None
+
+
+def check_messages(messages: list[dict]) -> None:
+    """Raise ValueError where the last message is empty, or one is enormous or no text."""
+    last = messages[-1]["content"] if messages else ""
+    require(last.strip() != "", "message", last, "some text; it is empty")
+    for message in messages:
+        text = message["content"]
+        require(len(text) <= MESSAGE_LIMIT, "message", text[:20] + "…", f"at most {MESSAGE_LIMIT:,}"
+                f" characters ({len(text):,} are too many)")
+        require(not re.search("[\ud800-\udfff]", text), "message", "…", "text in UTF-8")
+
+
+def chat_ids(lm: MemoryLM, messages: list[dict], reserve: int) -> tuple[list[int], int]:
+    """Return the prompt of a conversation ({"role", "content"} each), and how many of its oldest
+    turns were dropped, whole, so that it leaves `reserve` tokens of the window (at most half of it)
+    for the answer. A system message stays. Raises ValueError for messages that cannot be."""
+    check_messages(messages)
+    system = [message for message in messages[:1] if message["role"] == "system"]
+    turns = [message for message in messages[len(system) :] if message["content"].strip()]
+    room = lm.window - min(max(0, reserve), lm.window // 2)
+    skipped = len(lm.base.prefix)
+    for dropped in range(len(turns)):
+        if dropped > 0 and turns[dropped]["role"] != "user":
+            continue  # an answer without its question; many templates refuse it as well
+        ids = lm.base.encode(chat_text(lm, system + turns[dropped:]))
+        if skipped and tuple(ids[:skipped]) == lm.base.prefix:
+            ids = ids[skipped:]  # what generate puts there itself
+        if len(ids) <= room:
+            return ids, dropped
+    raise ValueError(f"message: has {len(ids):,} tokens, the window has room for {room:,}; shorten "
+                     "it")
