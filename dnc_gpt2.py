@@ -1817,11 +1817,12 @@ def train_baseline(**fields: object) -> Path:
     goes on from there. Raises StopSignal's kind then, ValueError where the process fails."""
     options = {"arms": "baseline", "preset": "small", "resume": "auto"} | fields
     words = [f"--{name}={value}" for name, value in options.items()]
-    process = subprocess.Popen([sys.executable, str(Path(__file__).resolve()), *words])
+    command = [sys.executable, str(Path(__file__).resolve()), *words]
+    # Of a session of its own: Ctrl-C would reach it twice, and a second signal ends it unsaved.
+    process = subprocess.Popen(command, start_new_session=True)
     try:
         code = process.wait()
     except KeyboardInterrupt as stopped:
-        # Ctrl-C in a terminal reaches both; a signal sent to this process is passed on.
         process.send_signal(getattr(stopped, "signum", signal.SIGINT))
         process.wait()
         raise

@@ -340,11 +340,11 @@ def read_tokens(model: EDMGPT2ForCausalLM, tokens: Tensor, state: EDMGPT2State, 
     return model.advance(tokens, every, state, **options)
 
 
-def score(model: EDMGPT2ForCausalLM, h: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """h (B, T, C), targets (B, T) -> mean loss (), nll (B, T), top1 (B, T)."""
+def score(model: EDMGPT2ForCausalLM, h: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """h (B, T, C), targets (B, T) -> mean loss (), nll (B, T)."""
     weight = model.transformer.wte.weight.detach()
-    loss, nll, top1 = head_loss(h.flatten(0, 1), weight, targets.flatten(), h.dtype)
-    return loss, nll.view(targets.shape), top1.view(targets.shape)
+    loss, nll, _ = head_loss(h.flatten(0, 1), weight, targets.flatten(), h.dtype)
+    return loss, nll.view(targets.shape)
 
 
 def make_optimizer(model: EDMGPT2ForCausalLM, config: Config) -> torch.optim.Optimizer:
@@ -366,7 +366,7 @@ def train_step(model: EDMGPT2ForCausalLM, optimizer: torch.optim.Optimizer, chun
     """One step on chunk (rows, step_len + 1) -> loss, state without its graph."""
     h, state, _ = read_tokens(model, chunk[:, :-1], state)
     state = map_state(Tensor.detach, state)
-    loss, _, _ = score(model, h, chunk[:, 1:])
+    loss, _ = score(model, h, chunk[:, 1:])
     optimizer.zero_grad(set_to_none=True)
     loss.backward()
     trained = [p for p in model.parameters() if p.requires_grad]
