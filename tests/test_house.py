@@ -20,7 +20,7 @@ import dnc_gpt2
 
 SCRIPTS = ("dnc_gpt2", "edm_gpt2", "long_range", "memory_decoder", "app")
 CODE = [*sorted(path.name for path in ROOT.glob("*.py")), "dnc_scan/operator.py",
-        "dnc_scan/head.py", "dnc_scan/__init__.py"]
+        "dnc_scan/head.py", "dnc_scan/layout.py", "dnc_scan/__init__.py"]
 
 
 # ── the house ───────────────────────────────────────────────────────────────────────────────────
