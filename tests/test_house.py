@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import concurrent.futures.process
 import dataclasses
 import importlib
 import io
@@ -125,6 +126,19 @@ def test_out_of_memory_names_the_fields_to_shrink(capsys):
     assert dnc_gpt2.run_command(job, ["x"], "saved") == 2
     line = error_line(capsys.readouterr().err)
     assert "CUDA out of memory" in line and "batch_size or seq_len" in line
+
+
+@pytest.mark.parametrize("error, said, code", [
+    (MemoryError(), "out of memory", 2),
+    (concurrent.futures.process.BrokenProcessPool("a worker died"), "a worker died", 2),
+    (OSError(28, "No space left on device"), "No space left", 2),
+    (dnc_gpt2.Diverged("loss nan"), "loss nan", 1)])
+def test_errors_of_the_machine_end_in_one_line(error, said, code, capsys):
+    def job(stop):
+        raise error
+
+    assert dnc_gpt2.run_command(job, ["x"], "saved") == code
+    assert said in error_line(capsys.readouterr().err)
 
 
 # ── a baseline for those who need one ───────────────────────────────────────────────────────────
