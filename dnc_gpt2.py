@@ -83,8 +83,13 @@ class Config:
     num_reads: Count = 4  # R, read heads
     carry_memory: bool = True  # memory crosses windows; False: empty at every window
     bptt_segments: Count = 1  # S, windows of a row in a step: the gradient's reach in the memory
+    pointing: bool = True  # reads point at the tokens that slots hold: p(y) is a mixture
+    split_rows: bool = True  # a row is a key of what came before and a value of the token (not h)
+    row_key: Literal["previous", "own"] = "previous"  # of split rows: made of h_t-1 | of h_t
+    empty_slot: bool = True  # a read may choose a slot that is always empty
+    usage_decay: Share | Literal["auto"] = "auto"  # of usage at each token; auto = 1 - 1.28 / N
     use_links: bool = False  # temporal links and read modes (Graves)
-    mask_min: Share = 1.0  # (M) lowest key mask, 1 = no masks; 0.1 where they are used
+    mask_min: Share = 1.0  # (M) lowest key mask, 1 = no masks; 0.1, with split_rows False
     dealloc_wipe: bool = False  # (D) de-allocation also wipes the freed content
     sharpen_links: bool = False  # (S) sharpen what is read along links; needs use_links
     # training
@@ -93,7 +98,8 @@ class Config:
     batch_size: Count = 4  # windows a step; rows of the stream = batch_size / bptt_segments
     seq_len: Count = 128  # tokens a window; attention never crosses windows
     lr: Positive = 3e-4  # peak learning rate
-    memory_lr: Positive = 0.1  # of the memory's parameters, as a share of lr; 1.0 is measured worse
+    memory_lr: Positive = 1.0  # of the memory's parameters, as a share of lr
+    empty_share: Share = 0.02  # of a step's rows whose memory is emptied, drawn at random
     lr_schedule: Literal["cosine", "constant"] = "cosine"  # cosine ends at a tenth of the peak
     lr_warmup: Share = 0.05  # share of all steps with a linearly rising rate
     weight_decay: NotNegative = 0.01  # AdamW, on matrices only
@@ -154,6 +160,9 @@ class Config:
         rule("bptt_segments", batch % self.bptt_segments == 0, f"a divisor of batch_size ({batch})")
         rule("routing_fraction", self.routing_fraction > 0, "above 0; without it: lambda_routing 0")
         rule("eval_rows", self.eval_rows >= 2, "2 or more")
+        rule("mem_width", not self.split_rows or self.mem_width >= 2, "2 or more to be split")
+        rule("mask_min", not self.split_rows or self.mask_min == 1,
+             "1 with split rows, whose key half takes the place of masks; set split_rows False")
         rule("sharpen_links", self.use_links or not self.sharpen_links,
              "False without links; set use_links True as well")
         rule("text", self.text.strip() and not re.search("[\ud800-\udfff]", self.text),
@@ -171,40 +180,48 @@ class DNCOptions(NamedTuple):
     mask_min: float = 1.0  # (M), 1 = no masks
     dealloc_wipe: bool = False  # (D)
     sharpen_links: bool = False  # (S)
+    key_width: int = 0  # K, the first columns of a row, which addressing sees alone; 0 = all
+    usage_decay: float = 1.0  # what usage is multiplied with at each token
+    empty_slot: bool = False  # one more candidate of a read, which holds nothing
 
 
 class DNCState(NamedTuple):
-    """What one step hands to the next, one row a sequence. Without links the last two are empty."""
+    """What one step hands to the next, one row a sequence. Parts that are switched off are empty:
+    without links link and precedence, without split rows the last two."""
     memory: Tensor  # (B, N, W)
     usage: Tensor  # (B, N) in [0, 1]
     write_weights: Tensor  # (B, N) >= 0, sum <= 1
     read_weights: Tensor  # (B, R, N) >= 0, sum <= 1
     link: Tensor  # (B, N, N) in [0, 1], or (B, 0, 0)
     precedence: Tensor  # (B, N), or (B, 0)
+    tokens: Tensor  # (B, N) id of the token last written with a weight above 1/2, -1 none; int64
+    last: Tensor  # (B, C) LN(h) of the last token, or (B, 0)
 
 
 class DNCTrace(NamedTuple):
     """What the memory did at each token, for losses, metrics and plots."""
     write_gate: Tensor  # (B, T) in (0, 1)
     write_weights: Tensor  # (B, T, N)
-    read_weights: Tensor  # (B, T, R, N)
+    read_weights: Tensor  # (B, T, R, N), of sum below 1 where the empty slot has the rest
+    tokens: Tensor  # (B, T, N) id of the token that a slot holds when it is read, -1 none
 
 
 class Interface(NamedTuple):
     """The controller's instructions to the memory, activations applied; optional parts None."""
-    write_key: Tensor  # (B, T, W)
+    write_key: Tensor  # (B, T, K), K = W but for split rows
     write_strength: Tensor  # (B, T) >= 1
     erase: Tensor  # (B, T, W) in (0, 1)
     write_vector: Tensor  # (B, T, W)
     write_gate: Tensor  # (B, T) in (0, 1)
     allocation_gate: Tensor  # (B, T) in (0, 1)
-    read_keys: Tensor  # (B, T, R, W)
+    read_keys: Tensor  # (B, T, R, K)
     read_strengths: Tensor  # (B, T, R) >= 1
     free_gates: Tensor  # (B, T, R) in (0, 1)
     read_modes: Tensor | None  # (B, T, R, 3), softmax over backward, content, forward
     write_mask: Tensor | None  # (B, T, W) in (mask_min, 1)
     read_masks: Tensor | None  # (B, T, R, W) in (mask_min, 1)
     sharpening: Tensor | None  # (B, T, R, 2) >= 1, backward and forward
+    empty: Tensor | None  # (B, T, R) logit of the empty slot
 
 
 def interface_sizes(width: int, reads: int, options: DNCOptions) -> dict[str, int]:
@@ -222,6 +239,7 @@ def interface_sizes(width: int, reads: int, options: DNCOptions) -> dict[str, in
         "read_modes": 3 * reads if options.use_links else 0,
         "masks": (reads + 1) * width if options.mask_min < 1 else 0,
         "sharpening": 2 * reads if options.sharpen_links else 0,
+        "empty": reads if options.empty_slot else 0,
     }
 
 
@@ -260,12 +278,14 @@ def split_interface(z: Tensor, width: int, reads: int, options: DNCOptions) -> I
         write_mask=write_mask,
         read_masks=read_masks,
         sharpening=sharpening,
+        empty=part["empty"] if options.empty_slot else None,
     )
 
 
 def zero_state(batch: int, slots: int, width: int, reads: int, options: DNCOptions,
-               dtype: torch.dtype = torch.float32, device: torch.device | None = None) -> DNCState:
-    """An empty memory: contents, usage, weightings and links are zero."""
+               dtype: torch.dtype = torch.float32, device: torch.device | None = None,
+               hidden_size: int = 0) -> DNCState:
+    """An empty memory: contents, usage, weightings and links are zero, no slot holds a token."""
     zeros = functools.partial(torch.zeros, dtype=dtype, device=device)
     linked = slots if options.use_links else 0
     return DNCState(
@@ -275,19 +295,23 @@ def zero_state(batch: int, slots: int, width: int, reads: int, options: DNCOptio
         read_weights=zeros(batch, reads, slots),
         link=zeros(batch, linked, linked),
         precedence=zeros(batch, linked),
+        tokens=torch.full((batch, slots), -1, device=device),
+        last=zeros(batch, hidden_size),
     )
 
 
 def usage_update(usage: Tensor, write_weights: Tensor, read_weights: Tensor,
-                 free_gates: Tensor) -> tuple[Tensor, Tensor]:
-    """u = (u + w - u*w) * psi, psi = prod_r (1 - f_r * wr_r), w and wr of the step before.
+                 free_gates: Tensor, decay: float = 1.0) -> tuple[Tensor, Tensor]:
+    """u = gamma (u + w - u*w) * psi, psi = prod_r (1 - f_r * wr_r), w and wr of the step before.
+    departs from Graves: gamma below 1 frees what was used least recently (Santoro et al. 2016).
 
     usage, write_weights (B, N), read_weights (B, R, N), free_gates (B, R) -> usage, psi (B, N).
     """
     retained = 1 - free_gates.unsqueeze(-1) * read_weights  # (B, R, N)
     # A chain of products: the backward of torch.prod synchronises a GPU with the host.
     retention = functools.reduce(torch.mul, retained.unbind(1))  # (B, N)
-    return (usage + write_weights - usage * write_weights) * retention, retention
+    usage = (usage + write_weights - usage * write_weights) * retention
+    return usage * decay if decay < 1 else usage, retention
 
 
 def allocation_weighting(usage: Tensor) -> Tensor:
@@ -307,23 +331,28 @@ def allocation_weighting(usage: Tensor) -> Tensor:
 
 
 def content_weighting(keys: Tensor, strengths: Tensor, memory: Tensor,
-                      masks: Tensor | None = None) -> Tensor:
+                      masks: Tensor | None = None, empty: Tensor | None = None) -> Tensor:
     """softmax over slots of strength * cos(key, slot); a mask (M) multiplies both.
 
-    keys (B, K, W), strengths (B, K), memory (B, N, W), masks (B, K, W) or None -> (B, K, N). The
-    eps stands INSIDE the root of each norm, or the gradient into an empty slot is thousands of
-    times larger.
+    keys (B, H, K), strengths (B, H), memory (B, N, W), of which the first K columns are compared,
+    masks (B, H, K) or None, empty (B, H), the logit of a slot that holds nothing, or None ->
+    (B, H, N), of sum 1 less the share of the empty slot. The eps stands INSIDE the root of each
+    norm, or the gradient into an empty row is thousands of times larger.
     """
+    memory = memory[..., : keys.shape[-1]]
     if masks is None:
-        dots = keys @ memory.transpose(1, 2)  # (B, K, N)
+        dots = keys @ memory.transpose(1, 2)  # (B, H, N)
         slot_norms = (memory * memory).sum(-1).unsqueeze(1)  # (B, 1, N)
     else:
         keys = keys * masks
-        dots = (keys * masks) @ memory.transpose(1, 2)  # (B, K, N)
-        slot_norms = (masks * masks) @ (memory * memory).transpose(1, 2)  # (B, K, N)
-    key_norms = (keys * keys).sum(-1, keepdim=True)  # (B, K, 1)
+        dots = (keys * masks) @ memory.transpose(1, 2)  # (B, H, N)
+        slot_norms = (masks * masks) @ (memory * memory).transpose(1, 2)  # (B, H, N)
+    key_norms = (keys * keys).sum(-1, keepdim=True)  # (B, H, 1)
     cosine = dots * (slot_norms + EPS).rsqrt() * (key_norms + EPS).rsqrt()
-    return (strengths.unsqueeze(-1) * cosine).softmax(-1)
+    logits = strengths.unsqueeze(-1) * cosine  # (B, H, N)
+    if empty is None:
+        return logits.softmax(-1)
+    return torch.cat((empty.unsqueeze(-1), logits), dim=-1).softmax(-1)[..., 1:]
 
 
 def link_update(link: Tensor, precedence: Tensor, write_weights: Tensor
@@ -370,9 +399,9 @@ def follow_links(x: Interface, content: Tensor, previous: Tensor, link: Tensor,
 
 def dnc_step(x: Interface, state: DNCState, options: DNCOptions) -> tuple[Tensor, DNCState]:
     """One token: usage, allocation and content, write, links, read. x holds one step's (B, ...).
-    Returns the read vectors (B, R, W) and the new state."""
+    Returns the read vectors (B, R, W - K), K the key width, and the new state."""
     usage, retention = usage_update(state.usage, state.write_weights, state.read_weights,
-                                    x.free_gates)
+                                    x.free_gates, options.usage_decay)
     write_weights = write_weighting(x, usage, state.memory)  # (B, N)
 
     memory = state.memory
@@ -382,19 +411,20 @@ def dnc_step(x: Interface, state: DNCState, options: DNCOptions) -> tuple[Tensor
     memory = memory * (1 - slots * x.erase.unsqueeze(1)) + slots * x.write_vector.unsqueeze(1)
 
     link, precedence = state.link, state.precedence
-    read_weights = content_weighting(x.read_keys, x.read_strengths, memory, x.read_masks)
+    read_weights = content_weighting(x.read_keys, x.read_strengths, memory, x.read_masks, x.empty)
     if options.use_links:
         link, precedence = link_update(link, precedence, write_weights)
         read_weights = follow_links(x, read_weights, state.read_weights, link, options)
 
-    state = DNCState(memory, usage, write_weights, read_weights, link, precedence)
-    return read_weights @ memory, state  # (B, R, W)
+    state = DNCState(memory, usage, write_weights, read_weights, link, precedence, state.tokens,
+                     state.last)
+    return read_weights @ memory[..., options.key_width :], state  # (B, R, W - K)
 
 
 def dnc_loop(interface: Interface, state: DNCState, options: DNCOptions
              ) -> tuple[Tensor, Tensor, Tensor, DNCState]:
-    """The readable recurrence over T tokens; a faster one must return the same: reads (B, T, R, W),
-    write_weights (B, T, N), read_weights (B, T, R, N) and the state after the last token."""
+    """The readable recurrence over T tokens; a faster one must return the same: reads (B, T, R,
+    W - K), write_weights (B, T, N), read_weights (B, T, R, N), the state after the last token."""
     length = interface.write_gate.shape[1]
     parts = [[None] * length if part is None else part.unbind(1) for part in interface]
     reads, write_weights, read_weights = [], [], []
@@ -424,46 +454,160 @@ def pick_scan(scan: str, state: DNCState, options: DNCOptions) -> Callable:
     return dnc_loop if reason else dnc_scan
 
 
+class HiddenInterface(nn.Linear):
+    """Graves' interface: all instructions from LN(h_t) by one matrix. `biases` are added to the
+    initial biases of its parts, by their names."""
+
+    def __init__(self, hidden_size: int, width: int, reads: int, options: DNCOptions,
+                 biases: dict[str, float] | None = None) -> None:
+        self.layout = (width, reads, options)
+        sizes = interface_sizes(*self.layout)
+        super().__init__(hidden_size, sum(sizes.values()))
+        biases = biases or {}
+        added = [torch.full((size,), biases.get(part, 0.0)) for part, size in sizes.items()]
+        self.bias.data += torch.cat(added)
+
+    def forward(self, normed: Tensor, before: Tensor | None, embedding: Tensor | None) -> Interface:
+        """normed (B, T, C) = LN(h_t); the others are not looked at."""
+        return split_interface(at_least_float32(super().forward(normed)), *self.layout)
+
+
+class RowInterface(nn.Module):
+    """Instructions for rows that say what followed what: a key of LN(h_t-1), the state that had to
+    predict token t, and a value of that token's embedding; a read asks with LN(h_t).
+
+    departs from Graves: key and value are two halves of a row, of which addressing sees the first;
+    keys have unit length; strengths do not depend on the token; gates and erase see LN(h_t-1) and
+    token t. Initial values are measured (docs/results.md): reads ask in the code in which rows are
+    kept, a row is written whole, and most of a read falls on the empty slot.
+    """
+    STRENGTH = 16.0
+
+    def __init__(self, hidden_size: int, slots: int, width: int, reads: int, options: DNCOptions,
+                 row_key: str = "previous") -> None:
+        super().__init__()
+        self.reads, self.options, self.row_key_of = reads, options, row_key
+        key_width = options.key_width
+        self.row_key = nn.Linear(hidden_size, key_width, bias=False)
+        self.value = nn.Linear(hidden_size, width - key_width, bias=False)
+        self.read_key = nn.Linear(hidden_size, reads * key_width, bias=False)
+        nn.init.orthogonal_(self.row_key.weight)
+        nn.init.orthogonal_(self.value.weight)
+        self.read_key.weight.data.copy_(self.row_key.weight.data.repeat(reads, 1))
+        self.gates = nn.Linear(2 * hidden_size, 2 + reads)
+        self.erase = nn.Linear(2 * hidden_size, width)
+        for part, bias in ((self.gates, [2.0, 4.0] + [-4.0] * reads), (self.erase, [4.0] * width)):
+            nn.init.zeros_(part.weight)
+            part.bias.data.copy_(torch.tensor(bias))  # write 0.88, allocation 0.98, free 0.02
+        self.log_strength = nn.Parameter(torch.full((reads + 1,), math.log(self.STRENGTH)))
+        self.empty = None
+        if options.empty_slot:
+            self.empty = nn.Linear(hidden_size, reads)
+            nn.init.zeros_(self.empty.weight)
+            share = 1.4 + 0.05 * math.log2(slots / 64)  # of the strength: 1.4 at N 64, 1.5 at 256
+            nn.init.constant_(self.empty.bias, share * self.STRENGTH)
+        if options.use_links:
+            self.modes = nn.Linear(hidden_size, (3 + 2 * options.sharpen_links) * reads)
+
+    def forward(self, normed: Tensor, before: Tensor, embedding: Tensor) -> Interface:
+        """normed = LN(h_t), before = LN(h_t-1), embedding of token t, all (B, T, C)."""
+        B, T, _ = normed.shape
+        R, K = self.reads, self.options.key_width
+        both = torch.cat((before, embedding), dim=-1)  # (B, T, 2C)
+        row_key = self.row_key(before if self.row_key_of == "previous" else normed)
+        row_key = F.normalize(at_least_float32(row_key), dim=-1)  # (B, T, K)
+        value = at_least_float32(self.value(embedding))  # (B, T, W - K)
+        read_keys = at_least_float32(self.read_key(normed)).view(B, T, R, K)
+        gates = at_least_float32(self.gates(both)).sigmoid()  # (B, T, 2 + R)
+        strengths = self.log_strength.exp().to(gates.dtype).expand(B, T, R + 1)
+        read_modes = sharpening = None
+        if self.options.use_links:
+            modes = at_least_float32(self.modes(normed))
+            read_modes = modes[..., : 3 * R].view(B, T, R, 3).softmax(-1)
+            if self.options.sharpen_links:
+                sharpening = oneplus(modes[..., 3 * R :].view(B, T, R, 2))
+        return Interface(
+            write_key=row_key,
+            write_strength=strengths[..., R],
+            erase=at_least_float32(self.erase(both)).sigmoid(),
+            write_vector=torch.cat((row_key, value), dim=-1),  # (B, T, W)
+            write_gate=gates[..., 0],
+            allocation_gate=gates[..., 1],
+            read_keys=F.normalize(read_keys, dim=-1),
+            read_strengths=strengths[..., :R],
+            free_gates=gates[..., 2:],
+            read_modes=read_modes,
+            write_mask=None,
+            read_masks=None,
+            sharpening=sharpening,
+            empty=None if self.empty is None else at_least_float32(self.empty(normed)),
+        )
+
+
+def at_least_float32(x: Tensor) -> Tensor:
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def tokens_held(tokens: Tensor, write_weights: Tensor, before: Tensor) -> Tensor:
+    """id_i(t) = x_t where w_t[i] > 1/2, else id_i(t-1): tokens (B, T), write_weights (B, T, N),
+    before (B, N), the ids at the start -> (B, T, N). No gradient."""
+    T = tokens.shape[1]
+    step = torch.arange(T, device=tokens.device).view(1, T, 1)
+    written = torch.where(write_weights > 0.5, step, -1).cummax(dim=1).values  # (B, T, N)
+    held = tokens.unsqueeze(2).expand_as(written).gather(1, written.clamp_min(0))
+    return torch.where(written < 0, before.unsqueeze(1), held)
+
+
 class DNCMemory(nn.Module):
     """DNC over hidden states, a pure function of (h, state): h + read_proj(reads).
 
     departs from Graves: the controller never sees its reads (there those of step t-1 enter at step
-    t), so the interface of all T tokens, from LN(h), is one matrix product. `read_proj` has no bias
-    and starts at zero: step 0 is the baseline, zeroed reads are the model without memory.
-    `biases` are added to the initial biases of parts of the interface, by their names.
+    t), so the instructions of all T tokens are a few matrix products. `read_proj` has no bias and
+    starts at zero: step 0 is the baseline, zeroed reads are the model without memory.
+    With options.key_width rows are split (RowInterface), else Graves' (HiddenInterface).
     """
 
     def __init__(self, hidden_size: int, slots: int, width: int, reads: int,
                  options: DNCOptions = DNCOptions(), scan: str = "auto",
-                 biases: dict[str, float] | None = None) -> None:
+                 biases: dict[str, float] | None = None, row_key: str = "previous") -> None:
         super().__init__()
         self.slots, self.width, self.reads = slots, width, reads
         self.options, self.scan = options, scan
-        sizes = interface_sizes(width, reads, options)
         self.norm = nn.LayerNorm(hidden_size)
-        self.interface = nn.Linear(hidden_size, sum(sizes.values()))
-        biases = biases or {}
-        added = [torch.full((size,), biases.get(part, 0.0)) for part, size in sizes.items()]
-        self.interface.bias.data += torch.cat(added)
-        self.read_proj = nn.Linear(reads * width, hidden_size, bias=False)
+        self.value_width = width - options.key_width
+        if options.key_width:
+            self.interface = RowInterface(hidden_size, slots, width, reads, options, row_key)
+        else:
+            self.interface = HiddenInterface(hidden_size, width, reads, options, biases)
+        self.read_proj = nn.Linear(reads * self.value_width, hidden_size, bias=False)
         nn.init.zeros_(self.read_proj.weight)
 
     def init_state(self, batch_size: int) -> DNCState:
         weight = self.read_proj.weight
         dtype = torch.promote_types(weight.dtype, torch.float32)
+        last = len(weight) if self.options.key_width else 0
         return zero_state(batch_size, self.slots, self.width, self.reads, self.options, dtype,
-                          weight.device)
+                          weight.device, last)
 
-    def forward(self, h: Tensor, state: DNCState) -> tuple[Tensor, DNCState, DNCTrace]:
-        """h (B, T, C), state of B rows -> h_out (B, T, C), state after the last token, trace."""
-        z = self.interface(self.norm(h))  # (B, T, I)
+    def forward(self, h: Tensor, state: DNCState, tokens: Tensor | None = None,
+                embedding: Tensor | None = None) -> tuple[Tensor, DNCState, DNCTrace]:
+        """h (B, T, C), state of B rows; for split rows tokens (B, T) and their embedding (B, T, C)
+        -> h_out (B, T, C), state after the last token, trace."""
+        normed, before = self.norm(h), None
+        if self.options.key_width:
+            before = torch.cat((state.last.unsqueeze(1).to(normed.dtype), normed[:, :-1]), dim=1)
+        x = self.interface(normed, before, embedding)
         with torch.autocast(h.device.type, enabled=False):  # 1 - 1e-6 is 1 in bfloat16
-            z = z if z.dtype == torch.float64 else z.float()
-            x = split_interface(z, self.width, self.reads, self.options)
             recurrence = pick_scan(self.scan, state, self.options)
-            reads, write_weights, read_weights, state = recurrence(x, state, self.options)
-        h_out = h + self.read_proj(reads.flatten(2))  # (B, T, R*W) -> (B, T, C)
-        return h_out, state, DNCTrace(x.write_gate, write_weights, read_weights)
+            reads, write_weights, read_weights, new = recurrence(x, state, self.options)
+        held = state.tokens.unsqueeze(1)[:, :0]  # (B, 0, N)
+        if tokens is not None:
+            held = tokens_held(tokens, write_weights, state.tokens)  # (B, T, N)
+            new = new._replace(tokens=held[:, -1])
+        if self.options.key_width:
+            new = new._replace(last=normed[:, -1].to(state.last.dtype))
+        h_out = h + self.read_proj(reads.flatten(2))
+        return h_out, new, DNCTrace(x.write_gate, write_weights, read_weights, held)
 
 
 def map_state(fn: Callable, state: tuple | None) -> tuple | None:
@@ -492,45 +636,113 @@ def logit_chunks(rows: int, weight: Tensor, tensors: int = 1) -> list[slice]:
     return [slice(start, min(start + size, rows)) for start in starts]
 
 
-def chunked_head_loss(h: Tensor, weight: Tensor, targets: Tensor,
-                      dtype: torch.dtype, slices: list[slice]
+class Pointer(NamedTuple):
+    """The part of a prediction that reads point to: p(y) = c0 softmax(E h_out)[y] + match(y), with
+    match(y) = sum_i weights_i [tokens_i = y] and c0 = 1 - sum_i weights_i."""
+    tokens: Tensor  # (..., N) ids; of weight 0 where a slot holds none
+    weights: Tensor  # (..., N) mean of the heads' read weights over slots that hold a token
+
+    def vocabulary(self) -> Tensor:
+        """c0, the share that is left to the vocabulary (...,)."""
+        return (1 - self.weights.sum(-1)).clamp_min(1e-9)
+
+    def match(self, targets: Tensor) -> Tensor:
+        """match(y) of targets (...,)."""
+        return (self.weights * (self.tokens == targets.unsqueeze(-1))).sum(-1)
+
+
+def point(trace: DNCTrace) -> Pointer:
+    """The pointer of a trace, both parts (B, T, N)."""
+    weights = trace.read_weights.mean(2) * (trace.tokens >= 0)
+    return Pointer(trace.tokens.clamp_min(0), weights)
+
+
+def mixture_nll(nll: Tensor, vocabulary: Tensor, match: Tensor) -> Tensor:
+    """-log(c0 p + match) from -log p of the vocabulary, c0 and match, all of one shape. Shared by
+    every memory whose reads point. Source: pointer sentinel mixture (Merity et al. 2016)."""
+    return -torch.logaddexp(vocabulary.log() - nll, (match + 1e-30).log())
+
+
+def mixture(log_p: Tensor, pointer: Pointer | None, rows: slice = slice(None)) -> Tensor:
+    """Log-probabilities (m, V) of the vocabulary -> of the mixture with those rows of a pointer."""
+    if pointer is None:
+        return log_p
+    held = Pointer(*(part[rows] for part in pointer))  # (m, N)
+    p = log_p.exp() * held.vocabulary().unsqueeze(1)
+    return p.scatter_add_(1, held.tokens, held.weights.to(p.dtype)).clamp_min_(1e-38).log_()
+
+
+def mixture_top1(pointer: Pointer, p_best: Tensor, best: Tensor, p_held: Tensor) -> Tensor:
+    """The most likely token (M,) of a mixture: the vocabulary's best, of probability p_best (M,),
+    or a token that is held, of probability p_held (M, N) in the vocabulary."""
+    order = pointer.tokens.argsort(1)  # (M, N)
+    tokens, weights = pointer.tokens.gather(1, order), pointer.weights.gather(1, order)
+    group = F.pad(tokens[:, 1:] != tokens[:, :-1], (1, 0), value=False).cumsum(1)  # (M, N)
+    sums = torch.zeros_like(weights).scatter_add_(1, group, weights).gather(1, group)
+    share = pointer.vocabulary()  # (M,)
+    p, at = (share.unsqueeze(1) * p_held.gather(1, order) + sums).max(1)
+    held = tokens.gather(1, at.unsqueeze(1)).squeeze(1)
+    return torch.where(p > share * p_best, held, best)
+
+
+def chunked_head_loss(h: Tensor, weight: Tensor, targets: Tensor, dtype: torch.dtype,
+                      slices: list[slice], pointer: Pointer | None = None
                       ) -> tuple[Tensor, Tensor, Tensor]:
     """The readable LM head: a chunk of logits at a time, computed again in the backward.
 
-    h (M, C), weight (V, C), targets (M,), dtype of the products, slices of the M rows ->
-    mean loss (), nll (M,), top1 (M,); a target of -100 counts 0 in all three.
+    h (M, C), weight (V, C), targets (M,), dtype of the products, slices of the M rows, pointer
+    (M, N) or None -> mean loss (), nll (M,), top1 (M,); a target of -100 counts 0 in all three.
     """
     from torch.utils.checkpoint import checkpoint
 
-    def score(x, target):  # (m, C), (m,)
+    def score(x, target, held):  # (m, C), (m,), (m, N) or None
         logits = F.linear(x.to(dtype), weight.to(dtype)).to(h.dtype)  # (m, V)
         nll = F.cross_entropy(logits, target, ignore_index=-100, reduction="none")
-        return nll, (logits.detach().argmax(-1) == target).to(h.dtype)
+        log_p, best = logits.detach().log_softmax(-1).max(-1)
+        if held is None:
+            return nll, best
+        p_held = logits.detach().softmax(-1).gather(1, held.tokens)  # (m, N)
+        best = mixture_top1(Pointer(*map(Tensor.detach, held)), log_p.exp(), best, p_held)
+        nll = mixture_nll(nll, held.vocabulary(), held.match(target)) * (target != -100)
+        return nll, best
 
-    chunks = [checkpoint(score, h[rows], targets[rows], use_reentrant=False) for rows in slices]
-    nll, top1 = (torch.cat(parts) for parts in zip(*chunks, strict=True))
-    return nll.mean(), nll.detach(), top1
+    parts = []
+    for rows in slices:
+        held = None if pointer is None else Pointer(*(part[rows] for part in pointer))
+        parts.append(checkpoint(score, h[rows], targets[rows], held, use_reentrant=False))
+    nll, best = (torch.cat(part) for part in zip(*parts, strict=True))
+    return nll.mean(), nll.detach(), (best == targets).to(h.dtype)
 
 
-def head_loss(h: Tensor, weight: Tensor, targets: Tensor, dtype: torch.dtype
-              ) -> tuple[Tensor, Tensor, Tensor]:
+def head_loss(h: Tensor, weight: Tensor, targets: Tensor, dtype: torch.dtype,
+              pointer: Pointer | None = None) -> tuple[Tensor, Tensor, Tensor]:
     """`chunked_head_loss`, or dnc_scan.head, the same function in less memory and time."""
     slices = logit_chunks(len(h), weight, tensors=1 if dtype == h.dtype else 2)
     try:
-        from dnc_scan.head import HeadLoss
+        from dnc_scan.head import head_loss as fast
     except ImportError:
         say_once("head: runs as a chunked F.cross_entropy, slower: put the folder dnc_scan beside "
                  "dnc_gpt2.py")
-        return chunked_head_loss(h, weight, targets, dtype, slices)
-    return HeadLoss.apply(h, weight, targets, dtype, slices)
+        fast = chunked_head_loss
+    return fast(h, weight, targets, dtype, slices, pointer)
 
 
 def build_memory(config: Config) -> DNCMemory:
     """The memory that Config describes."""
-    options = DNCOptions(config.use_links, config.mask_min, config.dealloc_wipe,
-                         config.sharpen_links)
+    decay = config.usage_decay
+    if decay == "auto":
+        decay = max(0.0, 1 - 1.28 / config.mem_slots)
+    options = DNCOptions(
+        use_links=config.use_links,
+        mask_min=config.mask_min,
+        dealloc_wipe=config.dealloc_wipe,
+        sharpen_links=config.sharpen_links,
+        key_width=config.mem_width // 2 if config.split_rows else 0,
+        usage_decay=decay,
+        empty_slot=config.empty_slot,
+    )
     return DNCMemory(config.hidden_size, config.mem_slots, config.mem_width, config.num_reads,
-                     options, config.scan)
+                     options, config.scan, row_key=config.row_key)
 
 
 class GPT2WithMemory(nn.Module):
@@ -564,13 +776,15 @@ class GPT2WithMemory(nn.Module):
         B, L = tokens.shape
         windows = tokens.reshape(-1, min(self.config.seq_len, L))  # (B*S, T)
         h = self.controller(input_ids=windows, use_cache=False).last_hidden_state  # (B*S, T, C)
+        embed = self.controller.get_input_embeddings()
         if self.memory is None:
             h = h.reshape(B, L, -1)
             return h, h, None, None
         if self.config.carry_memory:
             h = h.reshape(B, L, -1)
-            return h, *self.memory(h, state)
-        h_out, _, trace = self.memory(h, self.memory.init_state(len(windows)))
+            return h, *self.memory(h, state, tokens, embed(tokens))
+        empty = self.memory.init_state(len(windows))
+        h_out, _, trace = self.memory(h, empty, windows, embed(windows))
         trace = DNCTrace(*(part.reshape(B, L, *part.shape[2:]) for part in trace))
         return h.reshape(B, L, -1), h_out.reshape(B, L, -1), state, trace
 
@@ -583,32 +797,41 @@ class GPT2WithMemory(nn.Module):
             h, h_out, state, trace = self.hidden(tokens, state)
             weight = self.head_weight()
             dtype = torch.bfloat16 if self.config.precision == "bf16" else h_out.dtype
-            loss, nll, top1 = head_loss(h_out.flatten(0, 1), weight, targets.flatten(), dtype)
+            pointer = self.pointer(trace)
+            flat = None if pointer is None else Pointer(*(x.flatten(0, 1) for x in pointer))
+            loss, nll, top1 = head_loss(h_out.flatten(0, 1), weight, targets.flatten(), dtype, flat)
             nll, top1 = nll.view(B, L), top1.view(B, L)
             effect = h.new_zeros(B, 0)
             if positions is not None:
-                effect = self.routing_effect(h, h_out, nll, targets, positions)
+                effect = self.routing_effect(h, h_out, nll, targets, positions, pointer)
         return Output(loss.expand(B), nll, top1, effect, trace, state)
 
     @torch.no_grad()
-    def routing_effect(self, h: Tensor, h_out: Tensor, nll: Tensor,
-                       targets: Tensor, positions: Tensor) -> Tensor:
+    def routing_effect(self, h: Tensor, h_out: Tensor, nll: Tensor, targets: Tensor,
+                       positions: Tensor, pointer: Pointer | None) -> Tensor:
         """What memory does at positions (B, P): the benefit NLL without - NLL with, or KL(with ||
         without), both (B, P) in nats. Logits without memory exist here alone, a chunk at a time."""
         weight = self.head_weight()
         at = (torch.arange(len(h), device=h.device).unsqueeze(1), positions)  # (B, 1), (B, P)
         h, h_out, nll, targets = (x[at].flatten(0, 1) for x in (h, h_out, nll, targets))  # (B*P, …)
         effect = torch.zeros_like(nll)
+        if pointer is not None:
+            pointer = Pointer(*(x[at].flatten(0, 1) for x in pointer))  # (B*P, N)
         for rows in logit_chunks(len(h), weight, tensors=4):
             without = F.linear(h[rows], weight).float()  # (m, V)
             if self.config.routing == "kl":
                 log_p = F.linear(h_out[rows], weight).float().log_softmax(-1)  # (m, V)
+                log_p = mixture(log_p, pointer, rows)
                 log_q = without.log_softmax(-1)
                 effect[rows] = (log_p.exp() * (log_p - log_q)).sum(-1)
             else:
                 nll_without = F.cross_entropy(without, targets[rows], reduction="none")
                 effect[rows] = nll_without - nll[rows]
         return effect.view(positions.shape)
+
+    def pointer(self, trace: DNCTrace | None) -> Pointer | None:
+        """The pointer of a trace, None where there is no memory or it does not point."""
+        return point(trace) if self.config.pointing and trace is not None else None
 
     @torch.no_grad()
     def measure(self, tokens: Tensor, targets: Tensor, state: DNCState | None,
@@ -617,7 +840,8 @@ class GPT2WithMemory(nn.Module):
         arguments as of `forward`. Logits are float32, without autocast."""
         with self.autocast(tokens.device):
             h, h_out, state, trace = self.hidden(tokens, state)
-        stats = token_statistics(h, h_out, targets, self.head_weight(), trace, brief)
+        pointer = self.pointer(trace)
+        stats = token_statistics(h, h_out, targets, self.head_weight(), trace, brief, pointer)
         return stats, state
 
 
@@ -688,6 +912,7 @@ def train_step(run: Run, forward: nn.Module, rows: Tensor) -> None:
     if within == 0:  # a new pass over the stream starts with an empty memory
         run.state = run.model.init_state(config.rows)
     start = within * config.step_len
+    run.state = empty_some_rows(run.state, config, run.step)
     tokens = rows[:, start : start + config.step_len + 1]  # (B, L + 1)
     positions = routing_positions(config, run.step, rows.device)
     set_rates(run)
@@ -702,6 +927,23 @@ def train_step(run: Run, forward: nn.Module, rows: Tensor) -> None:
     run.optimizer.step()
     run.state = map_state(Tensor.detach, output.state)
     run.step += 1
+
+
+def empty_some_rows(state: DNCState | None, config: Config, step: int) -> DNCState | None:
+    """Empty the memory of a random empty_share of the rows, drawn from seed and step alone: an
+    evaluation and a generation start from an empty memory, so training has to meet one often."""
+    if state is None or config.empty_share == 0:
+        return state
+    generator = torch.Generator().manual_seed(config.seed * 1_000_003 + step + 500_009)
+    emptied = torch.rand(config.rows, generator=generator) < config.empty_share
+    if not emptied.any():
+        return state
+    new = []
+    for name, tensor in state._asdict().items():
+        fill = -1 if name == "tokens" else 0
+        mask = emptied.to(tensor.device).view(-1, *[1] * (tensor.dim() - 1))
+        new.append(tensor.masked_fill(mask, fill))
+    return DNCState(*new)
 
 
 def check_and_count(run: Run, output: Output, loss: Tensor, norm: Tensor) -> None:
@@ -939,16 +1181,19 @@ def memory_columns(log_p: Tensor, log_q: Tensor, target: Tensor,
 
 
 def token_statistics(h: Tensor, h_out: Tensor, targets: Tensor,
-                     weight: Tensor, trace: DNCTrace | None, brief: bool) -> Tensor:
+                     weight: Tensor, trace: DNCTrace | None, brief: bool,
+                     pointer: Pointer | None = None) -> Tensor:
     """The STATS of every token (brief: the nll, the rest 0): h, h_out (B, L, C), targets (B, L),
     weight (V, C) -> (B, L, K). Logits in float32 and in chunks: ties among bfloat16 logits would
     flatter rank and accuracy."""
     out = torch.zeros(targets.numel(), len(STATS), device=h.device)  # (B*L, K)
     h, h_out = h.flatten(0, 1).float(), h_out.flatten(0, 1).float()  # (B*L, C)
     at, weight = targets.reshape(-1, 1), weight.float()
+    if pointer is not None:
+        pointer = Pointer(*(part.flatten(0, 1) for part in pointer))  # (B*L, N)
     for rows in logit_chunks(len(out), weight):
         target = at[rows].clamp_min(0)  # (M, 1)
-        log_p = (h_out[rows] @ weight.T).log_softmax(-1)  # (M, V)
+        log_p = mixture((h_out[rows] @ weight.T).log_softmax(-1), pointer, rows)  # (M, V)
         if brief:
             columns = [-log_p.gather(1, target)]
         else:
