@@ -26,7 +26,7 @@ CHECKPOINT_EVERY = 16  # K: a memory of the tape for so many steps
 # What goes in and comes out of both back ends, as lists of tensors in the order of these names.
 # Of the interface and of the state:
 PARTS = ("write_key", "write_strength", "erase", "write_vector", "write_gate", "allocation_gate",
-         "read_keys", "read_strengths", "free_gates", "read_modes")
+         "read_keys", "read_strengths", "free_gates", "read_modes", "empty")
 STATE = ("memory", "usage", "write_weights", "read_weights", "link", "precedence")
 # What dnc_loop returns:
 RESULTS = ("reads", "write_weights", "read_weights", "memory", "usage", "link", "precedence")
@@ -36,16 +36,21 @@ TAPE = ("usages", "cosines", "inverse_norms", "precedences", "memories", "links"
 TRACES = ("write_weights", "read_weights", *TAPE)
 
 
+def value_width(key_width: int, width: int) -> int:
+    """Columns of a row that a read returns: those behind the key half, all where keys are whole."""
+    return width - key_width if key_width < width else width
+
+
 def empty_results(parts, state, every: int, record: bool) -> list[torch.Tensor]:
     """Allocate RESULTS and TAPE; this has no elements where nothing is to be recorded."""
     memory, _, _, _, link, _ = state
-    B, T, R, W = parts[PARTS.index("read_keys")].shape
-    N = memory.shape[1]
+    B, T, R, K = parts[PARTS.index("read_keys")].shape
+    N, W = memory.shape[1:]
     linked = link.shape[1]  # N with links, else 0
     checkpoints = -(-T // every)
 
     results = {
-        "reads": (B, T, R, W),
+        "reads": (B, T, R, value_width(K, W)),
         "write_weights": (B, T, N),
         "read_weights": (B, T, R, N),
         "memory": (B, N, W),
