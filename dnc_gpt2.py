@@ -638,51 +638,52 @@ def logit_chunks(rows: int, weight: Tensor, tensors: int = 1) -> list[slice]:
 
 class Pointer(NamedTuple):
     """The part of a prediction that reads point to: p(y) = c0 softmax(E h_out)[y] + match(y), with
-    match(y) = sum_i weights_i [tokens_i = y] and c0 = 1 - sum_i weights_i."""
-    tokens: Tensor  # (..., N) ids; of weight 0 where a slot holds none
-    weights: Tensor  # (..., N) mean of the heads' read weights over slots that hold a token
+    match(y) = sum_i weights_i [tokens_i = y] and c0 = 1 - sum_i weights_i. It sums to one over the
+    vocabulary. Shared by every memory whose reads point. Sources: pointer sentinel mixture (Merity
+    et al. 2016), continuous cache (Grave et al. 2017)."""
+    tokens: Tensor  # (M, N) ids; any id where the weight is 0
+    weights: Tensor  # (M, N) >= 0, sum <= 1: mean of the heads' reads of slots that hold a token
+
+    def rows(self, at) -> "Pointer":
+        """The pointer of some of the M rows: a slice, or indices."""
+        return Pointer(self.tokens[at], self.weights[at])
 
     def vocabulary(self) -> Tensor:
-        """c0, the share that is left to the vocabulary (...,)."""
+        """c0 (M,), the share that is left to the vocabulary."""
         return (1 - self.weights.sum(-1)).clamp_min(1e-9)
 
     def match(self, targets: Tensor) -> Tensor:
-        """match(y) of targets (...,)."""
+        """match(y) of targets (M,)."""
         return (self.weights * (self.tokens == targets.unsqueeze(-1))).sum(-1)
+
+    def nll(self, nll: Tensor, targets: Tensor) -> Tensor:
+        """-log p(y) of targets (M,), from the vocabulary's own -log softmax(E h_out)[y] (M,)."""
+        by_vocabulary = self.vocabulary().log() - nll
+        return -torch.logaddexp(by_vocabulary, (self.match(targets) + 1e-30).log())
+
+    def mix(self, log_p: Tensor) -> Tensor:
+        """Log-probabilities (M, V) of the vocabulary -> log p."""
+        p = log_p.exp() * self.vocabulary().unsqueeze(1)
+        return p.scatter_add_(1, self.tokens, self.weights.to(p.dtype)).clamp_min_(1e-38).log_()
+
+    def top1(self, best: Tensor, p_best: Tensor, p_held: Tensor) -> Tensor:
+        """The token of the largest p (M,): the vocabulary's best, of probability p_best there, both
+        (M,), or a token that is held, of probability p_held there (M, N). Without gradient."""
+        tokens, order = self.tokens.sort(1)  # (M, N), equal tokens side by side
+        weights = self.weights.detach().gather(1, order)
+        group = F.pad(tokens[:, 1:] != tokens[:, :-1], (1, 0), value=False).cumsum(1)  # (M, N)
+        match = torch.zeros_like(weights).scatter_add_(1, group, weights).gather(1, group)
+        share = self.vocabulary().detach()  # (M,)
+        p, at = (share.unsqueeze(1) * p_held.gather(1, order) + match).max(1)
+        held = tokens.gather(1, at.unsqueeze(1)).squeeze(1)
+        return torch.where(p > share * p_best, held, best)
 
 
 def point(trace: DNCTrace) -> Pointer:
-    """The pointer of a trace, both parts (B, T, N)."""
-    weights = trace.read_weights.mean(2) * (trace.tokens >= 0)
-    return Pointer(trace.tokens.clamp_min(0), weights)
-
-
-def mixture_nll(nll: Tensor, vocabulary: Tensor, match: Tensor) -> Tensor:
-    """-log(c0 p + match) from -log p of the vocabulary, c0 and match, all of one shape. Shared by
-    every memory whose reads point. Source: pointer sentinel mixture (Merity et al. 2016)."""
-    return -torch.logaddexp(vocabulary.log() - nll, (match + 1e-30).log())
-
-
-def mixture(log_p: Tensor, pointer: Pointer | None, rows: slice = slice(None)) -> Tensor:
-    """Log-probabilities (m, V) of the vocabulary -> of the mixture with those rows of a pointer."""
-    if pointer is None:
-        return log_p
-    held = Pointer(*(part[rows] for part in pointer))  # (m, N)
-    p = log_p.exp() * held.vocabulary().unsqueeze(1)
-    return p.scatter_add_(1, held.tokens, held.weights.to(p.dtype)).clamp_min_(1e-38).log_()
-
-
-def mixture_top1(pointer: Pointer, p_best: Tensor, best: Tensor, p_held: Tensor) -> Tensor:
-    """The most likely token (M,) of a mixture: the vocabulary's best, of probability p_best (M,),
-    or a token that is held, of probability p_held (M, N) in the vocabulary."""
-    order = pointer.tokens.argsort(1)  # (M, N)
-    tokens, weights = pointer.tokens.gather(1, order), pointer.weights.gather(1, order)
-    group = F.pad(tokens[:, 1:] != tokens[:, :-1], (1, 0), value=False).cumsum(1)  # (M, N)
-    sums = torch.zeros_like(weights).scatter_add_(1, group, weights).gather(1, group)
-    share = pointer.vocabulary()  # (M,)
-    p, at = (share.unsqueeze(1) * p_held.gather(1, order) + sums).max(1)
-    held = tokens.gather(1, at.unsqueeze(1)).squeeze(1)
-    return torch.where(p > share * p_best, held, best)
+    """The pointer of a trace, its B * T rows in one."""
+    tokens = trace.tokens.flatten(0, 1)  # (B*T, N)
+    weights = trace.read_weights.mean(2).flatten(0, 1)
+    return Pointer(tokens.clamp_min(0), weights * (tokens >= 0))
 
 
 def chunked_head_loss(h: Tensor, weight: Tensor, targets: Tensor, dtype: torch.dtype,
@@ -691,24 +692,23 @@ def chunked_head_loss(h: Tensor, weight: Tensor, targets: Tensor, dtype: torch.d
     """The readable LM head: a chunk of logits at a time, computed again in the backward.
 
     h (M, C), weight (V, C), targets (M,), dtype of the products, slices of the M rows, pointer
-    (M, N) or None -> mean loss (), nll (M,), top1 (M,); a target of -100 counts 0 in all three.
+    of the M rows or None -> mean loss (), nll (M,), top1 (M,); a target of -100 counts 0 in all three.
     """
     from torch.utils.checkpoint import checkpoint
 
-    def score(x, target, held):  # (m, C), (m,), (m, N) or None
+    def score(x, target, held):  # (m, C), (m,), a pointer of m rows or None
         logits = F.linear(x.to(dtype), weight.to(dtype)).to(h.dtype)  # (m, V)
         nll = F.cross_entropy(logits, target, ignore_index=-100, reduction="none")
-        log_p, best = logits.detach().log_softmax(-1).max(-1)
-        if held is None:
-            return nll, best
-        p_held = logits.detach().softmax(-1).gather(1, held.tokens)  # (m, N)
-        best = mixture_top1(Pointer(*map(Tensor.detach, held)), log_p.exp(), best, p_held)
-        nll = mixture_nll(nll, held.vocabulary(), held.match(target)) * (target != -100)
+        p_best, best = logits.detach().softmax(-1).max(-1)
+        if held is not None:
+            p_held = logits.detach().softmax(-1).gather(1, held.tokens)  # (m, N)
+            best = held.top1(best, p_best, p_held)
+            nll = held.nll(nll, target) * (target != -100)
         return nll, best
 
     parts = []
     for rows in slices:
-        held = None if pointer is None else Pointer(*(part[rows] for part in pointer))
+        held = None if pointer is None else pointer.rows(rows)
         parts.append(checkpoint(score, h[rows], targets[rows], held, use_reentrant=False))
     nll, best = (torch.cat(part) for part in zip(*parts, strict=True))
     return nll.mean(), nll.detach(), (best == targets).to(h.dtype)
@@ -798,8 +798,8 @@ class GPT2WithMemory(nn.Module):
             weight = self.head_weight()
             dtype = torch.bfloat16 if self.config.precision == "bf16" else h_out.dtype
             pointer = self.pointer(trace)
-            flat = None if pointer is None else Pointer(*(x.flatten(0, 1) for x in pointer))
-            loss, nll, top1 = head_loss(h_out.flatten(0, 1), weight, targets.flatten(), dtype, flat)
+            loss, nll, top1 = head_loss(
+                h_out.flatten(0, 1), weight, targets.flatten(), dtype, pointer)
             nll, top1 = nll.view(B, L), top1.view(B, L)
             effect = h.new_zeros(B, 0)
             if positions is not None:
@@ -812,16 +812,16 @@ class GPT2WithMemory(nn.Module):
         """What memory does at positions (B, P): the benefit NLL without - NLL with, or KL(with ||
         without), both (B, P) in nats. Logits without memory exist here alone, a chunk at a time."""
         weight = self.head_weight()
-        at = (torch.arange(len(h), device=h.device).unsqueeze(1), positions)  # (B, 1), (B, P)
-        h, h_out, nll, targets = (x[at].flatten(0, 1) for x in (h, h_out, nll, targets))  # (B*P, …)
+        first = torch.arange(len(h), device=h.device).unsqueeze(1) * h.shape[1]  # (B, 1)
+        at = (first + positions).flatten()  # (B*P,)
+        h, h_out, nll, targets = (x.flatten(0, 1)[at] for x in (h, h_out, nll, targets))
         effect = torch.zeros_like(nll)
-        if pointer is not None:
-            pointer = Pointer(*(x[at].flatten(0, 1) for x in pointer))  # (B*P, N)
         for rows in logit_chunks(len(h), weight, tensors=4):
             without = F.linear(h[rows], weight).float()  # (m, V)
             if self.config.routing == "kl":
                 log_p = F.linear(h_out[rows], weight).float().log_softmax(-1)  # (m, V)
-                log_p = mixture(log_p, pointer, rows)
+                if pointer is not None:
+                    log_p = pointer.rows(at[rows]).mix(log_p)
                 log_q = without.log_softmax(-1)
                 effect[rows] = (log_p.exp() * (log_p - log_q)).sum(-1)
             else:
@@ -1189,11 +1189,11 @@ def token_statistics(h: Tensor, h_out: Tensor, targets: Tensor,
     out = torch.zeros(targets.numel(), len(STATS), device=h.device)  # (B*L, K)
     h, h_out = h.flatten(0, 1).float(), h_out.flatten(0, 1).float()  # (B*L, C)
     at, weight = targets.reshape(-1, 1), weight.float()
-    if pointer is not None:
-        pointer = Pointer(*(part.flatten(0, 1) for part in pointer))  # (B*L, N)
     for rows in logit_chunks(len(out), weight):
         target = at[rows].clamp_min(0)  # (M, 1)
-        log_p = mixture((h_out[rows] @ weight.T).log_softmax(-1), pointer, rows)  # (M, V)
+        log_p = (h_out[rows] @ weight.T).log_softmax(-1)  # (M, V)
+        if pointer is not None:
+            log_p = pointer.rows(rows).mix(log_p)
         if brief:
             columns = [-log_p.gather(1, target)]
         else:

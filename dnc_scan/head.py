@@ -9,7 +9,8 @@ from torch import Tensor
 
 
 class HeadLoss(torch.autograd.Function):
-    """Mean next-token cross-entropy of the tied LM head, a chunk of logits at a time.
+    """Mean next-token cross-entropy of the tied LM head, a chunk of logits at a time, mixed with
+    what a pointer adds: its rows' gradients shrink by the posterior of the vocabulary.
 
     A chunk turns into its own gradient in place: two (M, V) tensors never exist, and the backward
     only scales. F.linear_cross_entropy (torch 2.13) does as much, but more slowly here, and gives
@@ -17,15 +18,20 @@ class HeadLoss(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, h, weight, targets, dtype, slices):
-        """h (M, C), weight (V, C), targets (M,), dtype of products, slices of the M rows -> mean
-        loss (), nll (M,), top1 (M,); a target of -100 counts 0 in all three."""
+    def forward(ctx, h, weight, vocabulary, match, targets, dtype, slices, pointer):
+        """h (M, C), weight (V, C), targets (M,), dtype of products, slices of the M rows; a pointer
+        of M rows with its vocabulary() (M,) and match(targets) (M,), or None -> mean loss (), nll
+        (M,), top1 (M,); a target of -100 counts 0 in all three."""
         low = weight.to(dtype)  # (V, C)
         scored = (targets != -100).to(h.dtype)  # (M,)
         nll = torch.zeros_like(scored)
         top1 = torch.zeros_like(scored)
         d_h = torch.zeros_like(h)
         d_weight = torch.zeros_like(weight)
+        d_vocabulary = d_match = None
+        if pointer is not None:
+            d_vocabulary = torch.zeros_like(vocabulary)
+            d_match = torch.zeros_like(match)
 
         for rows in slices:
             x = h[rows].to(dtype)  # (m, C)
@@ -34,18 +40,29 @@ class HeadLoss(torch.autograd.Function):
             target = labels.clamp_min(0).unsqueeze(1)  # (m, 1)
 
             chunk_nll, best, total = exponentiate(logits, target)
+            part = scored[rows] / len(h)  # (m,), of the mean loss
+            if pointer is not None:
+                held = pointer.rows(rows)
+                p_held = logits.gather(1, held.tokens) / total  # (m, N)
+                best = held.top1(best, 1 / total.squeeze(1), p_held)
+                by_vocabulary = vocabulary[rows].log() - chunk_nll
+                log_p = torch.logaddexp(by_vocabulary, (match[rows] + 1e-30).log())
+                d_vocabulary[rows] = -part * (-chunk_nll - log_p).exp()
+                d_match[rows] = -part * (-log_p).exp()
+                part = part * (by_vocabulary - log_p).exp()  # the posterior of the vocabulary
+                chunk_nll = -log_p
             nll[rows] = chunk_nll * scored[rows]
             top1[rows] = (best == labels).to(h.dtype)
 
             if any(ctx.needs_input_grad):
                 d_logits = logits.scatter_add_(1, target, -total)  # (m, V), but for the share
                 d_logits = d_logits.to(dtype)
-                share = scored[rows].unsqueeze(1) / (total * len(h))  # (m, 1)
+                share = part.unsqueeze(1) / total  # (m, 1)
                 d_x = d_logits @ low  # (m, C)
                 d_h[rows] = d_x.to(h.dtype) * share
                 add_weight_gradient(d_weight, d_logits, x * share)
 
-        ctx.grads = d_h, d_weight
+        ctx.grads = d_h, d_weight, d_vocabulary, d_match
         ctx.mark_non_differentiable(nll, top1)
         return nll.mean(), nll, top1
 
@@ -54,9 +71,9 @@ class HeadLoss(torch.autograd.Function):
         """Scale the gradients of the forward, in place. Raises RuntimeError the second time."""
         if ctx.grads is None:
             raise RuntimeError("HeadLoss serves one backward: run the forward again")
-        d_h, d_weight = ctx.grads
+        grads = [None if grad is None else grad.mul_(grad_loss) for grad in ctx.grads]
         ctx.grads = None
-        return d_h.mul_(grad_loss), d_weight.mul_(grad_loss), None, None, None
+        return *grads, None, None, None, None
 
 
 def exponentiate(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -79,7 +96,10 @@ def add_weight_gradient(d_weight: Tensor, d_logits: Tensor, x: Tensor) -> None:
         d_weight += d_logits.T @ x.to(d_logits.dtype)
 
 
-def head_loss(h: Tensor, weight: Tensor, targets: Tensor, dtype: torch.dtype, slices: list[slice]
-              ) -> tuple[Tensor, Tensor, Tensor]:
+def head_loss(h: Tensor, weight: Tensor, targets: Tensor, dtype: torch.dtype, slices: list[slice],
+              pointer=None) -> tuple[Tensor, Tensor, Tensor]:
     """Call HeadLoss with the arguments and results of dnc_gpt2.chunked_head_loss."""
-    return HeadLoss.apply(h, weight, targets, dtype, slices)
+    if pointer is None:
+        return HeadLoss.apply(h, weight, None, None, targets, dtype, slices, None)
+    vocabulary, match = pointer.vocabulary(), pointer.match(targets)
+    return HeadLoss.apply(h, weight, vocabulary, match, targets, dtype, slices, pointer)
