@@ -2180,8 +2180,6 @@ PRESETS: dict[str, tuple] = {
     "hidden_size": (768, 256),
     "num_layers": (6, 4),
     "num_heads": (8, 4),
-    "mem_slots": (64, 32),
-    "mem_width": (128, 64),
     "max_steps": (0, 600),
     "batch_size": (4, 8),
     "seq_len": (128, 64),
