@@ -224,64 +224,6 @@ class Interface(NamedTuple):
     empty: Tensor | None  # (B, T, R) logit of the empty slot
 
 
-def interface_sizes(width: int, reads: int, options: DNCOptions) -> dict[str, int]:
-    """Sizes of the parts of one interface vector, in order; 0 for what is switched off."""
-    return {
-        "write_key": width,
-        "write_strength": 1,
-        "erase": width,
-        "write_vector": width,
-        "write_gate": 1,
-        "allocation_gate": 1,
-        "read_keys": reads * width,
-        "read_strengths": reads,
-        "free_gates": reads,
-        "read_modes": 3 * reads if options.use_links else 0,
-        "masks": (reads + 1) * width if options.mask_min < 1 else 0,
-        "sharpening": 2 * reads if options.sharpen_links else 0,
-        "empty": reads if options.empty_slot else 0,
-    }
-
-
-def oneplus(x: Tensor) -> Tensor:
-    """1 + log(1 + exp(x)), Graves' name for what strengths go through."""
-    return 1 + F.softplus(x)
-
-
-def split_interface(z: Tensor, width: int, reads: int, options: DNCOptions) -> Interface:
-    """Split interface vectors z (B, T, I) and apply the activations (Graves, "interface")."""
-    B, T, _ = z.shape
-    sizes = interface_sizes(width, reads, options)
-    part = dict(zip(sizes, z.split([*sizes.values()], dim=-1), strict=True))
-
-    read_modes = write_mask = read_masks = sharpening = None
-    if options.use_links:
-        read_modes = part["read_modes"].view(B, T, reads, 3).softmax(-1)
-    if options.mask_min < 1:
-        masks = part["masks"].sigmoid() * (1 - options.mask_min) + options.mask_min
-        masks = masks.view(B, T, reads + 1, width)
-        write_mask, read_masks = masks[:, :, 0], masks[:, :, 1:]  # (B, T, W), (B, T, R, W)
-    if options.sharpen_links:
-        sharpening = oneplus(part["sharpening"].view(B, T, reads, 2))
-
-    return Interface(
-        write_key=part["write_key"],
-        write_strength=oneplus(part["write_strength"].squeeze(-1)),
-        erase=part["erase"].sigmoid(),
-        write_vector=part["write_vector"],
-        write_gate=part["write_gate"].squeeze(-1).sigmoid(),
-        allocation_gate=part["allocation_gate"].squeeze(-1).sigmoid(),
-        read_keys=part["read_keys"].view(B, T, reads, width),
-        read_strengths=oneplus(part["read_strengths"]),
-        free_gates=part["free_gates"].sigmoid(),
-        read_modes=read_modes,
-        write_mask=write_mask,
-        read_masks=read_masks,
-        sharpening=sharpening,
-        empty=part["empty"] if options.empty_slot else None,
-    )
-
-
 def zero_state(batch: int, slots: int, width: int, reads: int, options: DNCOptions,
                dtype: torch.dtype = torch.float32, device: torch.device | None = None,
                hidden_size: int = 0) -> DNCState:
@@ -355,25 +297,6 @@ def content_weighting(keys: Tensor, strengths: Tensor, memory: Tensor,
     return torch.cat((empty.unsqueeze(-1), logits), dim=-1).softmax(-1)[..., 1:]
 
 
-def link_update(link: Tensor, precedence: Tensor, write_weights: Tensor
-                ) -> tuple[Tensor, Tensor]:
-    """L_ij = (1 - w_i - w_j) L_ij + w_i p_j with zero diagonal, then p = (1 - sum w) p + w.
-
-    link (B, N, N), precedence and write_weights (B, N) -> link, precedence.
-    """
-    w_i, w_j = write_weights.unsqueeze(2), write_weights.unsqueeze(1)  # (B, N, 1), (B, 1, N)
-    link = (1 - w_i - w_j) * link + w_i * precedence.unsqueeze(1)  # (B, N, N)
-    link = link.tril(-1) + link.triu(1)
-    return link, (1 - write_weights.sum(-1, keepdim=True)) * precedence + write_weights
-
-
-def sharpen(weights: Tensor, strengths: Tensor) -> Tensor:
-    """(S): ((d + eps) / max(d + eps))^s over its sum. weights (B, R, N), strengths (B, R)."""
-    weights = weights + EPS
-    powered = (weights / weights.amax(-1, keepdim=True)).pow(strengths.unsqueeze(-1))
-    return powered / powered.sum(-1, keepdim=True)
-
-
 def write_weighting(x: Interface, usage: Tensor, memory: Tensor) -> Tensor:
     """w = g_w * (g_a * a + (1 - g_a) * c): one step's interface, usage (B, N) -> (B, N)."""
     mask = None if x.write_mask is None else x.write_mask.unsqueeze(1)  # (B, 1, W)
@@ -382,19 +305,6 @@ def write_weighting(x: Interface, usage: Tensor, memory: Tensor) -> Tensor:
     allocation = allocation_weighting(usage)  # (B, N)
     gate = x.allocation_gate.unsqueeze(1)  # (B, 1)
     return x.write_gate.unsqueeze(1) * (gate * allocation + (1 - gate) * content)
-
-
-def follow_links(x: Interface, content: Tensor, previous: Tensor, link: Tensor,
-                 options: DNCOptions) -> Tensor:
-    """wr = pi_b L^T wr + pi_c c + pi_f L wr, wr the previous read weights. All but link (B, N, N)
-    are (B, R, N), as is the result."""
-    backward = previous @ link  # L^T wr: (B, R, N)
-    forward = previous @ link.transpose(1, 2)  # L wr: (B, R, N)
-    if options.sharpen_links:
-        backward = sharpen(backward, x.sharpening[..., 0])
-        forward = sharpen(forward, x.sharpening[..., 1])
-    by_mode = torch.stack((backward, content, forward), dim=-1)  # (B, R, N, 3)
-    return (by_mode @ x.read_modes.unsqueeze(-1)).squeeze(-1)  # (B, R, N)
 
 
 def dnc_step(x: Interface, state: DNCState, options: DNCOptions) -> tuple[Tensor, DNCState]:
@@ -454,34 +364,15 @@ def pick_scan(scan: str, state: DNCState, options: DNCOptions) -> Callable:
     return dnc_loop if reason else dnc_scan
 
 
-class HiddenInterface(nn.Linear):
-    """Graves' interface: all instructions from LN(h_t) by one matrix. `biases` are added to the
-    initial biases of its parts, by their names."""
-
-    def __init__(self, hidden_size: int, width: int, reads: int, options: DNCOptions,
-                 biases: dict[str, float] | None = None) -> None:
-        self.layout = (width, reads, options)
-        sizes = interface_sizes(*self.layout)
-        super().__init__(hidden_size, sum(sizes.values()))
-        biases = biases or {}
-        added = [torch.full((size,), biases.get(part, 0.0)) for part, size in sizes.items()]
-        self.bias.data += torch.cat(added)
-
-    def forward(self, normed: Tensor, before: Tensor | None, embedding: Tensor | None) -> Interface:
-        """normed (B, T, C) = LN(h_t); the others are not looked at."""
-        return split_interface(at_least_float32(super().forward(normed)), *self.layout)
-
-
 class RowInterface(nn.Module):
     """Instructions for rows that say what followed what: a key of LN(h_t-1), the state that had to
     predict token t, and a value of that token's embedding; a read asks with LN(h_t).
 
-    departs from Graves: key and value are two halves of a row, of which addressing sees the first;
+    departs from Graves: key and value are two parts of a row, of which addressing sees the first;
     keys have unit length; strengths do not depend on the token; gates and erase see LN(h_t-1) and
-    token t. Initial values are measured (docs/results.md): reads ask in the code in which rows are
-    kept, a row is written whole, and most of a read falls on the empty slot.
+    token t. row_key "own" makes the key of LN(h_t) instead.
     """
-    STRENGTH = 16.0
+    STRENGTH = 16.0  # of reads and writes, at the start
 
     def __init__(self, hidden_size: int, slots: int, width: int, reads: int, options: DNCOptions,
                  row_key: str = "previous") -> None:
@@ -491,57 +382,77 @@ class RowInterface(nn.Module):
         self.row_key = nn.Linear(hidden_size, key_width, bias=False)
         self.value = nn.Linear(hidden_size, width - key_width, bias=False)
         self.read_key = nn.Linear(hidden_size, reads * key_width, bias=False)
+        self.gates = nn.Linear(2 * hidden_size, 2 + reads)  # write, allocation, free
+        self.erase = nn.Linear(2 * hidden_size, width)
+        self.log_strength = nn.Parameter(torch.empty(reads + 1))  # of the reads, of the write
+        self.empty = nn.Linear(hidden_size, reads) if options.empty_slot else None
+        self.links = None
+        if options.use_links:
+            self.links = nn.Linear(hidden_size, (5 if options.sharpen_links else 3) * reads)
+        self.set_initial_values(slots)
+
+    @torch.no_grad()
+    def set_initial_values(self, slots: int) -> None:
+        """Reads ask in the code in which rows are kept; a row is written whole; most of a read
+        falls on the empty slot, or pointing would drown the vocabulary before it knows anything.
+        Measured: docs/results.md."""
         nn.init.orthogonal_(self.row_key.weight)
         nn.init.orthogonal_(self.value.weight)
-        self.read_key.weight.data.copy_(self.row_key.weight.data.repeat(reads, 1))
-        self.gates = nn.Linear(2 * hidden_size, 2 + reads)
-        self.erase = nn.Linear(2 * hidden_size, width)
-        for part, bias in ((self.gates, [2.0, 4.0] + [-4.0] * reads), (self.erase, [4.0] * width)):
-            nn.init.zeros_(part.weight)
-            part.bias.data.copy_(torch.tensor(bias))  # write 0.88, allocation 0.98, free 0.02
-        self.log_strength = nn.Parameter(torch.full((reads + 1,), math.log(self.STRENGTH)))
-        self.empty = None
-        if options.empty_slot:
-            self.empty = nn.Linear(hidden_size, reads)
+        self.read_key.weight.copy_(self.row_key.weight.repeat(self.reads, 1))
+        self.log_strength.fill_(math.log(self.STRENGTH))
+
+        nn.init.zeros_(self.gates.weight)
+        biases = [2.0, 4.0] + [-4.0] * self.reads  # write 0.88, allocation 0.98, free 0.02
+        self.gates.bias.copy_(torch.tensor(biases))
+        nn.init.zeros_(self.erase.weight)
+        self.erase.bias.fill_(4.0)  # 0.98
+
+        if self.empty is not None:
             nn.init.zeros_(self.empty.weight)
             share = 1.4 + 0.05 * math.log2(slots / 64)  # of the strength: 1.4 at N 64, 1.5 at 256
-            nn.init.constant_(self.empty.bias, share * self.STRENGTH)
-        if options.use_links:
-            self.modes = nn.Linear(hidden_size, (3 + 2 * options.sharpen_links) * reads)
+            self.empty.bias.fill_(share * self.STRENGTH)
 
     def forward(self, normed: Tensor, before: Tensor, embedding: Tensor) -> Interface:
         """normed = LN(h_t), before = LN(h_t-1), embedding of token t, all (B, T, C)."""
         B, T, _ = normed.shape
-        R, K = self.reads, self.options.key_width
         both = torch.cat((before, embedding), dim=-1)  # (B, T, 2C)
         row_key = self.row_key(before if self.row_key_of == "previous" else normed)
         row_key = F.normalize(at_least_float32(row_key), dim=-1)  # (B, T, K)
         value = at_least_float32(self.value(embedding))  # (B, T, W - K)
-        read_keys = at_least_float32(self.read_key(normed)).view(B, T, R, K)
+        read_keys = at_least_float32(self.read_key(normed)).view(B, T, self.reads, -1)
         gates = at_least_float32(self.gates(both)).sigmoid()  # (B, T, 2 + R)
-        strengths = self.log_strength.exp().to(gates.dtype).expand(B, T, R + 1)
-        read_modes = sharpening = None
-        if self.options.use_links:
-            modes = at_least_float32(self.modes(normed))
-            read_modes = modes[..., : 3 * R].view(B, T, R, 3).softmax(-1)
-            if self.options.sharpen_links:
-                sharpening = oneplus(modes[..., 3 * R :].view(B, T, R, 2))
+        strengths = self.log_strength.exp().to(gates.dtype).expand(B, T, -1)  # (B, T, R + 1)
+        empty = None
+        if self.empty is not None:
+            empty = at_least_float32(self.empty(normed))
+        read_modes, sharpening = self.along_links(normed)
+
         return Interface(
             write_key=row_key,
-            write_strength=strengths[..., R],
+            write_strength=strengths[..., -1],
             erase=at_least_float32(self.erase(both)).sigmoid(),
             write_vector=torch.cat((row_key, value), dim=-1),  # (B, T, W)
             write_gate=gates[..., 0],
             allocation_gate=gates[..., 1],
             read_keys=F.normalize(read_keys, dim=-1),
-            read_strengths=strengths[..., :R],
+            read_strengths=strengths[..., :-1],
             free_gates=gates[..., 2:],
             read_modes=read_modes,
             write_mask=None,
             read_masks=None,
             sharpening=sharpening,
-            empty=None if self.empty is None else at_least_float32(self.empty(normed)),
+            empty=empty,
         )
+
+    def along_links(self, normed: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        """read_modes and sharpening of an Interface, None where they are switched off."""
+        if self.links is None:
+            return None, None
+        parts = at_least_float32(self.links(normed)).unflatten(-1, (self.reads, -1))  # (B, T, R, ·)
+        sharpening = None
+        if self.options.sharpen_links:
+            sharpening = oneplus(parts[..., 3:])
+        return parts[..., :3].softmax(-1), sharpening
 
 
 def at_least_float32(x: Tensor) -> Tensor:
@@ -553,9 +464,11 @@ def tokens_held(tokens: Tensor, write_weights: Tensor, before: Tensor) -> Tensor
     before (B, N), the ids at the start -> (B, T, N). No gradient."""
     T = tokens.shape[1]
     step = torch.arange(T, device=tokens.device).view(1, T, 1)
-    written = torch.where(write_weights > 0.5, step, -1).cummax(dim=1).values  # (B, T, N)
-    held = tokens.unsqueeze(2).expand_as(written).gather(1, written.clamp_min(0))
-    return torch.where(written < 0, before.unsqueeze(1), held)
+    written = torch.where(write_weights > 0.5, step, -1)  # (B, T, N)
+    last_write = written.cummax(dim=1).values
+    by_slot = tokens.unsqueeze(2).expand_as(last_write)
+    held = by_slot.gather(1, last_write.clamp_min(0))
+    return torch.where(last_write < 0, before.unsqueeze(1), held)
 
 
 class DNCMemory(nn.Module):
@@ -593,9 +506,11 @@ class DNCMemory(nn.Module):
                 embedding: Tensor | None = None) -> tuple[Tensor, DNCState, DNCTrace]:
         """h (B, T, C), state of B rows; for split rows tokens (B, T) and their embedding (B, T, C)
         -> h_out (B, T, C), state after the last token, trace."""
-        normed, before = self.norm(h), None
+        normed = self.norm(h)
+        before = None
         if self.options.key_width:
-            before = torch.cat((state.last.unsqueeze(1).to(normed.dtype), normed[:, :-1]), dim=1)
+            last = state.last.unsqueeze(1).to(normed.dtype)  # (B, 1, C)
+            before = torch.cat((last, normed[:, :-1]), dim=1)
         x = self.interface(normed, before, embedding)
         with torch.autocast(h.device.type, enabled=False):  # 1 - 1e-6 is 1 in bfloat16
             recurrence = pick_scan(self.scan, state, self.options)
@@ -671,10 +586,14 @@ class Pointer(NamedTuple):
         (M,), or a token that is held, of probability p_held there (M, N). Without gradient."""
         tokens, order = self.tokens.sort(1)  # (M, N), equal tokens side by side
         weights = self.weights.detach().gather(1, order)
-        group = F.pad(tokens[:, 1:] != tokens[:, :-1], (1, 0), value=False).cumsum(1)  # (M, N)
-        match = torch.zeros_like(weights).scatter_add_(1, group, weights).gather(1, group)
+        differs = tokens[:, 1:] != tokens[:, :-1]
+        group = F.pad(differs, (1, 0), value=False).cumsum(1)  # (M, N), one number a token
+        sums = torch.zeros_like(weights).scatter_add_(1, group, weights)
+        match = sums.gather(1, group)  # (M, N)
+
         share = self.vocabulary().detach()  # (M,)
-        p, at = (share.unsqueeze(1) * p_held.gather(1, order) + match).max(1)
+        p = share.unsqueeze(1) * p_held.gather(1, order) + match
+        p, at = p.max(1)
         held = tokens.gather(1, at.unsqueeze(1)).squeeze(1)
         return torch.where(p > share * p_best, held, best)
 
@@ -682,8 +601,9 @@ class Pointer(NamedTuple):
 def point(trace: DNCTrace) -> Pointer:
     """The pointer of a trace, its B * T rows in one."""
     tokens = trace.tokens.flatten(0, 1)  # (B*T, N)
-    weights = trace.read_weights.mean(2).flatten(0, 1)
-    return Pointer(tokens.clamp_min(0), weights * (tokens >= 0))
+    weights = trace.read_weights.mean(2)
+    weights = weights.flatten(0, 1) * (tokens >= 0)
+    return Pointer(tokens.clamp_min(0), weights)
 
 
 def chunked_head_loss(h: Tensor, weight: Tensor, targets: Tensor, dtype: torch.dtype,
@@ -691,19 +611,20 @@ def chunked_head_loss(h: Tensor, weight: Tensor, targets: Tensor, dtype: torch.d
                       ) -> tuple[Tensor, Tensor, Tensor]:
     """The readable LM head: a chunk of logits at a time, computed again in the backward.
 
-    h (M, C), weight (V, C), targets (M,), dtype of the products, slices of the M rows, pointer
-    of the M rows or None -> mean loss (), nll (M,), top1 (M,); a target of -100 counts 0 in all three.
+    h (M, C), weight (V, C), targets (M,), dtype of the products, slices of the M rows, pointer of
+    the M rows or None -> mean loss (), nll (M,), top1 (M,); a target of -100 counts 0 in all three.
     """
     from torch.utils.checkpoint import checkpoint
 
     def score(x, target, held):  # (m, C), (m,), a pointer of m rows or None
         logits = F.linear(x.to(dtype), weight.to(dtype)).to(h.dtype)  # (m, V)
         nll = F.cross_entropy(logits, target, ignore_index=-100, reduction="none")
-        p_best, best = logits.detach().softmax(-1).max(-1)
-        if held is not None:
-            p_held = logits.detach().softmax(-1).gather(1, held.tokens)  # (m, N)
-            best = held.top1(best, p_best, p_held)
-            nll = held.nll(nll, target) * (target != -100)
+        p = logits.detach().softmax(-1)
+        p_best, best = p.max(-1)
+        if held is None:
+            return nll, best
+        best = held.top1(best, p_best, p.gather(1, held.tokens))
+        nll = held.nll(nll, target) * (target != -100)
         return nll, best
 
     parts = []
@@ -848,9 +769,12 @@ class GPT2WithMemory(nn.Module):
 # ══ Loss ═════════════════════════════════════════════════════════════════════════════════════════
 def weight_entropy(weights: Tensor) -> Tensor:
     """H(w / sum w) / log N of weightings (..., N), in [0, 1]; a closed gate is no focus."""
-    p = weights / weights.sum(-1, keepdim=True).clamp_min(1e-12)
-    entropy = -(p * p.clamp_min(1e-12).log()).sum(-1)
-    return entropy / math.log(max(2, weights.shape[-1]))
+    total = weights.sum(-1, keepdim=True)
+    p = weights / total.clamp_min(1e-12)
+    log_p = p.clamp_min(1e-12).log()
+    entropy = -(p * log_p).sum(-1)
+    slots = weights.shape[-1]
+    return entropy / math.log(max(2, slots))
 
 
 def total_loss(output: Output, positions: Tensor | None, config: Config) -> Tensor:
@@ -941,7 +865,9 @@ def empty_some_rows(state: DNCState | None, config: Config, step: int) -> DNCSta
     new = []
     for name, tensor in state._asdict().items():
         fill = -1 if name == "tokens" else 0
-        mask = emptied.to(tensor.device).view(-1, *[1] * (tensor.dim() - 1))
+        mask = emptied.to(tensor.device)
+        while mask.dim() < tensor.dim():
+            mask = mask.unsqueeze(-1)
         new.append(tensor.masked_fill(mask, fill))
     return DNCState(*new)
 
@@ -966,9 +892,9 @@ def check_and_count(run: Run, output: Output, loss: Tensor, norm: Tensor) -> Non
 
 
 def make_optimizer(model: GPT2WithMemory, config: Config) -> torch.optim.Optimizer:
-    """AdamW, fused; weight decay on matrices only; the memory's rate is lr * memory_lr. Reads share
-    a large common part, so that at the controller's rate one Adam step of read_proj moves every
-    logit at once: the noise of that bias, not the memory, would decide the comparison."""
+    """AdamW, fused; weight decay on matrices only; the memory's rate is lr * memory_lr. The plain
+    DNC (empty_slot False) wants 0.1: reads that cannot be empty share a large common part, and one
+    Adam step of read_proj at the controller's rate moves every logit at once."""
     parts = [(model.controller, 1.0)]
     if model.memory is not None:
         parts.append((model.memory, config.memory_lr))
@@ -1180,6 +1106,13 @@ def memory_columns(log_p: Tensor, log_q: Tensor, target: Tensor,
     ]
 
 
+def gates_of(trace: DNCTrace, rows: slice) -> tuple[Tensor, Tensor]:
+    """Write gates (M, 1) and write weights (M, N) of some of the B * T rows of a trace."""
+    write_gate = trace.write_gate.reshape(-1, 1)
+    write_weights = trace.write_weights.flatten(0, 1)
+    return write_gate[rows], write_weights[rows]
+
+
 def token_statistics(h: Tensor, h_out: Tensor, targets: Tensor,
                      weight: Tensor, trace: DNCTrace | None, brief: bool,
                      pointer: Pointer | None = None) -> Tensor:
@@ -1200,9 +1133,7 @@ def token_statistics(h: Tensor, h_out: Tensor, targets: Tensor,
             columns = prediction_columns(log_p, target)
         if not brief and trace is not None:
             log_q = (h[rows] @ weight.T).log_softmax(-1)  # (M, V)
-            gate = trace.write_gate.reshape(-1, 1)[rows]  # (M, 1)
-            write_weights = trace.write_weights.flatten(0, 1)[rows]  # (M, N)
-            columns += memory_columns(log_p, log_q, target, -columns[-1], gate, write_weights)
+            columns += memory_columns(log_p, log_q, target, -columns[-1], *gates_of(trace, rows))
         taken = torch.cat([column.float() for column in columns], dim=1)
         out[rows, : taken.shape[1]] = taken
     out = out * (at != -100)
@@ -1342,24 +1273,73 @@ def print_controls(run: Run, baseline: Run | None, corpus: "Corpus", stop: "Stop
 
 
 @torch.no_grad()
-def trace_text(model: GPT2WithMemory, ids: list[int]) -> DNCTrace:
-    """Run tokens through a model from an empty memory -> the trace without its batch, (T, …)."""
+def trace_text(model: GPT2WithMemory, ids: list[int]) -> tuple[DNCTrace, Tensor]:
+    """Run T tokens through a model from an empty memory -> the trace without its batch, (T, …), and
+    the STATS of what it says of every next token (T - 1, K)."""
     tokens = torch.tensor([ids], device=model.head_weight().device)  # (1, T)
-    state, traces = model.init_state(1), []
+    targets = F.pad(tokens[:, 1:], (0, 1), value=-100)
+    length = model.config.seq_len
+    windows = zip(tokens.split(length, 1), targets.split(length, 1), strict=True)
     model.eval()
-    for window in tokens.split(model.config.seq_len, dim=1):
-        _, _, state, trace = model.hidden(window, state)
+    state = model.init_state(1)
+    traces, stats = [], []
+    for window, target in windows:
+        h, h_out, state, trace = model.hidden(window, state)
+        pointer = model.pointer(trace)
+        weight = model.head_weight()
         traces.append(trace)
-    parts = [torch.cat(windows, dim=1)[0].cpu() for windows in zip(*traces, strict=True)]
-    return DNCTrace(*parts)
+        stats.append(token_statistics(h, h_out, target, weight, trace, False, pointer))
+    whole = [torch.cat(parts, dim=1)[0].cpu() for parts in zip(*traces, strict=True)]
+    return DNCTrace(*whole), torch.cat(stats, dim=1)[0, :-1].cpu()
+
+
+class Raised(NamedTuple):
+    """A token that the memory made more likely by pointing at an earlier one."""
+    at: int  # its position
+    source: int  # the position of the earlier token
+    slot: int  # where that one was kept
+    without: float  # probability of the token by GPT-2 alone, h + 0
+    probability: float  # and with memory
+    empty: float  # share of the read that fell on the empty slot, mean of the heads
+
+
+def raised_tokens(ids: list[int], trace: DNCTrace, stats: Tensor, most: int = 5) -> list[Raised]:
+    """The tokens whose log-probability a pointing memory raised most, the most first; arguments as
+    `trace_text` returns them. The earlier token is that of the slot with the largest weight."""
+    positions = torch.arange(len(ids)).unsqueeze(0)
+    nowhere = torch.full((1, trace.tokens.shape[1]), -1)
+    written_at = tokens_held(positions, trace.write_weights.unsqueeze(0), nowhere)[0]  # (T, N)
+    nll = stats[:, STATS.index("nll")]  # (T - 1,)
+    nll_without = stats[:, STATS.index("nll_without")]
+    gains = nll_without - nll
+
+    raised = []
+    for t in gains.argsort(descending=True).tolist():
+        if len(raised) == most or gains[t] <= 0:
+            break
+        weights = trace.read_weights[t].mean(0)  # (N,)
+        match = weights * (trace.tokens[t] == ids[t + 1])
+        slot = match.argmax().item()
+        if match[slot] == 0:  # raised by what reads add to h
+            continue
+        raised.append(Raised(
+            at=t + 1,
+            source=written_at[t, slot].item(),
+            slot=slot,
+            without=math.exp(-nll_without[t]),
+            probability=math.exp(-nll[t]),
+            empty=1 - weights.sum().item(),
+        ))
+    return raised
 
 
 def inspect_writes(model: GPT2WithMemory, tokenizer: object, text: str, folder: str, corpus: str
                    ) -> None:
-    """Run a text from an empty memory: print each token's write gate, draw memory_trace.png."""
+    """Run a text from an empty memory: print each token's write gate and which tokens the memory
+    raised most and from where, draw memory_trace.png."""
     ids = tokenizer.encode(text, add_special_tokens=False).ids
     require(len(ids) > 0, "text", text, "text that the tokenizer knows")
-    trace = trace_text(model, ids)
+    trace, stats = trace_text(model, ids)
     texts = [tokenizer.decode([i]).strip(" ") for i in ids]
     words = [text.replace("\n", "\\n") or "␣" for text in texts]
     width = max(5, *map(len, words))
@@ -1368,26 +1348,58 @@ def inspect_writes(model: GPT2WithMemory, tokenizer: object, text: str, folder: 
     print("  Token  Gate  bar")
     for word, gate in zip(words, trace.write_gate.tolist(), strict=True):
         print(f"  {word:<{width}}   {gate:.3f}  {'█' * round(gate * 30)}".rstrip())
-    plot_trace(words, trace, Path(folder) / "memory_trace.png", corpus)
+    raised = raised_tokens(ids, trace, stats) if model.config.pointing else []
+    if raised:
+        print_raised(raised, words)
+    plot_trace(words, trace, raised, Path(folder) / "memory_trace.png", corpus)
 
 
-def plot_trace(words: list[str], trace: DNCTrace, path: Path, corpus: str) -> None:
-    """Gate above, write weights and read weights (mean of the heads) below, slots by tokens."""
+def print_raised(raised: list[Raised], words: list[str]) -> None:
+    """Print the tokens that memory raised most, each with the earlier token that it points at."""
+    width = max(len("Token"), *(len(words[row.at]) for row in raised))
+    print()
+    print_heading("Where memory raised a token most, and the earlier token it points at")
+    print(f"  {'Token':<{width}}     GPT-2  with memory   points at")
+    for row in raised:
+        token = words[row.at]
+        source = words[row.source]
+        before = ""
+        if row.source > 0:
+            before = words[row.source - 1] + " "
+        print(f"  {token:<{width}}   {row.without:7.2%}      {row.probability:7.2%}   "
+              f"{before}[{source}] {row.at - row.source} back, slot {row.slot}, "
+              f"{row.empty:.0%} of the read on the empty slot")
+
+
+def plot_trace(words: list[str], trace: DNCTrace, raised: list[Raised], path: Path, corpus: str
+               ) -> None:
+    """Gate above, then write weights and read weights (mean of the heads), slots by tokens, and the
+    share of the empty slot below. A ring marks a read that raised the next token: what it held."""
     T = len(words)
     step = max(1, T // 120)
-    size = (max(8, min(40, 0.32 * T + 2)), 9)
-    with dark_figure(path, 3, 1, size, sharex=True, height_ratios=[1, 2, 2]) as (figure, axes):
+    size = (max(8, min(40, 0.32 * T + 2)), 11)
+    read_weights = trace.read_weights.mean(1)  # (T, N)
+    with dark_figure(path, 4, 1, size, sharex=True, height_ratios=[1, 2, 2, 1]) as (figure, axes):
         axes[0].bar(range(T), trace.write_gate.numpy(), color=PALETTE[5], width=0.8)
         axes[0].set(ylim=(0, 1), ylabel="write gate")
         axes[0].set_title(f"GPT2 + DNC, memory by token\n{plain(corpus)}", fontsize=10)
-        panels = {"write": trace.write_weights, "read": trace.read_weights.mean(1)}  # (T, N)
-        for axis, (label, weights) in zip(axes[1:], panels.items(), strict=True):
+        panels = {"write": trace.write_weights, "read": read_weights}  # (T, N)
+        for axis, (label, weights) in zip(axes[1:3], panels.items(), strict=True):
             image = axis.imshow(weights.T.numpy(), aspect="auto", cmap="magma")
             axis.set_ylabel(f"slot ({label} weights)")
             figure.colorbar(image, ax=axis, pad=0.01)
+        ring = {"ms": 9, "mfc": "none", "mec": PALETTE[1], "mew": 1.5}
+        for row in raised:
+            place = (row.at - 1, row.slot)
+            axes[2].plot(*place, "o", **ring)
+            axes[2].annotate(plain(words[row.source]), place, (8, 6), color=PALETTE[1],
+                             textcoords="offset points", fontsize=9)
+        empty = 1 - read_weights.sum(1)  # (T,)
+        axes[3].bar(range(T), empty.numpy(), color=PALETTE[0], width=0.8)
+        axes[3].set(ylim=(0, 1), ylabel="read: empty slot")
         places = range(0, T, step)
         labels = [plain(word) for word in words[::step]]
-        axes[2].set_xticks(places, labels, rotation=90, fontsize=8)
+        axes[3].set_xticks(places, labels, rotation=90, fontsize=8)
 
 
 def plot_curves(runs: list[Run], path: Path, corpus: str) -> None:
@@ -1410,6 +1422,115 @@ def plot_curves(runs: list[Run], path: Path, corpus: str) -> None:
             axis.legend(fontsize=9)
         title = " vs ".join(run.arm for run in runs)
         figure.suptitle(f"{title}\n{plain(corpus)}", fontsize=11)
+
+
+# ══ Memory, further: Graves' own interface, temporal links, the other options ════════════════════
+class HiddenInterface(nn.Linear):
+    """Graves' interface: all instructions from LN(h_t) by one matrix. `biases` are added to the
+    initial biases of its parts, by their names."""
+
+    def __init__(self, hidden_size: int, width: int, reads: int, options: DNCOptions,
+                 biases: dict[str, float] | None = None) -> None:
+        self.layout = (width, reads, options)
+        sizes = interface_sizes(*self.layout)
+        super().__init__(hidden_size, sum(sizes.values()))
+        biases = biases or {}
+        added = [torch.full((size,), biases.get(part, 0.0)) for part, size in sizes.items()]
+        self.bias.data += torch.cat(added)
+
+    def forward(self, normed: Tensor, before: Tensor | None, embedding: Tensor | None) -> Interface:
+        """normed (B, T, C) = LN(h_t); the others are not looked at."""
+        return split_interface(at_least_float32(super().forward(normed)), *self.layout)
+
+
+def interface_sizes(width: int, reads: int, options: DNCOptions) -> dict[str, int]:
+    """Sizes of the parts of one interface vector, in order; 0 for what is switched off."""
+    return {
+        "write_key": width,
+        "write_strength": 1,
+        "erase": width,
+        "write_vector": width,
+        "write_gate": 1,
+        "allocation_gate": 1,
+        "read_keys": reads * width,
+        "read_strengths": reads,
+        "free_gates": reads,
+        "read_modes": 3 * reads if options.use_links else 0,
+        "masks": (reads + 1) * width if options.mask_min < 1 else 0,
+        "sharpening": 2 * reads if options.sharpen_links else 0,
+        "empty": reads if options.empty_slot else 0,
+    }
+
+
+def split_interface(z: Tensor, width: int, reads: int, options: DNCOptions) -> Interface:
+    """Split interface vectors z (B, T, I) and apply the activations (Graves, "interface")."""
+    B, T, _ = z.shape
+    sizes = interface_sizes(width, reads, options)
+    part = dict(zip(sizes, z.split([*sizes.values()], dim=-1), strict=True))
+
+    read_modes = write_mask = read_masks = sharpening = None
+    if options.use_links:
+        read_modes = part["read_modes"].view(B, T, reads, 3).softmax(-1)
+    if options.mask_min < 1:
+        masks = part["masks"].sigmoid() * (1 - options.mask_min) + options.mask_min
+        masks = masks.view(B, T, reads + 1, width)
+        write_mask, read_masks = masks[:, :, 0], masks[:, :, 1:]  # (B, T, W), (B, T, R, W)
+    if options.sharpen_links:
+        sharpening = oneplus(part["sharpening"].view(B, T, reads, 2))
+
+    return Interface(
+        write_key=part["write_key"],
+        write_strength=oneplus(part["write_strength"].squeeze(-1)),
+        erase=part["erase"].sigmoid(),
+        write_vector=part["write_vector"],
+        write_gate=part["write_gate"].squeeze(-1).sigmoid(),
+        allocation_gate=part["allocation_gate"].squeeze(-1).sigmoid(),
+        read_keys=part["read_keys"].view(B, T, reads, width),
+        read_strengths=oneplus(part["read_strengths"]),
+        free_gates=part["free_gates"].sigmoid(),
+        read_modes=read_modes,
+        write_mask=write_mask,
+        read_masks=read_masks,
+        sharpening=sharpening,
+        empty=part["empty"] if options.empty_slot else None,
+    )
+
+
+def oneplus(x: Tensor) -> Tensor:
+    """1 + log(1 + exp(x)), Graves' name for what strengths go through."""
+    return 1 + F.softplus(x)
+
+
+def link_update(link: Tensor, precedence: Tensor, write_weights: Tensor
+                ) -> tuple[Tensor, Tensor]:
+    """L_ij = (1 - w_i - w_j) L_ij + w_i p_j with zero diagonal, then p = (1 - sum w) p + w.
+
+    link (B, N, N), precedence and write_weights (B, N) -> link, precedence.
+    """
+    w_i, w_j = write_weights.unsqueeze(2), write_weights.unsqueeze(1)  # (B, N, 1), (B, 1, N)
+    link = (1 - w_i - w_j) * link + w_i * precedence.unsqueeze(1)  # (B, N, N)
+    link = link.tril(-1) + link.triu(1)
+    return link, (1 - write_weights.sum(-1, keepdim=True)) * precedence + write_weights
+
+
+def follow_links(x: Interface, content: Tensor, previous: Tensor, link: Tensor,
+                 options: DNCOptions) -> Tensor:
+    """wr = pi_b L^T wr + pi_c c + pi_f L wr, wr the previous read weights. All but link (B, N, N)
+    are (B, R, N), as is the result."""
+    backward = previous @ link  # L^T wr: (B, R, N)
+    forward = previous @ link.transpose(1, 2)  # L wr: (B, R, N)
+    if options.sharpen_links:
+        backward = sharpen(backward, x.sharpening[..., 0])
+        forward = sharpen(forward, x.sharpening[..., 1])
+    by_mode = torch.stack((backward, content, forward), dim=-1)  # (B, R, N, 3)
+    return (by_mode @ x.read_modes.unsqueeze(-1)).squeeze(-1)  # (B, R, N)
+
+
+def sharpen(weights: Tensor, strengths: Tensor) -> Tensor:
+    """(S): ((d + eps) / max(d + eps))^s over its sum. weights (B, R, N), strengths (B, R)."""
+    weights = weights + EPS
+    powered = (weights / weights.amax(-1, keepdim=True)).pow(strengths.unsqueeze(-1))
+    return powered / powered.sum(-1, keepdim=True)
 
 
 # ══ Data: one token stream a split ═══════════════════════════════════════════════════════════════
@@ -1670,6 +1791,15 @@ FREE_FIELDS = {
     "arms", "use_compile", "compile_mode", "num_gpus", "resume", "inspect", "text", "eval_tokens",
     "scan",
 }
+# What checkpoints say that are older than these fields: the plain DNC.
+OLDER_FIELDS = {
+    "pointing": False,
+    "split_rows": False,
+    "row_key": "previous",
+    "empty_slot": False,
+    "usage_decay": 1.0,
+    "empty_share": 0.0,
+}
 
 
 def last_perplexity(run: Run) -> float:
@@ -1718,6 +1848,7 @@ def save_checkpoint(run: Run, corpus: Corpus, final: bool = False) -> None:
 def load_checkpoint(path: str | Path) -> dict:
     """Read a checkpoint. Raises ValueError naming a file that is missing, truncated or foreign."""
     payload = load_tensors(Path(path), PAYLOAD, "name another checkpoint; see what save_dir holds")
+    payload["config"] = OLDER_FIELDS | payload["config"]
     fields, saved = {field.name for field in dataclasses.fields(Config)}, payload["config"].keys()
     # A field that may differ may also be newer than the checkpoint.
     fits = saved <= fields <= saved | FREE_FIELDS
@@ -1758,8 +1889,9 @@ def restore(run: Run, payload: dict, path: str | Path, corpus: Corpus) -> None:
     run.results = payload["results"]
     run.last_saved = str(path)
     if payload["memory_state"] is not None:
-        state = DNCState(*payload["memory_state"])
-        run.state = map_state(lambda tensor: tensor.to(run.device), state)
+        saved = payload["memory_state"]
+        newer = run.model.init_state(run.config.rows)[len(saved):]  # parts that came later
+        run.state = map_state(lambda tensor: tensor.to(run.device), DNCState(*saved, *newer))
     rng = payload["rng"]
     torch.set_rng_state(rng["torch"])
     torch.cuda.set_rng_state_all(rng["cuda"][: torch.cuda.device_count()])
@@ -2378,6 +2510,12 @@ def run_comparison(config: Config, preset: str, stop: StopSignal) -> None:
     config, gpus = choose_hardware(config, torch.cuda.device_count())
     check_folder(config.save_dir, "save_dir")
     check_folder(config.plot_dir, "plot_dir")
+    with locked(config.save_dir, "save_dir"):
+        compare_arms(config, gpus, preset, stop)
+
+
+def compare_arms(config: Config, gpus: int, preset: str, stop: StopSignal) -> None:
+    """`run_comparison` on that many GPUs, in folders that can be written."""
     corpus = load_corpus(config)
     if config.init_from != "scratch":
         settings = controller_config(config, corpus.vocab_size)

@@ -28,41 +28,31 @@ class HeadLoss(torch.autograd.Function):
         top1 = torch.zeros_like(scored)
         d_h = torch.zeros_like(h)
         d_weight = torch.zeros_like(weight)
-        d_vocabulary = d_match = None
-        if pointer is not None:
-            d_vocabulary = torch.zeros_like(vocabulary)
-            d_match = torch.zeros_like(match)
+        d_vocabulary = torch.zeros_like(scored)
+        d_match = torch.zeros_like(scored)
 
         for rows in slices:
             x = h[rows].to(dtype)  # (m, C)
-            logits = (x @ low.T).to(h.dtype)  # (m, V)
             labels = targets[rows]  # (m,)
             target = labels.clamp_min(0).unsqueeze(1)  # (m, 1)
+            powers = (x @ low.T).to(h.dtype)  # (m, V)
+            chunk_nll, best, total = exponentiate(powers, target)
 
-            chunk_nll, best, total = exponentiate(logits, target)
-            part = scored[rows] / len(h)  # (m,), of the mean loss
+            share = scored[rows] / len(h)  # (m,), of the mean loss
             if pointer is not None:
-                held = pointer.rows(rows)
-                p_held = logits.gather(1, held.tokens) / total  # (m, N)
-                best = held.top1(best, 1 / total.squeeze(1), p_held)
-                by_vocabulary = vocabulary[rows].log() - chunk_nll
-                log_p = torch.logaddexp(by_vocabulary, (match[rows] + 1e-30).log())
-                d_vocabulary[rows] = -part * (-chunk_nll - log_p).exp()
-                d_match[rows] = -part * (-log_p).exp()
-                part = part * (by_vocabulary - log_p).exp()  # the posterior of the vocabulary
-                chunk_nll = -log_p
+                best = best_of_mixture(powers, total, best, pointer.rows(rows))
+                mixed = mix(chunk_nll, vocabulary[rows], match[rows], share)
+                chunk_nll, share, d_vocabulary[rows], d_match[rows] = mixed
             nll[rows] = chunk_nll * scored[rows]
             top1[rows] = (best == labels).to(h.dtype)
 
             if any(ctx.needs_input_grad):
-                d_logits = logits.scatter_add_(1, target, -total)  # (m, V), but for the share
-                d_logits = d_logits.to(dtype)
-                share = part.unsqueeze(1) / total  # (m, 1)
-                d_x = d_logits @ low  # (m, C)
-                d_h[rows] = d_x.to(h.dtype) * share
-                add_weight_gradient(d_weight, d_logits, x * share)
+                share = share.unsqueeze(1) / total  # (m, 1)
+                d_logits = powers.scatter_add_(1, target, -total)  # (m, V), but for the share
+                d_h[rows] = share_gradient(d_logits.to(dtype), share, x, low, d_weight)
 
-        ctx.grads = d_h, d_weight, d_vocabulary, d_match
+        ctx.grads = [d_h, d_weight]
+        ctx.grads += [None, None] if pointer is None else [d_vocabulary, d_match]
         ctx.mark_non_differentiable(nll, top1)
         return nll.mean(), nll, top1
 
@@ -74,6 +64,28 @@ class HeadLoss(torch.autograd.Function):
         grads = [None if grad is None else grad.mul_(grad_loss) for grad in ctx.grads]
         ctx.grads = None
         return *grads, None, None, None, None
+
+
+def best_of_mixture(powers: Tensor, total: Tensor, best: Tensor, pointer) -> Tensor:
+    """The most likely token of a mixture (m,), from the vocabulary's powers (m, V), their sum
+    (m, 1), its own best (m,), and a pointer of m rows."""
+    p_best = 1 / total.squeeze(1)  # of exp(0), as the largest logit is subtracted
+    p_held = powers.gather(1, pointer.tokens) / total  # (m, N)
+    return pointer.top1(best, p_best, p_held)
+
+
+def mix(nll: Tensor, vocabulary: Tensor, match: Tensor, share: Tensor
+        ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """-log p(y) of p(y) = c0 p_lm(y) + match(y), from the nll of p_lm, c0 and match; then what the
+    logits have of a row's share of the loss, share * c0 p_lm(y) / p(y), and the gradients of c0 and
+    of match. All (m,)."""
+    by_vocabulary = vocabulary.log() - nll
+    by_match = (match + 1e-30).log()
+    log_p = torch.logaddexp(by_vocabulary, by_match)
+    posterior = (by_vocabulary - log_p).exp()
+    d_vocabulary = -(-nll - log_p).exp()
+    d_match = -(-log_p).exp()
+    return -log_p, share * posterior, share * d_vocabulary, share * d_match
 
 
 def exponentiate(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -88,18 +100,24 @@ def exponentiate(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor, Tensor
     return nll.squeeze(1), best.squeeze(1), total
 
 
-def add_weight_gradient(d_weight: Tensor, d_logits: Tensor, x: Tensor) -> None:
-    """d_weight (V, C) += d_logits^T (m, V) x (m, C), the product in the type of d_logits."""
+def share_gradient(d_logits: Tensor, share: Tensor, x: Tensor, low: Tensor, d_weight: Tensor
+                   ) -> Tensor:
+    """d_weight (V, C) += (share * d_logits)^T x, for d_logits (m, V), shares (m, 1) and x (m, C)
+    -> (share * d_logits) @ low (V, C). Products in the type of d_logits."""
+    shared_x = x * share
     if d_logits.dtype == d_weight.dtype:
-        d_weight.addmm_(d_logits.T, x)
+        d_weight.addmm_(d_logits.T, shared_x)
     else:
-        d_weight += d_logits.T @ x.to(d_logits.dtype)
+        d_weight += d_logits.T @ shared_x.to(d_logits.dtype)
+    d_x = d_logits @ low
+    return d_x.to(share.dtype) * share
 
 
 def head_loss(h: Tensor, weight: Tensor, targets: Tensor, dtype: torch.dtype, slices: list[slice],
               pointer=None) -> tuple[Tensor, Tensor, Tensor]:
     """Call HeadLoss with the arguments and results of dnc_gpt2.chunked_head_loss."""
-    if pointer is None:
-        return HeadLoss.apply(h, weight, None, None, targets, dtype, slices, None)
-    vocabulary, match = pointer.vocabulary(), pointer.match(targets)
+    vocabulary = match = None
+    if pointer is not None:
+        vocabulary = pointer.vocabulary()
+        match = pointer.match(targets)
     return HeadLoss.apply(h, weight, vocabulary, match, targets, dtype, slices, pointer)

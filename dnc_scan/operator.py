@@ -185,6 +185,17 @@ def check_shapes(interface, state, options) -> None:
 # ══ The function ═════════════════════════════════════════════════════════════════════════════════
 
 
+def contiguous_parts(interface) -> list[torch.Tensor]:
+    """PARTS of an interface, without elements where they are switched off."""
+    if interface.read_modes is None:
+        no_modes = interface.read_keys[..., :0]  # (B, T, R, 0)
+        interface = interface._replace(read_modes=no_modes)
+    if interface.empty is None:
+        no_slot = interface.free_gates[..., :0]  # (B, T, 0)
+        interface = interface._replace(empty=no_slot)
+    return [getattr(interface, name).contiguous() for name in PARTS]
+
+
 def dnc_scan(interface, state, options, backend: str = "auto"):
     """Run the recurrence of dnc_gpt2.dnc_loop, fused, in the state's type.
 
@@ -200,13 +211,7 @@ def dnc_scan(interface, state, options, backend: str = "auto"):
     backend = backend_for(state, backend)
     dtype = state.memory.dtype
 
-    if interface.read_modes is None:
-        no_modes = interface.read_keys[..., :0]  # (B, T, R, 0)
-        interface = interface._replace(read_modes=no_modes)
-    if interface.empty is None:
-        no_slot = interface.free_gates[..., :0]  # (B, T, 0)
-        interface = interface._replace(empty=no_slot)
-    parts = [getattr(interface, name).contiguous() for name in PARTS]
+    parts = contiguous_parts(interface)
     if backend == "numba" or any(part.dtype != torch.bfloat16 for part in parts):
         parts = [part.to(dtype) for part in parts]
     inputs = [getattr(state, name).to(dtype).contiguous() for name in STATE]
