@@ -1445,14 +1445,15 @@ class HiddenInterface(nn.Linear):
 
 def interface_sizes(width: int, reads: int, options: DNCOptions) -> dict[str, int]:
     """Sizes of the parts of one interface vector, in order; 0 for what is switched off."""
+    key_width = options.key_width or width
     return {
-        "write_key": width,
+        "write_key": key_width,
         "write_strength": 1,
         "erase": width,
         "write_vector": width,
         "write_gate": 1,
         "allocation_gate": 1,
-        "read_keys": reads * width,
+        "read_keys": reads * key_width,
         "read_strengths": reads,
         "free_gates": reads,
         "read_modes": 3 * reads if options.use_links else 0,
@@ -1485,7 +1486,7 @@ def split_interface(z: Tensor, width: int, reads: int, options: DNCOptions) -> I
         write_vector=part["write_vector"],
         write_gate=part["write_gate"].squeeze(-1).sigmoid(),
         allocation_gate=part["allocation_gate"].squeeze(-1).sigmoid(),
-        read_keys=part["read_keys"].view(B, T, reads, width),
+        read_keys=part["read_keys"].view(B, T, reads, -1),
         read_strengths=oneplus(part["read_strengths"]),
         free_gates=part["free_gates"].sigmoid(),
         read_modes=read_modes,
