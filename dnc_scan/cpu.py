@@ -491,8 +491,8 @@ def backward_rows(
             add_product(d_dots[:1].T, write_key[b, t : t + 1], 0, dM, 0)
             shrink_rows(shrink, M, K, dM)
             allocation_backward(order, used, before, d_w, du, one, eps)
-            usage_backward(u_before, w_before, wr_before, free_gates[b, t], decay, retention, d_kept,
-                           scratch, du, dw_before, dwr_before, d_free_gates[b, t], one)
+            usage_backward(u_before, w_before, wr_before, free_gates[b, t], decay, retention,
+                           d_kept, scratch, du, dw_before, dwr_before, d_free_gates[b, t], one)
 
 def run_rows(kernel, flags: tuple, decay: float, tensors: list[torch.Tensor]) -> None:
     """Run a numba kernel over all batch rows on torch's number of threads: it releases Python's
