@@ -124,12 +124,13 @@ def cuda_refusal(state, options) -> str:
     N, W = state.memory.shape[1:]
     R = state.read_weights.shape[1]
     most_slots = 128 if options.use_links else 256
+    most_elements = 16_384 if options.use_links else 32_768
     beside_links = " beside links" if options.use_links else ""
 
     limits = [
         ("mem_slots", N, most_slots, beside_links),
         ("mem_width", W, 256, ""),
-        ("mem_slots * mem_width", N * W, 16_384, ""),
+        ("mem_slots * mem_width", N * W, most_elements, beside_links),
         ("num_reads", R, 8, ""),
     ]
     for name, value, most, beside in limits:
@@ -137,7 +138,7 @@ def cuda_refusal(state, options) -> str:
             return f"{name} {value}: at most {most} are supported{beside}; lower it"
 
     if state.memory.is_cuda and not torch.compiler.is_compiling():
-        return cuda.trial(state.memory.device, N, W, R, options.use_links, options.dealloc_wipe)
+        return cuda.trial(state.memory.device, N, W, R, options)
     return ""
 
 
@@ -149,6 +150,8 @@ def check_shapes(interface, state, options) -> None:
     key_width = options.key_width or W
     if T == 0:
         raise ValueError("the interface has no step: T = 0")
+    if options.key_width >= W:
+        raise ValueError(f"key_width {key_width}: must be below the width of a row, {W}")
 
     steps, heads, slots = (B, T), (B, T, R), (B, N)
     wanted = {
