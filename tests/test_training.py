@@ -234,7 +234,8 @@ def test_autocast_bf16_runs_and_keeps_the_memory_in_float32(start):
     rows = dnc_gpt2.training_rows(torch.arange(200) % VOCAB, 2, 32)
     dnc_gpt2.train_step(rough, rough.model, rows)
     assert all(p.dtype == torch.float32 for p in rough.model.parameters())
-    assert all(part.dtype == torch.float32 for part in rough.state if part is not rough.state.tokens)
+    floats = [part for part in rough.state if part is not rough.state.tokens]
+    assert all(part.dtype == torch.float32 for part in floats)
 
 
 def test_autocast_bf16_leaves_the_addressing_in_float32(start):
@@ -521,7 +522,7 @@ def test_evaluate_is_repeatable_and_leaves_training_as_it_was(start, corpus):
 
 
 def test_evaluate_loss_without_memory_is_what_zeroed_reads_give(start, corpus):
-    """Zeroed: nothing is added to h, and nothing is pointed at, as the empty slot has every read."""
+    """Zeroed: nothing is added to h and nothing is pointed at, as the empty slot has all."""
     run = start("dnc", speaking=True)
     found = evaluate(run, corpus.valid)["metrics"]
     with torch.no_grad():
