@@ -307,10 +307,12 @@ def refuse_loop(*_):
 # ══ Values ═══════════════════════════════════════════════════════════════════════════════════════
 
 
-@both_backends
 @every_fused
-@pytest.mark.parametrize("start", ["zero", "carried"])
-def test_dnc_scan_matches_loop(start, options, backend):
+@pytest.mark.parametrize("backend,start", [
+    pytest.param(*NUMBA.values, "zero", marks=NUMBA.marks),
+    pytest.param(*NUMBA.values, "carried", marks=NUMBA.marks),
+    pytest.param(*TRITON.values, "carried", marks=TRITON.marks)])
+def test_dnc_scan_matches_loop(backend, start, options):
     """Reads, both traces and every field of the state, and the gradients of every part of the
     interface and of the initial state, for a loss with a random probe on all of the first: sizes
     that are no powers of two, T that ends within a chunk."""
@@ -366,12 +368,12 @@ def test_dnc_scan_sizes_match_loop(B, T, N, W, R, options, backend):
 
 
 @triton_only
-@pytest.mark.parametrize("options,sizes", [
-    (LINKS_WIPE, (1, 1, 1, 1, 1)), (ALL, (1, 2, 16, 16, 8)), (ALL, (1, 4, 17, 20, 1)),
-    (ALL._replace(key_width=16), (1, 1, 16, 17, 1))])
-def test_dnc_scan_triton_sizes_match_loop(options, sizes, backend):
+@pytest.mark.parametrize("options,start,sizes", [
+    (LINKS_WIPE, "zero", (1, 1, 1, 1, 1)), (ALL, "carried", (1, 2, 16, 16, 8)),
+    (ALL, "zero", (1, 4, 17, 20, 1)), (ALL._replace(key_width=16), "carried", (1, 1, 16, 17, 1))])
+def test_dnc_scan_triton_sizes_match_loop(options, start, sizes, backend):
     """One of everything, powers of two, sizes just above, one value column; T at a chunk border."""
-    x, state = make_case(backend, options, 62, "carried", sizes)
+    x, state = make_case(backend, options, 62, start, sizes)
     assert_matches_loop(backend, x, state, options)
 
 
@@ -627,8 +629,7 @@ def test_dnc_scan_second_derivative_is_not_silently_wrong(backend):
         torch.autograd.grad(slope.square().sum(), vector)
 
 
-@both_backends
-@every_fused
+@plain_and_all_on_numba
 def test_dnc_scan_rows_are_isolated(options, backend):
     """Another text in row 0 changes no bit of row 1, whose loss has no gradient in row 0."""
     sizes = {"numba": (3, 20, 5, 4, 2), "triton": (2, 3, 4, 3, 2)}[backend]
