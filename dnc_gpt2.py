@@ -104,6 +104,7 @@ class Config:
     lr_warmup: Share = 0.05  # share of all steps with a linearly rising rate
     weight_decay: NotNegative = 0.01  # AdamW, on matrices only
     grad_clip: Positive = 1.0  # global gradient norm
+    lambda_vocabulary: NotNegative = 1.0  # weight of the vocabulary's own CE beside the mixture's
     lambda_routing: NotNegative = 0.1  # weight of L_routing
     lambda_entropy: NotNegative = 0.05  # weight of L_entropy
     routing: Literal["benefit", "kl"] = "benefit"  # reward the gate where memory helps | changes
@@ -533,7 +534,7 @@ def map_state(fn: Callable, state: tuple | None) -> tuple | None:
 # ══ Model: GPT2Model, memory, tied LM head ═══════════════════════════════════════════════════════
 class Output(NamedTuple):
     """A training step's forward pass, batch first, so that nn.DataParallel can gather it."""
-    loss: Tensor  # (B,) mean of nll, the same in every row; it alone has a gradient
+    loss: Tensor  # (B,) L_LM, the same in every row; it alone has a gradient
     nll: Tensor  # (B, L) next-token cross-entropy in nats; 0 where the target is -100
     top1: Tensor  # (B, L) 1 where the most likely token is the target
     effect: Tensor  # (B, P) KL or benefit at the sampled positions, no gradient
@@ -611,36 +612,42 @@ def point(trace: DNCTrace) -> Pointer:
 
 
 def chunked_head_loss(h: Tensor, weight: Tensor, targets: Tensor, dtype: torch.dtype,
-                      slices: list[slice], pointer: Pointer | None = None
-                      ) -> tuple[Tensor, Tensor, Tensor]:
+                      slices: list[slice], pointer: Pointer | None = None,
+                      lambda_vocabulary: float = 0.0) -> tuple[Tensor, Tensor, Tensor]:
     """The readable LM head: a chunk of logits at a time, computed again in the backward.
 
     h (M, C), weight (V, C), targets (M,), dtype of the products, slices of the M rows, pointer of
-    the M rows or None -> mean loss (), nll (M,), top1 (M,); a target of -100 counts 0 in all three.
+    the M rows or None -> loss (), nll (M,), top1 (M,); a target of -100 counts 0 in all three. The
+    loss is the mean nll; with a pointer, that of the mixture and lambda_vocabulary times that of
+    the vocabulary alone: a token that memory knows would else teach the vocabulary nothing.
     """
     from torch.utils.checkpoint import checkpoint
 
     def score(x, target, held):  # (m, C), (m,), a pointer of m rows or None
         logits = F.linear(x.to(dtype), weight.to(dtype)).to(h.dtype)  # (m, V)
-        nll = F.cross_entropy(logits, target, ignore_index=-100, reduction="none")
+        alone = F.cross_entropy(logits, target, ignore_index=-100, reduction="none")
         p = logits.detach().softmax(-1)
         p_best, best = p.max(-1)
         if held is None:
-            return nll, best
+            return alone, alone, best
         best = held.top1(best, p_best, p.gather(1, held.tokens))
-        nll = held.nll(nll, target) * (target != -100)
-        return nll, best
+        mixed = held.nll(alone, target) * (target != -100)
+        return mixed, alone, best
 
     parts = []
     for rows in slices:
         held = None if pointer is None else pointer.rows(rows)
         parts.append(checkpoint(score, h[rows], targets[rows], held, use_reentrant=False))
-    nll, best = (torch.cat(part) for part in zip(*parts, strict=True))
-    return nll.mean(), nll.detach(), (best == targets).to(h.dtype)
+    nll, alone, best = (torch.cat(part) for part in zip(*parts, strict=True))
+    loss = nll.mean()
+    if pointer is not None:
+        loss = loss + lambda_vocabulary * alone.mean()
+    return loss, nll.detach(), (best == targets).to(h.dtype)
 
 
 def head_loss(h: Tensor, weight: Tensor, targets: Tensor, dtype: torch.dtype,
-              pointer: Pointer | None = None) -> tuple[Tensor, Tensor, Tensor]:
+              pointer: Pointer | None = None, lambda_vocabulary: float = 0.0
+              ) -> tuple[Tensor, Tensor, Tensor]:
     """`chunked_head_loss`, or dnc_scan.head, the same function in less memory and time."""
     slices = logit_chunks(len(h), weight, tensors=1 if dtype == h.dtype else 2)
     try:
@@ -649,7 +656,7 @@ def head_loss(h: Tensor, weight: Tensor, targets: Tensor, dtype: torch.dtype,
         say_once("head: runs as a chunked F.cross_entropy, slower: put the folder dnc_scan beside "
                  "dnc_gpt2.py")
         fast = chunked_head_loss
-    return fast(h, weight, targets, dtype, slices, pointer)
+    return fast(h, weight, targets, dtype, slices, pointer, lambda_vocabulary)
 
 
 def build_memory(config: Config) -> DNCMemory:
@@ -723,8 +730,8 @@ class GPT2WithMemory(nn.Module):
             weight = self.head_weight()
             dtype = torch.bfloat16 if self.config.precision == "bf16" else h_out.dtype
             pointer = self.pointer(trace)
-            loss, nll, top1 = head_loss(
-                h_out.flatten(0, 1), weight, targets.flatten(), dtype, pointer)
+            loss, nll, top1 = head_loss(h_out.flatten(0, 1), weight, targets.flatten(), dtype,
+                                        pointer, self.config.lambda_vocabulary)
             nll, top1 = nll.view(B, L), top1.view(B, L)
             effect = h.new_zeros(B, 0)
             if positions is not None:
@@ -1815,6 +1822,7 @@ OLDER_FIELDS = {
     "empty_slot": False,
     "usage_decay": 1.0,
     "empty_share": 0.0,
+    "lambda_vocabulary": 0.0,
 }
 
 

@@ -18,13 +18,15 @@ class HeadLoss(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, h, weight, vocabulary, match, targets, dtype, slices, pointer):
+    def forward(ctx, h, weight, vocabulary, match, targets, dtype, slices, pointer, alone):
         """h (M, C), weight (V, C), targets (M,), dtype of products, slices of the M rows; a pointer
-        of M rows with its vocabulary() (M,) and match(targets) (M,), or None -> mean loss (), nll
-        (M,), top1 (M,); a target of -100 counts 0 in all three."""
+        of M rows with its vocabulary() (M,) and match(targets) (M,), or None; alone, the weight of
+        the vocabulary's own loss beside that of the mixture -> loss (), nll (M,), top1 (M,); a
+        target of -100 counts 0 in all three."""
         low = weight.to(dtype)  # (V, C)
         scored = (targets != -100).to(h.dtype)  # (M,)
         nll = torch.zeros_like(scored)
+        nll_alone = torch.zeros_like(scored)
         top1 = torch.zeros_like(scored)
         d_h = torch.zeros_like(h)
         d_weight = torch.zeros_like(weight)
@@ -41,7 +43,8 @@ class HeadLoss(torch.autograd.Function):
             share = scored[rows] / len(h)  # (m,), of the mean loss
             if pointer is not None:
                 best = best_of_mixture(powers, total, best, pointer.rows(rows))
-                mixed = mix(chunk_nll, vocabulary[rows], match[rows], share)
+                nll_alone[rows] = chunk_nll * share
+                mixed = mix(chunk_nll, vocabulary[rows], match[rows], share, alone)
                 chunk_nll, share, d_vocabulary[rows], d_match[rows] = mixed
             nll[rows] = chunk_nll * scored[rows]
             top1[rows] = (best == labels).to(h.dtype)
@@ -54,7 +57,7 @@ class HeadLoss(torch.autograd.Function):
         ctx.grads = [d_h, d_weight]
         ctx.grads += [None, None] if pointer is None else [d_vocabulary, d_match]
         ctx.mark_non_differentiable(nll, top1)
-        return nll.mean(), nll, top1
+        return nll.mean() + alone * nll_alone.sum(), nll, top1
 
     @staticmethod
     def backward(ctx, grad_loss, *_):
@@ -63,7 +66,7 @@ class HeadLoss(torch.autograd.Function):
             raise RuntimeError("HeadLoss serves one backward: run the forward again")
         grads = [None if grad is None else grad.mul_(grad_loss) for grad in ctx.grads]
         ctx.grads = None
-        return *grads, None, None, None, None
+        return *grads, None, None, None, None, None
 
 
 def best_of_mixture(powers: Tensor, total: Tensor, best: Tensor, pointer) -> Tensor:
@@ -74,18 +77,18 @@ def best_of_mixture(powers: Tensor, total: Tensor, best: Tensor, pointer) -> Ten
     return pointer.top1(best, p_best, p_held)
 
 
-def mix(nll: Tensor, vocabulary: Tensor, match: Tensor, share: Tensor
+def mix(nll: Tensor, vocabulary: Tensor, match: Tensor, share: Tensor, alone: float
         ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """-log p(y) of p(y) = c0 p_lm(y) + match(y), from the nll of p_lm, c0 and match; then what the
-    logits have of a row's share of the loss, share * c0 p_lm(y) / p(y), and the gradients of c0 and
-    of match. All (m,)."""
+    logits have of a row's share of the loss, share * (c0 p_lm(y) / p(y) + alone), and the gradients
+    of c0 and of match. All (m,)."""
     by_vocabulary = vocabulary.log() - nll
     by_match = (match + 1e-30).log()
     log_p = torch.logaddexp(by_vocabulary, by_match)
     posterior = (by_vocabulary - log_p).exp()
     d_vocabulary = -(-nll - log_p).exp()
     d_match = -(-log_p).exp()
-    return -log_p, share * posterior, share * d_vocabulary, share * d_match
+    return -log_p, share * (posterior + alone), share * d_vocabulary, share * d_match
 
 
 def exponentiate(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -114,10 +117,11 @@ def share_gradient(d_logits: Tensor, share: Tensor, x: Tensor, low: Tensor, d_we
 
 
 def head_loss(h: Tensor, weight: Tensor, targets: Tensor, dtype: torch.dtype, slices: list[slice],
-              pointer=None) -> tuple[Tensor, Tensor, Tensor]:
+              pointer=None, lambda_vocabulary: float = 0.0) -> tuple[Tensor, Tensor, Tensor]:
     """Call HeadLoss with the arguments and results of dnc_gpt2.chunked_head_loss."""
     vocabulary = match = None
     if pointer is not None:
         vocabulary = pointer.vocabulary()
         match = pointer.match(targets)
-    return HeadLoss.apply(h, weight, vocabulary, match, targets, dtype, slices, pointer)
+    return HeadLoss.apply(h, weight, vocabulary, match, targets, dtype, slices, pointer,
+                          lambda_vocabulary)
