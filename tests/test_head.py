@@ -68,10 +68,11 @@ def slices_of(rows: int) -> list[slice]:
     return [slice(start, start + rows) for start in range(0, M, rows)]
 
 
-def values_and_gradients(head, case, dtype, rows):
-    """loss, nll, top1, and the gradients of 0.7 * loss into h, weight and the pointer's weights."""
+def values_and_gradients(head, case, dtype, rows, alone=0.0):
+    """loss, nll, top1, and the gradients of 0.7 * loss into h, weight and the pointer's weights;
+    alone is lambda_vocabulary."""
     h, weight, targets, rho = case
-    loss, nll, top1 = head(h, weight, targets, dtype, slices_of(rows), pointer_of(rho))
+    loss, nll, top1 = head(h, weight, targets, dtype, slices_of(rows), pointer_of(rho), alone)
     assert not nll.requires_grad and not top1.requires_grad
     leaves = [leaf for leaf in (h, weight, rho) if leaf is not None]
     return (loss.detach(), nll, top1, *torch.autograd.grad(0.7 * loss, leaves))
@@ -168,18 +169,21 @@ def test_point_is_mean_of_heads_where_tokens_are():
 def test_head_loss_equals_the_readable_one(dtype, tolerance, rows, pointed):
     """Values and gradients are those of a chunked F.cross_entropy, and of all logits at once."""
     case = head_case(dtype, pointed=pointed)
-    got = values_and_gradients(head_loss, case, dtype, rows)
-    want = values_and_gradients(chunked_head_loss, case, dtype, rows)
+    got = values_and_gradients(head_loss, case, dtype, rows, alone=0.6)
+    want = values_and_gradients(chunked_head_loss, case, dtype, rows, alone=0.6)
     torch.testing.assert_close(got, want, rtol=tolerance, atol=tolerance)
 
     h, weight, targets, rho = case
     unscored = targets == -100
     log_p = (h @ weight.T).log_softmax(-1)
+    alone = torch.zeros(())
     if pointed:
+        alone = 0.6 * F.nll_loss(log_p, targets, ignore_index=-100, reduction="none").mean()
         log_p = pointer_of(rho).mix(log_p)
     nll = F.nll_loss(log_p, targets, ignore_index=-100, reduction="none")
+    torch.testing.assert_close(got[0], (nll.mean() + alone).detach(), rtol=tolerance, atol=0)
     leaves = [h, weight, rho] if pointed else [h, weight]
-    slopes = torch.autograd.grad(0.7 * nll.mean(), leaves)
+    slopes = torch.autograd.grad(0.7 * (nll.mean() + alone), leaves)
     torch.testing.assert_close((got[1], *got[3:]), (nll.detach(), *slopes), rtol=tolerance,
                                atol=tolerance)
     assert torch.equal(got[2].bool(), log_p.argmax(-1) == targets) and got[2].any()
