@@ -38,7 +38,7 @@ def test_pointing_memory_copies_what_has_left_the_window(corpus):
     stream = texts.repeat_interleave(2, dim=0)  # (80, 4, period), each twice
     rows = stream.permute(1, 0, 2).reshape(4, -1)
     fields = dict(batch_size=4, bptt_segments=1, seq_len=16, mem_slots=32, mem_width=32, lr=1e-2,
-                  max_steps=120, lambda_routing=0.0, lambda_entropy=0.0)
+                  max_steps=120, lambda_routing=0.0, lambda_entropy=0.0, lambda_vocabulary=0.0)
     for pointing in (True, False):
         run = begin(corpus, pointing=pointing, **fields)
         run = dataclasses.replace(run, steps_per_epoch=119, total_steps=120)

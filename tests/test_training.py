@@ -372,7 +372,7 @@ def numpy_entropy(weights: np.ndarray) -> np.ndarray:
 @pytest.mark.parametrize("lambdas", [(0.0, 0.0), (0.3, 0.0), (0.0, 0.2), (0.3, 0.2)])
 def test_loss_is_the_sum_of_its_three_parts(start, arm, lambdas):
     names = dict(zip(("lambda_routing", "lambda_entropy"), lambdas, strict=True))
-    run = start(arm, speaking=True, **names)
+    run = start(arm, speaking=True, lambda_vocabulary=0.0, **names)
     tokens, positions = tokens_of(run.config), dnc_gpt2.routing_positions(run.config, 0)
     output = run.model(tokens[:, :-1], tokens[:, 1:], run.model.init_state(2), positions)
     expected = output.nll.detach().double().mean().item()
