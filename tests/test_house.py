@@ -218,5 +218,5 @@ def test_every_command_runs_tiny_and_computes_the_same_twice(tmp_path):
         return done.stdout.splitlines()
 
     every, again = freeze(), freeze("--only", "dnc_gpt2")
-    assert len(every) == 8
+    assert len(every) == 7
     assert again[0] == every[0]
