@@ -83,8 +83,13 @@ class Config:
     num_reads: Count = 4  # R, read heads
     carry_memory: bool = True  # memory crosses windows; False: empty at every window
     bptt_segments: Count = 1  # S, windows of a row in a step: the gradient's reach in the memory
+    pointing: bool = True  # reads point at the tokens that slots hold: p(y) is a mixture
+    split_rows: bool = True  # a row is a key of what came before and a value of the token (not h)
+    row_key: Literal["previous", "own"] = "previous"  # of split rows: made of h_t-1 | of h_t
+    empty_slot: bool = True  # a read may choose a slot that is always empty
+    usage_decay: Share | Literal["auto"] = "auto"  # of usage at each token; auto = 1 - 1.28 / N
     use_links: bool = False  # temporal links and read modes (Graves)
-    mask_min: Share = 1.0  # (M) lowest key mask, 1 = no masks; 0.1 where they are used
+    mask_min: Share = 1.0  # (M) lowest key mask, 1 = no masks; 0.1, with split_rows False
     dealloc_wipe: bool = False  # (D) de-allocation also wipes the freed content
     sharpen_links: bool = False  # (S) sharpen what is read along links; needs use_links
     # training
@@ -93,11 +98,13 @@ class Config:
     batch_size: Count = 4  # windows a step; rows of the stream = batch_size / bptt_segments
     seq_len: Count = 128  # tokens a window; attention never crosses windows
     lr: Positive = 3e-4  # peak learning rate
-    memory_lr: Positive = 0.1  # of the memory's parameters, as a share of lr; 1.0 is measured worse
+    memory_lr: Positive = 1.0  # of the memory's parameters, as a share of lr
+    empty_share: Share = 0.02  # of a step's rows whose memory is emptied, drawn at random
     lr_schedule: Literal["cosine", "constant"] = "cosine"  # cosine ends at a tenth of the peak
     lr_warmup: Share = 0.05  # share of all steps with a linearly rising rate
     weight_decay: NotNegative = 0.01  # AdamW, on matrices only
     grad_clip: Positive = 1.0  # global gradient norm
+    lambda_vocabulary: NotNegative = 1.0  # weight of the vocabulary's own CE beside the mixture's
     lambda_routing: NotNegative = 0.1  # weight of L_routing
     lambda_entropy: NotNegative = 0.05  # weight of L_entropy
     routing: Literal["benefit", "kl"] = "benefit"  # reward the gate where memory helps | changes
@@ -154,6 +161,9 @@ class Config:
         rule("bptt_segments", batch % self.bptt_segments == 0, f"a divisor of batch_size ({batch})")
         rule("routing_fraction", self.routing_fraction > 0, "above 0; without it: lambda_routing 0")
         rule("eval_rows", self.eval_rows >= 2, "2 or more")
+        rule("mem_width", not self.split_rows or self.mem_width >= 2, "2 or more to be split")
+        rule("mask_min", not self.split_rows or self.mask_min == 1,
+             "1 with split rows, whose key half takes the place of masks; set split_rows False")
         rule("sharpen_links", self.use_links or not self.sharpen_links,
              "False without links; set use_links True as well")
         rule("text", self.text.strip() and not re.search("[\ud800-\udfff]", self.text),
@@ -171,101 +181,54 @@ class DNCOptions(NamedTuple):
     mask_min: float = 1.0  # (M), 1 = no masks
     dealloc_wipe: bool = False  # (D)
     sharpen_links: bool = False  # (S)
+    key_width: int = 0  # K, the first columns of a row, which addressing sees alone; 0 = all
+    usage_decay: float = 1.0  # what usage is multiplied with at each token
+    empty_slot: bool = False  # one more candidate of a read, which holds nothing
 
 
 class DNCState(NamedTuple):
-    """What one step hands to the next, one row a sequence. Without links the last two are empty."""
+    """What one step hands to the next, one row a sequence. Parts that are switched off are empty:
+    without links link and precedence, without split rows the last two."""
     memory: Tensor  # (B, N, W)
     usage: Tensor  # (B, N) in [0, 1]
     write_weights: Tensor  # (B, N) >= 0, sum <= 1
     read_weights: Tensor  # (B, R, N) >= 0, sum <= 1
     link: Tensor  # (B, N, N) in [0, 1], or (B, 0, 0)
     precedence: Tensor  # (B, N), or (B, 0)
+    tokens: Tensor  # (B, N) id of the token last written with a weight above 1/2, -1 none; int64
+    last: Tensor  # (B, C) LN(h) of the last token, or (B, 0)
 
 
 class DNCTrace(NamedTuple):
     """What the memory did at each token, for losses, metrics and plots."""
     write_gate: Tensor  # (B, T) in (0, 1)
     write_weights: Tensor  # (B, T, N)
-    read_weights: Tensor  # (B, T, R, N)
+    read_weights: Tensor  # (B, T, R, N), of sum below 1 where the empty slot has the rest
+    tokens: Tensor  # (B, T, N) id of the token that a slot holds when it is read, -1 none
 
 
 class Interface(NamedTuple):
     """The controller's instructions to the memory, activations applied; optional parts None."""
-    write_key: Tensor  # (B, T, W)
+    write_key: Tensor  # (B, T, K), K = W but for split rows
     write_strength: Tensor  # (B, T) >= 1
     erase: Tensor  # (B, T, W) in (0, 1)
     write_vector: Tensor  # (B, T, W)
     write_gate: Tensor  # (B, T) in (0, 1)
     allocation_gate: Tensor  # (B, T) in (0, 1)
-    read_keys: Tensor  # (B, T, R, W)
+    read_keys: Tensor  # (B, T, R, K)
     read_strengths: Tensor  # (B, T, R) >= 1
     free_gates: Tensor  # (B, T, R) in (0, 1)
     read_modes: Tensor | None  # (B, T, R, 3), softmax over backward, content, forward
     write_mask: Tensor | None  # (B, T, W) in (mask_min, 1)
     read_masks: Tensor | None  # (B, T, R, W) in (mask_min, 1)
     sharpening: Tensor | None  # (B, T, R, 2) >= 1, backward and forward
-
-
-def interface_sizes(width: int, reads: int, options: DNCOptions) -> dict[str, int]:
-    """Sizes of the parts of one interface vector, in order; 0 for what is switched off."""
-    return {
-        "write_key": width,
-        "write_strength": 1,
-        "erase": width,
-        "write_vector": width,
-        "write_gate": 1,
-        "allocation_gate": 1,
-        "read_keys": reads * width,
-        "read_strengths": reads,
-        "free_gates": reads,
-        "read_modes": 3 * reads if options.use_links else 0,
-        "masks": (reads + 1) * width if options.mask_min < 1 else 0,
-        "sharpening": 2 * reads if options.sharpen_links else 0,
-    }
-
-
-def oneplus(x: Tensor) -> Tensor:
-    """1 + log(1 + exp(x)), Graves' name for what strengths go through."""
-    return 1 + F.softplus(x)
-
-
-def split_interface(z: Tensor, width: int, reads: int, options: DNCOptions) -> Interface:
-    """Split interface vectors z (B, T, I) and apply the activations (Graves, "interface")."""
-    B, T, _ = z.shape
-    sizes = interface_sizes(width, reads, options)
-    part = dict(zip(sizes, z.split([*sizes.values()], dim=-1), strict=True))
-
-    read_modes = write_mask = read_masks = sharpening = None
-    if options.use_links:
-        read_modes = part["read_modes"].view(B, T, reads, 3).softmax(-1)
-    if options.mask_min < 1:
-        masks = part["masks"].sigmoid() * (1 - options.mask_min) + options.mask_min
-        masks = masks.view(B, T, reads + 1, width)
-        write_mask, read_masks = masks[:, :, 0], masks[:, :, 1:]  # (B, T, W), (B, T, R, W)
-    if options.sharpen_links:
-        sharpening = oneplus(part["sharpening"].view(B, T, reads, 2))
-
-    return Interface(
-        write_key=part["write_key"],
-        write_strength=oneplus(part["write_strength"].squeeze(-1)),
-        erase=part["erase"].sigmoid(),
-        write_vector=part["write_vector"],
-        write_gate=part["write_gate"].squeeze(-1).sigmoid(),
-        allocation_gate=part["allocation_gate"].squeeze(-1).sigmoid(),
-        read_keys=part["read_keys"].view(B, T, reads, width),
-        read_strengths=oneplus(part["read_strengths"]),
-        free_gates=part["free_gates"].sigmoid(),
-        read_modes=read_modes,
-        write_mask=write_mask,
-        read_masks=read_masks,
-        sharpening=sharpening,
-    )
+    empty: Tensor | None  # (B, T, R) logit of the empty slot
 
 
 def zero_state(batch: int, slots: int, width: int, reads: int, options: DNCOptions,
-               dtype: torch.dtype = torch.float32, device: torch.device | None = None) -> DNCState:
-    """An empty memory: contents, usage, weightings and links are zero."""
+               dtype: torch.dtype = torch.float32, device: torch.device | None = None,
+               hidden_size: int = 0) -> DNCState:
+    """An empty memory: contents, usage, weightings and links are zero, no slot holds a token."""
     zeros = functools.partial(torch.zeros, dtype=dtype, device=device)
     linked = slots if options.use_links else 0
     return DNCState(
@@ -275,19 +238,23 @@ def zero_state(batch: int, slots: int, width: int, reads: int, options: DNCOptio
         read_weights=zeros(batch, reads, slots),
         link=zeros(batch, linked, linked),
         precedence=zeros(batch, linked),
+        tokens=torch.full((batch, slots), -1, device=device),
+        last=zeros(batch, hidden_size),
     )
 
 
 def usage_update(usage: Tensor, write_weights: Tensor, read_weights: Tensor,
-                 free_gates: Tensor) -> tuple[Tensor, Tensor]:
-    """u = (u + w - u*w) * psi, psi = prod_r (1 - f_r * wr_r), w and wr of the step before.
+                 free_gates: Tensor, decay: float = 1.0) -> tuple[Tensor, Tensor]:
+    """u = gamma (u + w - u*w) * psi, psi = prod_r (1 - f_r * wr_r), w and wr of the step before.
+    departs from Graves: gamma below 1 frees what was used least recently (Santoro et al. 2016).
 
     usage, write_weights (B, N), read_weights (B, R, N), free_gates (B, R) -> usage, psi (B, N).
     """
     retained = 1 - free_gates.unsqueeze(-1) * read_weights  # (B, R, N)
     # A chain of products: the backward of torch.prod synchronises a GPU with the host.
     retention = functools.reduce(torch.mul, retained.unbind(1))  # (B, N)
-    return (usage + write_weights - usage * write_weights) * retention, retention
+    usage = (usage + write_weights - usage * write_weights) * retention
+    return usage * decay if decay < 1 else usage, retention
 
 
 def allocation_weighting(usage: Tensor) -> Tensor:
@@ -307,42 +274,28 @@ def allocation_weighting(usage: Tensor) -> Tensor:
 
 
 def content_weighting(keys: Tensor, strengths: Tensor, memory: Tensor,
-                      masks: Tensor | None = None) -> Tensor:
+                      masks: Tensor | None = None, empty: Tensor | None = None) -> Tensor:
     """softmax over slots of strength * cos(key, slot); a mask (M) multiplies both.
 
-    keys (B, K, W), strengths (B, K), memory (B, N, W), masks (B, K, W) or None -> (B, K, N). The
-    eps stands INSIDE the root of each norm, or the gradient into an empty slot is thousands of
-    times larger.
+    keys (B, H, K), strengths (B, H), memory (B, N, W), of which the first K columns are compared,
+    masks (B, H, K) or None, empty (B, H), the logit of a slot that holds nothing, or None ->
+    (B, H, N), of sum 1 less the share of the empty slot. The eps stands INSIDE the root of each
+    norm, or the gradient into an empty row is thousands of times larger.
     """
+    memory = memory[..., : keys.shape[-1]]
     if masks is None:
-        dots = keys @ memory.transpose(1, 2)  # (B, K, N)
+        dots = keys @ memory.transpose(1, 2)  # (B, H, N)
         slot_norms = (memory * memory).sum(-1).unsqueeze(1)  # (B, 1, N)
     else:
         keys = keys * masks
-        dots = (keys * masks) @ memory.transpose(1, 2)  # (B, K, N)
-        slot_norms = (masks * masks) @ (memory * memory).transpose(1, 2)  # (B, K, N)
-    key_norms = (keys * keys).sum(-1, keepdim=True)  # (B, K, 1)
+        dots = (keys * masks) @ memory.transpose(1, 2)  # (B, H, N)
+        slot_norms = (masks * masks) @ (memory * memory).transpose(1, 2)  # (B, H, N)
+    key_norms = (keys * keys).sum(-1, keepdim=True)  # (B, H, 1)
     cosine = dots * (slot_norms + EPS).rsqrt() * (key_norms + EPS).rsqrt()
-    return (strengths.unsqueeze(-1) * cosine).softmax(-1)
-
-
-def link_update(link: Tensor, precedence: Tensor, write_weights: Tensor
-                ) -> tuple[Tensor, Tensor]:
-    """L_ij = (1 - w_i - w_j) L_ij + w_i p_j with zero diagonal, then p = (1 - sum w) p + w.
-
-    link (B, N, N), precedence and write_weights (B, N) -> link, precedence.
-    """
-    w_i, w_j = write_weights.unsqueeze(2), write_weights.unsqueeze(1)  # (B, N, 1), (B, 1, N)
-    link = (1 - w_i - w_j) * link + w_i * precedence.unsqueeze(1)  # (B, N, N)
-    link = link.tril(-1) + link.triu(1)
-    return link, (1 - write_weights.sum(-1, keepdim=True)) * precedence + write_weights
-
-
-def sharpen(weights: Tensor, strengths: Tensor) -> Tensor:
-    """(S): ((d + eps) / max(d + eps))^s over its sum. weights (B, R, N), strengths (B, R)."""
-    weights = weights + EPS
-    powered = (weights / weights.amax(-1, keepdim=True)).pow(strengths.unsqueeze(-1))
-    return powered / powered.sum(-1, keepdim=True)
+    logits = strengths.unsqueeze(-1) * cosine  # (B, H, N)
+    if empty is None:
+        return logits.softmax(-1)
+    return torch.cat((empty.unsqueeze(-1), logits), dim=-1).softmax(-1)[..., 1:]
 
 
 def write_weighting(x: Interface, usage: Tensor, memory: Tensor) -> Tensor:
@@ -355,24 +308,11 @@ def write_weighting(x: Interface, usage: Tensor, memory: Tensor) -> Tensor:
     return x.write_gate.unsqueeze(1) * (gate * allocation + (1 - gate) * content)
 
 
-def follow_links(x: Interface, content: Tensor, previous: Tensor, link: Tensor,
-                 options: DNCOptions) -> Tensor:
-    """wr = pi_b L^T wr + pi_c c + pi_f L wr, wr the previous read weights. All but link (B, N, N)
-    are (B, R, N), as is the result."""
-    backward = previous @ link  # L^T wr: (B, R, N)
-    forward = previous @ link.transpose(1, 2)  # L wr: (B, R, N)
-    if options.sharpen_links:
-        backward = sharpen(backward, x.sharpening[..., 0])
-        forward = sharpen(forward, x.sharpening[..., 1])
-    by_mode = torch.stack((backward, content, forward), dim=-1)  # (B, R, N, 3)
-    return (by_mode @ x.read_modes.unsqueeze(-1)).squeeze(-1)  # (B, R, N)
-
-
 def dnc_step(x: Interface, state: DNCState, options: DNCOptions) -> tuple[Tensor, DNCState]:
     """One token: usage, allocation and content, write, links, read. x holds one step's (B, ...).
-    Returns the read vectors (B, R, W) and the new state."""
+    Returns the read vectors (B, R, W - K), K the key width, and the new state."""
     usage, retention = usage_update(state.usage, state.write_weights, state.read_weights,
-                                    x.free_gates)
+                                    x.free_gates, options.usage_decay)
     write_weights = write_weighting(x, usage, state.memory)  # (B, N)
 
     memory = state.memory
@@ -382,19 +322,20 @@ def dnc_step(x: Interface, state: DNCState, options: DNCOptions) -> tuple[Tensor
     memory = memory * (1 - slots * x.erase.unsqueeze(1)) + slots * x.write_vector.unsqueeze(1)
 
     link, precedence = state.link, state.precedence
-    read_weights = content_weighting(x.read_keys, x.read_strengths, memory, x.read_masks)
+    read_weights = content_weighting(x.read_keys, x.read_strengths, memory, x.read_masks, x.empty)
     if options.use_links:
         link, precedence = link_update(link, precedence, write_weights)
         read_weights = follow_links(x, read_weights, state.read_weights, link, options)
 
-    state = DNCState(memory, usage, write_weights, read_weights, link, precedence)
-    return read_weights @ memory, state  # (B, R, W)
+    state = DNCState(memory, usage, write_weights, read_weights, link, precedence, state.tokens,
+                     state.last)
+    return read_weights @ memory[..., options.key_width :], state  # (B, R, W - K)
 
 
 def dnc_loop(interface: Interface, state: DNCState, options: DNCOptions
              ) -> tuple[Tensor, Tensor, Tensor, DNCState]:
-    """The readable recurrence over T tokens; a faster one must return the same: reads (B, T, R, W),
-    write_weights (B, T, N), read_weights (B, T, R, N) and the state after the last token."""
+    """The readable recurrence over T tokens; a faster one must return the same: reads (B, T, R,
+    W - K), write_weights (B, T, N), read_weights (B, T, R, N), the state after the last token."""
     length = interface.write_gate.shape[1]
     parts = [[None] * length if part is None else part.unbind(1) for part in interface]
     reads, write_weights, read_weights = [], [], []
@@ -424,46 +365,165 @@ def pick_scan(scan: str, state: DNCState, options: DNCOptions) -> Callable:
     return dnc_loop if reason else dnc_scan
 
 
+class RowInterface(nn.Module):
+    """Instructions for rows that say what followed what: a key of LN(h_t-1), the state that had to
+    predict token t, and a value of that token's embedding; a read asks with LN(h_t).
+
+    departs from Graves: key and value are two parts of a row, of which addressing sees the first;
+    keys have unit length; strengths do not depend on the token; gates and erase see LN(h_t-1) and
+    token t. row_key "own" makes the key of LN(h_t) instead.
+    """
+    STRENGTH = 16.0  # of reads and writes, at the start
+
+    def __init__(self, hidden_size: int, slots: int, width: int, reads: int, options: DNCOptions,
+                 row_key: str = "previous") -> None:
+        super().__init__()
+        self.reads, self.options, self.row_key_of = reads, options, row_key
+        key_width = options.key_width
+        self.row_key = nn.Linear(hidden_size, key_width, bias=False)
+        self.value = nn.Linear(hidden_size, width - key_width, bias=False)
+        self.read_key = nn.Linear(hidden_size, reads * key_width, bias=False)
+        self.gates = nn.Linear(2 * hidden_size, 2 + reads)  # write, allocation, free
+        self.erase = nn.Linear(2 * hidden_size, width)
+        self.log_strength = nn.Parameter(torch.empty(reads + 1))  # of the reads, of the write
+        self.empty = nn.Linear(hidden_size, reads) if options.empty_slot else None
+        self.links = None
+        if options.use_links:
+            self.links = nn.Linear(hidden_size, (5 if options.sharpen_links else 3) * reads)
+        self.set_initial_values(slots)
+
+    @torch.no_grad()
+    def set_initial_values(self, slots: int) -> None:
+        """Reads ask in the code in which rows are kept; a row is written whole; most of a read
+        falls on the empty slot, or pointing would drown the vocabulary before it knows anything.
+        Measured: docs/results.md."""
+        nn.init.orthogonal_(self.row_key.weight)
+        nn.init.orthogonal_(self.value.weight)
+        self.read_key.weight.copy_(self.row_key.weight.repeat(self.reads, 1))
+        self.log_strength.fill_(math.log(self.STRENGTH))
+
+        nn.init.zeros_(self.gates.weight)
+        biases = [2.0, 4.0] + [-4.0] * self.reads  # write 0.88, allocation 0.98, free 0.02
+        self.gates.bias.copy_(torch.tensor(biases))
+        nn.init.zeros_(self.erase.weight)
+        self.erase.bias.fill_(4.0)  # 0.98
+
+        if self.empty is not None:
+            nn.init.zeros_(self.empty.weight)
+            share = 1.4 + 0.05 * math.log2(slots / 64)  # of the strength: 1.4 at N 64, 1.5 at 256
+            self.empty.bias.fill_(share * self.STRENGTH)
+
+    def forward(self, normed: Tensor, before: Tensor, embedding: Tensor) -> Interface:
+        """normed = LN(h_t), before = LN(h_t-1), embedding of token t, all (B, T, C)."""
+        B, T, _ = normed.shape
+        both = torch.cat((before, embedding), dim=-1)  # (B, T, 2C)
+        row_key = self.row_key(before if self.row_key_of == "previous" else normed)
+        row_key = F.normalize(at_least_float32(row_key), dim=-1)  # (B, T, K)
+        value = at_least_float32(self.value(embedding))  # (B, T, W - K)
+        read_keys = at_least_float32(self.read_key(normed)).view(B, T, self.reads, -1)
+        gates = at_least_float32(self.gates(both)).sigmoid()  # (B, T, 2 + R)
+        strengths = self.log_strength.exp().to(gates.dtype).expand(B, T, -1)  # (B, T, R + 1)
+        empty = None
+        if self.empty is not None:
+            empty = at_least_float32(self.empty(normed))
+        read_modes, sharpening = self.along_links(normed)
+
+        return Interface(
+            write_key=row_key,
+            write_strength=strengths[..., -1],
+            erase=at_least_float32(self.erase(both)).sigmoid(),
+            write_vector=torch.cat((row_key, value), dim=-1),  # (B, T, W)
+            write_gate=gates[..., 0],
+            allocation_gate=gates[..., 1],
+            read_keys=F.normalize(read_keys, dim=-1),
+            read_strengths=strengths[..., :-1],
+            free_gates=gates[..., 2:],
+            read_modes=read_modes,
+            write_mask=None,
+            read_masks=None,
+            sharpening=sharpening,
+            empty=empty,
+        )
+
+    def along_links(self, normed: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        """read_modes and sharpening of an Interface, None where they are switched off."""
+        if self.links is None:
+            return None, None
+        parts = at_least_float32(self.links(normed)).unflatten(-1, (self.reads, -1))  # (B, T, R, ·)
+        sharpening = None
+        if self.options.sharpen_links:
+            sharpening = oneplus(parts[..., 3:])
+        return parts[..., :3].softmax(-1), sharpening
+
+
+def at_least_float32(x: Tensor) -> Tensor:
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def tokens_held(tokens: Tensor, write_weights: Tensor, before: Tensor) -> Tensor:
+    """id_i(t) = x_t where w_t[i] > 1/2, else id_i(t-1): tokens (B, T), write_weights (B, T, N),
+    before (B, N), the ids at the start -> (B, T, N). No gradient."""
+    T = tokens.shape[1]
+    step = torch.arange(T, device=tokens.device).view(1, T, 1)
+    written = torch.where(write_weights > 0.5, step, -1)  # (B, T, N)
+    last_write = written.cummax(dim=1).values
+    by_slot = tokens.unsqueeze(2).expand_as(last_write)
+    held = by_slot.gather(1, last_write.clamp_min(0))
+    return torch.where(last_write < 0, before.unsqueeze(1), held)
+
+
 class DNCMemory(nn.Module):
     """DNC over hidden states, a pure function of (h, state): h + read_proj(reads).
 
     departs from Graves: the controller never sees its reads (there those of step t-1 enter at step
-    t), so the interface of all T tokens, from LN(h), is one matrix product. `read_proj` has no bias
-    and starts at zero: step 0 is the baseline, zeroed reads are the model without memory.
-    `biases` are added to the initial biases of parts of the interface, by their names.
+    t), so the instructions of all T tokens are a few matrix products. `read_proj` has no bias and
+    starts at zero: step 0 is the baseline, zeroed reads are the model without memory.
+    With options.key_width rows are split (RowInterface), else Graves' (HiddenInterface).
     """
 
     def __init__(self, hidden_size: int, slots: int, width: int, reads: int,
                  options: DNCOptions = DNCOptions(), scan: str = "auto",
-                 biases: dict[str, float] | None = None) -> None:
+                 biases: dict[str, float] | None = None, row_key: str = "previous") -> None:
         super().__init__()
         self.slots, self.width, self.reads = slots, width, reads
         self.options, self.scan = options, scan
-        sizes = interface_sizes(width, reads, options)
         self.norm = nn.LayerNorm(hidden_size)
-        self.interface = nn.Linear(hidden_size, sum(sizes.values()))
-        biases = biases or {}
-        added = [torch.full((size,), biases.get(part, 0.0)) for part, size in sizes.items()]
-        self.interface.bias.data += torch.cat(added)
-        self.read_proj = nn.Linear(reads * width, hidden_size, bias=False)
+        self.value_width = width - options.key_width
+        if options.key_width:
+            self.interface = RowInterface(hidden_size, slots, width, reads, options, row_key)
+        else:
+            self.interface = HiddenInterface(hidden_size, width, reads, options, biases)
+        self.read_proj = nn.Linear(reads * self.value_width, hidden_size, bias=False)
         nn.init.zeros_(self.read_proj.weight)
 
     def init_state(self, batch_size: int) -> DNCState:
         weight = self.read_proj.weight
         dtype = torch.promote_types(weight.dtype, torch.float32)
+        last = len(weight) if self.options.key_width else 0
         return zero_state(batch_size, self.slots, self.width, self.reads, self.options, dtype,
-                          weight.device)
+                          weight.device, last)
 
-    def forward(self, h: Tensor, state: DNCState) -> tuple[Tensor, DNCState, DNCTrace]:
-        """h (B, T, C), state of B rows -> h_out (B, T, C), state after the last token, trace."""
-        z = self.interface(self.norm(h))  # (B, T, I)
+    def forward(self, h: Tensor, state: DNCState, tokens: Tensor | None = None,
+                embedding: Tensor | None = None) -> tuple[Tensor, DNCState, DNCTrace]:
+        """h (B, T, C), state of B rows; for split rows tokens (B, T) and their embedding (B, T, C)
+        -> h_out (B, T, C), state after the last token, trace."""
+        normed = self.norm(h)
+        before = None
+        if self.options.key_width:
+            last = state.last.unsqueeze(1).to(normed.dtype)  # (B, 1, C)
+            before = torch.cat((last, normed[:, :-1]), dim=1)
+        x = self.interface(normed, before, embedding)
         with torch.autocast(h.device.type, enabled=False):  # 1 - 1e-6 is 1 in bfloat16
-            z = z if z.dtype == torch.float64 else z.float()
-            x = split_interface(z, self.width, self.reads, self.options)
             recurrence = pick_scan(self.scan, state, self.options)
-            reads, write_weights, read_weights, state = recurrence(x, state, self.options)
-        h_out = h + self.read_proj(reads.flatten(2))  # (B, T, R*W) -> (B, T, C)
-        return h_out, state, DNCTrace(x.write_gate, write_weights, read_weights)
+            reads, write_weights, read_weights, new = recurrence(x, state, self.options)
+        held = state.tokens.unsqueeze(1)[:, :0]  # (B, 0, N)
+        if tokens is not None:
+            held = tokens_held(tokens, write_weights, state.tokens)  # (B, T, N)
+            new = new._replace(tokens=held[:, -1])
+        if self.options.key_width:
+            new = new._replace(last=normed[:, -1].to(state.last.dtype))
+        h_out = h + self.read_proj(reads.flatten(2))
+        return h_out, new, DNCTrace(x.write_gate, write_weights, read_weights, held)
 
 
 def map_state(fn: Callable, state: tuple | None) -> tuple | None:
@@ -474,7 +534,7 @@ def map_state(fn: Callable, state: tuple | None) -> tuple | None:
 # ══ Model: GPT2Model, memory, tied LM head ═══════════════════════════════════════════════════════
 class Output(NamedTuple):
     """A training step's forward pass, batch first, so that nn.DataParallel can gather it."""
-    loss: Tensor  # (B,) mean of nll, the same in every row; it alone has a gradient
+    loss: Tensor  # (B,) L_LM, the same in every row; it alone has a gradient
     nll: Tensor  # (B, L) next-token cross-entropy in nats; 0 where the target is -100
     top1: Tensor  # (B, L) 1 where the most likely token is the target
     effect: Tensor  # (B, P) KL or benefit at the sampled positions, no gradient
@@ -487,50 +547,134 @@ LOGITS_AT_ONCE = 2**25  # elements of one chunk of logits (128 MiB in float32)
 
 def logit_chunks(rows: int, weight: Tensor, tensors: int = 1) -> list[slice]:
     """Slices of rows of which that many tensors of logits, weight (V, C), fit LOGITS_AT_ONCE."""
-    size = max(1, LOGITS_AT_ONCE // tensors // weight.shape[0])
-    starts = range(0, rows, size)
-    return [slice(start, min(start + size, rows)) for start in starts]
+    vocabulary = weight.shape[0]
+    size = max(1, LOGITS_AT_ONCE // tensors // vocabulary)
+    slices = []
+    for start in range(0, rows, size):
+        end = min(start + size, rows)
+        slices.append(slice(start, end))
+    return slices
 
 
-def chunked_head_loss(h: Tensor, weight: Tensor, targets: Tensor,
-                      dtype: torch.dtype, slices: list[slice]
-                      ) -> tuple[Tensor, Tensor, Tensor]:
+class Pointer(NamedTuple):
+    """The part of a prediction that reads point to: p(y) = c0 softmax(E h_out)[y] + match(y), with
+    match(y) = sum_i weights_i [tokens_i = y] and c0 = 1 - sum_i weights_i. It sums to one over the
+    vocabulary. Shared by every memory whose reads point. Sources: pointer sentinel mixture (Merity
+    et al. 2016), continuous cache (Grave et al. 2017)."""
+    tokens: Tensor  # (M, N) ids; any id where the weight is 0
+    weights: Tensor  # (M, N) >= 0, sum <= 1: mean of the heads' reads of slots that hold a token
+
+    def rows(self, at) -> "Pointer":
+        """The pointer of some of the M rows: a slice, or indices."""
+        return Pointer(self.tokens[at], self.weights[at])
+
+    def vocabulary(self) -> Tensor:
+        """c0 (M,), the share that is left to the vocabulary."""
+        return (1 - self.weights.sum(-1)).clamp_min(1e-9)
+
+    def match(self, targets: Tensor) -> Tensor:
+        """match(y) of targets (M,)."""
+        return (self.weights * (self.tokens == targets.unsqueeze(-1))).sum(-1)
+
+    def nll(self, nll: Tensor, targets: Tensor) -> Tensor:
+        """-log p(y) of targets (M,), from the vocabulary's own -log softmax(E h_out)[y] (M,)."""
+        by_vocabulary = self.vocabulary().log() - nll
+        return -torch.logaddexp(by_vocabulary, (self.match(targets) + 1e-30).log())
+
+    def mix(self, log_p: Tensor) -> Tensor:
+        """Log-probabilities (M, V) of the vocabulary -> log p."""
+        p = log_p.exp() * self.vocabulary().unsqueeze(1)
+        return p.scatter_add_(1, self.tokens, self.weights.to(p.dtype)).clamp_min_(1e-38).log_()
+
+    def top1(self, best: Tensor, p_best: Tensor, p_held: Tensor) -> Tensor:
+        """The token of the largest p (M,): the vocabulary's best, of probability p_best there, both
+        (M,), or a token that is held, of probability p_held there (M, N). Without gradient."""
+        tokens, order = self.tokens.sort(1)  # (M, N), equal tokens side by side
+        weights = self.weights.detach().gather(1, order)
+        differs = tokens[:, 1:] != tokens[:, :-1]
+        group = F.pad(differs, (1, 0), value=False).cumsum(1)  # (M, N), one number a token
+        sums = torch.zeros_like(weights).scatter_add_(1, group, weights)
+        match = sums.gather(1, group)  # (M, N)
+
+        share = self.vocabulary().detach()  # (M,)
+        p = share.unsqueeze(1) * p_held.gather(1, order) + match
+        p, at = p.max(1)
+        held = tokens.gather(1, at.unsqueeze(1)).squeeze(1)
+        return torch.where(p > share * p_best, held, best)
+
+
+def point(trace: DNCTrace) -> Pointer:
+    """The pointer of a trace, its B * T rows in one."""
+    tokens = trace.tokens.flatten(0, 1)  # (B*T, N)
+    weights = trace.read_weights.mean(2)
+    weights = weights.flatten(0, 1) * (tokens >= 0)
+    return Pointer(tokens.clamp_min(0), weights)
+
+
+def chunked_head_loss(h: Tensor, weight: Tensor, targets: Tensor, dtype: torch.dtype,
+                      slices: list[slice], pointer: Pointer | None = None,
+                      lambda_vocabulary: float = 0.0) -> tuple[Tensor, Tensor, Tensor]:
     """The readable LM head: a chunk of logits at a time, computed again in the backward.
 
-    h (M, C), weight (V, C), targets (M,), dtype of the products, slices of the M rows ->
-    mean loss (), nll (M,), top1 (M,); a target of -100 counts 0 in all three.
+    h (M, C), weight (V, C), targets (M,), dtype of the products, slices of the M rows, pointer of
+    the M rows or None -> loss (), nll (M,), top1 (M,); a target of -100 counts 0 in all three. The
+    loss is the mean nll; with a pointer, that of the mixture and lambda_vocabulary times that of
+    the vocabulary alone: a token that memory knows would else teach the vocabulary nothing.
     """
     from torch.utils.checkpoint import checkpoint
 
-    def score(x, target):  # (m, C), (m,)
+    def score(x, target, held):  # (m, C), (m,), a pointer of m rows or None
         logits = F.linear(x.to(dtype), weight.to(dtype)).to(h.dtype)  # (m, V)
-        nll = F.cross_entropy(logits, target, ignore_index=-100, reduction="none")
-        return nll, (logits.detach().argmax(-1) == target).to(h.dtype)
+        alone = F.cross_entropy(logits, target, ignore_index=-100, reduction="none")
+        p = logits.detach().softmax(-1)
+        p_best, best = p.max(-1)
+        if held is None:
+            return alone, alone, best
+        best = held.top1(best, p_best, p.gather(1, held.tokens))
+        mixed = held.nll(alone, target) * (target != -100)
+        return mixed, alone, best
 
-    chunks = [checkpoint(score, h[rows], targets[rows], use_reentrant=False) for rows in slices]
-    nll, top1 = (torch.cat(parts) for parts in zip(*chunks, strict=True))
-    return nll.mean(), nll.detach(), top1
+    parts = []
+    for rows in slices:
+        held = None if pointer is None else pointer.rows(rows)
+        parts.append(checkpoint(score, h[rows], targets[rows], held, use_reentrant=False))
+    nll, alone, best = (torch.cat(part) for part in zip(*parts, strict=True))
+    loss = nll.mean()
+    if pointer is not None:
+        loss = loss + lambda_vocabulary * alone.mean()
+    return loss, nll.detach(), (best == targets).to(h.dtype)
 
 
-def head_loss(h: Tensor, weight: Tensor, targets: Tensor, dtype: torch.dtype
+def head_loss(h: Tensor, weight: Tensor, targets: Tensor, dtype: torch.dtype,
+              pointer: Pointer | None = None, lambda_vocabulary: float = 0.0
               ) -> tuple[Tensor, Tensor, Tensor]:
     """`chunked_head_loss`, or dnc_scan.head, the same function in less memory and time."""
     slices = logit_chunks(len(h), weight, tensors=1 if dtype == h.dtype else 2)
     try:
-        from dnc_scan.head import HeadLoss
+        from dnc_scan.head import head_loss as fast
     except ImportError:
         say_once("head: runs as a chunked F.cross_entropy, slower: put the folder dnc_scan beside "
                  "dnc_gpt2.py")
-        return chunked_head_loss(h, weight, targets, dtype, slices)
-    return HeadLoss.apply(h, weight, targets, dtype, slices)
+        fast = chunked_head_loss
+    return fast(h, weight, targets, dtype, slices, pointer, lambda_vocabulary)
 
 
 def build_memory(config: Config) -> DNCMemory:
     """The memory that Config describes."""
-    options = DNCOptions(config.use_links, config.mask_min, config.dealloc_wipe,
-                         config.sharpen_links)
+    decay = config.usage_decay
+    if decay == "auto":
+        decay = max(0.0, 1 - 1.28 / config.mem_slots)
+    options = DNCOptions(
+        use_links=config.use_links,
+        mask_min=config.mask_min,
+        dealloc_wipe=config.dealloc_wipe,
+        sharpen_links=config.sharpen_links,
+        key_width=config.mem_width // 2 if config.split_rows else 0,
+        usage_decay=decay,
+        empty_slot=config.empty_slot,
+    )
     return DNCMemory(config.hidden_size, config.mem_slots, config.mem_width, config.num_reads,
-                     options, config.scan)
+                     options, config.scan, row_key=config.row_key)
 
 
 class GPT2WithMemory(nn.Module):
@@ -564,13 +708,15 @@ class GPT2WithMemory(nn.Module):
         B, L = tokens.shape
         windows = tokens.reshape(-1, min(self.config.seq_len, L))  # (B*S, T)
         h = self.controller(input_ids=windows, use_cache=False).last_hidden_state  # (B*S, T, C)
+        embed = self.controller.get_input_embeddings()
         if self.memory is None:
             h = h.reshape(B, L, -1)
             return h, h, None, None
         if self.config.carry_memory:
             h = h.reshape(B, L, -1)
-            return h, *self.memory(h, state)
-        h_out, _, trace = self.memory(h, self.memory.init_state(len(windows)))
+            return h, *self.memory(h, state, tokens, embed(tokens))
+        empty = self.memory.init_state(len(windows))
+        h_out, _, trace = self.memory(h, empty, windows, embed(windows))
         trace = DNCTrace(*(part.reshape(B, L, *part.shape[2:]) for part in trace))
         return h.reshape(B, L, -1), h_out.reshape(B, L, -1), state, trace
 
@@ -583,32 +729,41 @@ class GPT2WithMemory(nn.Module):
             h, h_out, state, trace = self.hidden(tokens, state)
             weight = self.head_weight()
             dtype = torch.bfloat16 if self.config.precision == "bf16" else h_out.dtype
-            loss, nll, top1 = head_loss(h_out.flatten(0, 1), weight, targets.flatten(), dtype)
+            pointer = self.pointer(trace)
+            loss, nll, top1 = head_loss(h_out.flatten(0, 1), weight, targets.flatten(), dtype,
+                                        pointer, self.config.lambda_vocabulary)
             nll, top1 = nll.view(B, L), top1.view(B, L)
             effect = h.new_zeros(B, 0)
             if positions is not None:
-                effect = self.routing_effect(h, h_out, nll, targets, positions)
+                effect = self.routing_effect(h, h_out, nll, targets, positions, pointer)
         return Output(loss.expand(B), nll, top1, effect, trace, state)
 
     @torch.no_grad()
-    def routing_effect(self, h: Tensor, h_out: Tensor, nll: Tensor,
-                       targets: Tensor, positions: Tensor) -> Tensor:
+    def routing_effect(self, h: Tensor, h_out: Tensor, nll: Tensor, targets: Tensor,
+                       positions: Tensor, pointer: Pointer | None) -> Tensor:
         """What memory does at positions (B, P): the benefit NLL without - NLL with, or KL(with ||
         without), both (B, P) in nats. Logits without memory exist here alone, a chunk at a time."""
         weight = self.head_weight()
-        at = (torch.arange(len(h), device=h.device).unsqueeze(1), positions)  # (B, 1), (B, P)
-        h, h_out, nll, targets = (x[at].flatten(0, 1) for x in (h, h_out, nll, targets))  # (B*P, …)
+        first = torch.arange(len(h), device=h.device).unsqueeze(1) * h.shape[1]  # (B, 1)
+        at = (first + positions).flatten()  # (B*P,)
+        h, h_out, nll, targets = (x.flatten(0, 1)[at] for x in (h, h_out, nll, targets))
         effect = torch.zeros_like(nll)
         for rows in logit_chunks(len(h), weight, tensors=4):
             without = F.linear(h[rows], weight).float()  # (m, V)
             if self.config.routing == "kl":
                 log_p = F.linear(h_out[rows], weight).float().log_softmax(-1)  # (m, V)
+                if pointer is not None:
+                    log_p = pointer.rows(at[rows]).mix(log_p)
                 log_q = without.log_softmax(-1)
                 effect[rows] = (log_p.exp() * (log_p - log_q)).sum(-1)
             else:
                 nll_without = F.cross_entropy(without, targets[rows], reduction="none")
                 effect[rows] = nll_without - nll[rows]
         return effect.view(positions.shape)
+
+    def pointer(self, trace: DNCTrace | None) -> Pointer | None:
+        """The pointer of a trace, None where there is no memory or it does not point."""
+        return point(trace) if self.config.pointing and trace is not None else None
 
     @torch.no_grad()
     def measure(self, tokens: Tensor, targets: Tensor, state: DNCState | None,
@@ -617,16 +772,20 @@ class GPT2WithMemory(nn.Module):
         arguments as of `forward`. Logits are float32, without autocast."""
         with self.autocast(tokens.device):
             h, h_out, state, trace = self.hidden(tokens, state)
-        stats = token_statistics(h, h_out, targets, self.head_weight(), trace, brief)
+        pointer = self.pointer(trace)
+        stats = token_statistics(h, h_out, targets, self.head_weight(), trace, brief, pointer)
         return stats, state
 
 
 # ══ Loss ═════════════════════════════════════════════════════════════════════════════════════════
 def weight_entropy(weights: Tensor) -> Tensor:
     """H(w / sum w) / log N of weightings (..., N), in [0, 1]; a closed gate is no focus."""
-    p = weights / weights.sum(-1, keepdim=True).clamp_min(1e-12)
-    entropy = -(p * p.clamp_min(1e-12).log()).sum(-1)
-    return entropy / math.log(max(2, weights.shape[-1]))
+    total = weights.sum(-1, keepdim=True)
+    p = weights / total.clamp_min(1e-12)
+    log_p = p.clamp_min(1e-12).log()
+    entropy = -(p * log_p).sum(-1)
+    slots = weights.shape[-1]
+    return entropy / math.log(max(2, slots))
 
 
 def total_loss(output: Output, positions: Tensor | None, config: Config) -> Tensor:
@@ -688,6 +847,7 @@ def train_step(run: Run, forward: nn.Module, rows: Tensor) -> None:
     if within == 0:  # a new pass over the stream starts with an empty memory
         run.state = run.model.init_state(config.rows)
     start = within * config.step_len
+    run.state = empty_some_rows(run.state, config, run.step)
     tokens = rows[:, start : start + config.step_len + 1]  # (B, L + 1)
     positions = routing_positions(config, run.step, rows.device)
     set_rates(run)
@@ -702,6 +862,25 @@ def train_step(run: Run, forward: nn.Module, rows: Tensor) -> None:
     run.optimizer.step()
     run.state = map_state(Tensor.detach, output.state)
     run.step += 1
+
+
+def empty_some_rows(state: DNCState | None, config: Config, step: int) -> DNCState | None:
+    """Empty the memory of a random empty_share of the rows, drawn from seed and step alone: an
+    evaluation and a generation start from an empty memory, so training has to meet one often."""
+    if state is None or config.empty_share == 0:
+        return state
+    generator = torch.Generator().manual_seed(config.seed * 1_000_003 + step + 500_009)
+    emptied = torch.rand(config.rows, generator=generator) < config.empty_share
+    if not emptied.any():
+        return state
+    new = []
+    for name, tensor in state._asdict().items():
+        fill = -1 if name == "tokens" else 0
+        mask = emptied.to(tensor.device)
+        while mask.dim() < tensor.dim():
+            mask = mask.unsqueeze(-1)
+        new.append(tensor.masked_fill(mask, fill))
+    return DNCState(*new)
 
 
 def check_and_count(run: Run, output: Output, loss: Tensor, norm: Tensor) -> None:
@@ -724,9 +903,9 @@ def check_and_count(run: Run, output: Output, loss: Tensor, norm: Tensor) -> Non
 
 
 def make_optimizer(model: GPT2WithMemory, config: Config) -> torch.optim.Optimizer:
-    """AdamW, fused; weight decay on matrices only; the memory's rate is lr * memory_lr. Reads share
-    a large common part, so that at the controller's rate one Adam step of read_proj moves every
-    logit at once: the noise of that bias, not the memory, would decide the comparison."""
+    """AdamW, fused; weight decay on matrices only; the memory's rate is lr * memory_lr. The plain
+    DNC (empty_slot False) wants 0.1: reads that cannot be empty share a large common part, and one
+    Adam step of read_proj at the controller's rate moves every logit at once."""
     parts = [(model.controller, 1.0)]
     if model.memory is not None:
         parts.append((model.memory, config.memory_lr))
@@ -750,9 +929,11 @@ def set_rates(run: Run) -> None:
 
 def log_row(run: Run, split: str, metrics: dict) -> None:
     """Append one row to the history and to metrics.jsonl."""
-    run.history.append({"arm": run.arm, "step": run.step, "split": split, **metrics})
-    with open(Path(run.config.plot_dir) / "metrics.jsonl", "a", encoding="utf-8") as file:
-        file.write(json.dumps(run.history[-1]) + "\n")
+    row = {"arm": run.arm, "step": run.step, "split": split, **metrics}
+    run.history.append(row)
+    path = Path(run.config.plot_dir) / "metrics.jsonl"
+    with open(path, "a", encoding="utf-8") as file:
+        file.write(json.dumps(row) + "\n")
 
 
 def log_train(run: Run) -> str:
@@ -855,7 +1036,9 @@ def peak_memory_mb(device: torch.device, reset: bool = False) -> float:
 
 
 def count_parameters(module: nn.Module | None) -> int:
-    return 0 if module is None else sum(p.numel() for p in module.parameters())
+    if module is None:
+        return 0
+    return sum(parameter.numel() for parameter in module.parameters())
 
 
 # ══ Evaluation: statistics of every token, and their means ═══════════════════════════════════════
@@ -938,8 +1121,16 @@ def memory_columns(log_p: Tensor, log_q: Tensor, target: Tensor,
     ]
 
 
+def gates_of(trace: DNCTrace, rows: slice) -> tuple[Tensor, Tensor]:
+    """Write gates (M, 1) and write weights (M, N) of some of the B * T rows of a trace."""
+    write_gate = trace.write_gate.reshape(-1, 1)
+    write_weights = trace.write_weights.flatten(0, 1)
+    return write_gate[rows], write_weights[rows]
+
+
 def token_statistics(h: Tensor, h_out: Tensor, targets: Tensor,
-                     weight: Tensor, trace: DNCTrace | None, brief: bool) -> Tensor:
+                     weight: Tensor, trace: DNCTrace | None, brief: bool,
+                     pointer: Pointer | None = None) -> Tensor:
     """The STATS of every token (brief: the nll, the rest 0): h, h_out (B, L, C), targets (B, L),
     weight (V, C) -> (B, L, K). Logits in float32 and in chunks: ties among bfloat16 logits would
     flatter rank and accuracy."""
@@ -949,15 +1140,15 @@ def token_statistics(h: Tensor, h_out: Tensor, targets: Tensor,
     for rows in logit_chunks(len(out), weight):
         target = at[rows].clamp_min(0)  # (M, 1)
         log_p = (h_out[rows] @ weight.T).log_softmax(-1)  # (M, V)
+        if pointer is not None:
+            log_p = pointer.rows(rows).mix(log_p)
         if brief:
             columns = [-log_p.gather(1, target)]
         else:
             columns = prediction_columns(log_p, target)
         if not brief and trace is not None:
             log_q = (h[rows] @ weight.T).log_softmax(-1)  # (M, V)
-            gate = trace.write_gate.reshape(-1, 1)[rows]  # (M, 1)
-            write_weights = trace.write_weights.flatten(0, 1)[rows]  # (M, N)
-            columns += memory_columns(log_p, log_q, target, -columns[-1], gate, write_weights)
+            columns += memory_columns(log_p, log_q, target, -columns[-1], *gates_of(trace, rows))
         taken = torch.cat([column.float() for column in columns], dim=1)
         out[rows, : taken.shape[1]] = taken
     out = out * (at != -100)
@@ -1097,24 +1288,73 @@ def print_controls(run: Run, baseline: Run | None, corpus: "Corpus", stop: "Stop
 
 
 @torch.no_grad()
-def trace_text(model: GPT2WithMemory, ids: list[int]) -> DNCTrace:
-    """Run tokens through a model from an empty memory -> the trace without its batch, (T, …)."""
+def trace_text(model: GPT2WithMemory, ids: list[int]) -> tuple[DNCTrace, Tensor]:
+    """Run T tokens through a model from an empty memory -> the trace without its batch, (T, …), and
+    the STATS of what it says of every next token (T - 1, K)."""
     tokens = torch.tensor([ids], device=model.head_weight().device)  # (1, T)
-    state, traces = model.init_state(1), []
+    targets = F.pad(tokens[:, 1:], (0, 1), value=-100)
+    length = model.config.seq_len
+    windows = zip(tokens.split(length, 1), targets.split(length, 1), strict=True)
     model.eval()
-    for window in tokens.split(model.config.seq_len, dim=1):
-        _, _, state, trace = model.hidden(window, state)
+    state = model.init_state(1)
+    traces, stats = [], []
+    for window, target in windows:
+        h, h_out, state, trace = model.hidden(window, state)
+        pointer = model.pointer(trace)
+        weight = model.head_weight()
         traces.append(trace)
-    parts = [torch.cat(windows, dim=1)[0].cpu() for windows in zip(*traces, strict=True)]
-    return DNCTrace(*parts)
+        stats.append(token_statistics(h, h_out, target, weight, trace, False, pointer))
+    whole = [torch.cat(parts, dim=1)[0].cpu() for parts in zip(*traces, strict=True)]
+    return DNCTrace(*whole), torch.cat(stats, dim=1)[0, :-1].cpu()
+
+
+class Raised(NamedTuple):
+    """A token that the memory made more likely by pointing at an earlier one."""
+    at: int  # its position
+    source: int  # the position of the earlier token
+    slot: int  # where that one was kept
+    without: float  # probability of the token by GPT-2 alone, h + 0
+    probability: float  # and with memory
+    empty: float  # share of the read that fell on the empty slot, mean of the heads
+
+
+def raised_tokens(ids: list[int], trace: DNCTrace, stats: Tensor, most: int = 5) -> list[Raised]:
+    """The tokens whose log-probability a pointing memory raised most, the most first; arguments as
+    `trace_text` returns them. The earlier token is that of the slot with the largest weight."""
+    positions = torch.arange(len(ids)).unsqueeze(0)
+    nowhere = torch.full((1, trace.tokens.shape[1]), -1)
+    written_at = tokens_held(positions, trace.write_weights.unsqueeze(0), nowhere)[0]  # (T, N)
+    nll = stats[:, STATS.index("nll")]  # (T - 1,)
+    nll_without = stats[:, STATS.index("nll_without")]
+    gains = nll_without - nll
+
+    raised = []
+    for t in gains.argsort(descending=True).tolist():
+        if len(raised) == most or gains[t] <= 0:
+            break
+        weights = trace.read_weights[t].mean(0)  # (N,)
+        match = weights * (trace.tokens[t] == ids[t + 1])
+        slot = match.argmax().item()
+        if match[slot] == 0:  # raised by what reads add to h
+            continue
+        raised.append(Raised(
+            at=t + 1,
+            source=written_at[t, slot].item(),
+            slot=slot,
+            without=math.exp(-nll_without[t]),
+            probability=math.exp(-nll[t]),
+            empty=1 - weights.sum().item(),
+        ))
+    return raised
 
 
 def inspect_writes(model: GPT2WithMemory, tokenizer: object, text: str, folder: str, corpus: str
                    ) -> None:
-    """Run a text from an empty memory: print each token's write gate, draw memory_trace.png."""
+    """Run a text from an empty memory: print each token's write gate and which tokens the memory
+    raised most and from where, draw memory_trace.png."""
     ids = tokenizer.encode(text, add_special_tokens=False).ids
     require(len(ids) > 0, "text", text, "text that the tokenizer knows")
-    trace = trace_text(model, ids)
+    trace, stats = trace_text(model, ids)
     texts = [tokenizer.decode([i]).strip(" ") for i in ids]
     words = [text.replace("\n", "\\n") or "␣" for text in texts]
     width = max(5, *map(len, words))
@@ -1123,26 +1363,58 @@ def inspect_writes(model: GPT2WithMemory, tokenizer: object, text: str, folder: 
     print("  Token  Gate  bar")
     for word, gate in zip(words, trace.write_gate.tolist(), strict=True):
         print(f"  {word:<{width}}   {gate:.3f}  {'█' * round(gate * 30)}".rstrip())
-    plot_trace(words, trace, Path(folder) / "memory_trace.png", corpus)
+    raised = raised_tokens(ids, trace, stats) if model.config.pointing else []
+    if raised:
+        print_raised(raised, words)
+    plot_trace(words, trace, raised, Path(folder) / "memory_trace.png", corpus)
 
 
-def plot_trace(words: list[str], trace: DNCTrace, path: Path, corpus: str) -> None:
-    """Gate above, write weights and read weights (mean of the heads) below, slots by tokens."""
+def print_raised(raised: list[Raised], words: list[str]) -> None:
+    """Print the tokens that memory raised most, each with the earlier token that it points at."""
+    width = max(len("Token"), *(len(words[row.at]) for row in raised))
+    print()
+    print_heading("Where memory raised a token most, and the earlier token it points at")
+    print(f"  {'Token':<{width}}     GPT-2  with memory   points at")
+    for row in raised:
+        token = words[row.at]
+        source = words[row.source]
+        before = ""
+        if row.source > 0:
+            before = words[row.source - 1] + " "
+        print(f"  {token:<{width}}   {row.without:7.2%}      {row.probability:7.2%}   "
+              f"{before}[{source}] {row.at - row.source} back, slot {row.slot}, "
+              f"{row.empty:.0%} of the read on the empty slot")
+
+
+def plot_trace(words: list[str], trace: DNCTrace, raised: list[Raised], path: Path, corpus: str
+               ) -> None:
+    """Gate above, then write weights and read weights (mean of the heads), slots by tokens, and the
+    share of the empty slot below. A ring marks a read that raised the next token: what it held."""
     T = len(words)
     step = max(1, T // 120)
-    size = (max(8, min(40, 0.32 * T + 2)), 9)
-    with dark_figure(path, 3, 1, size, sharex=True, height_ratios=[1, 2, 2]) as (figure, axes):
+    size = (max(8, min(40, 0.32 * T + 2)), 11)
+    read_weights = trace.read_weights.mean(1)  # (T, N)
+    with dark_figure(path, 4, 1, size, sharex=True, height_ratios=[1, 2, 2, 1]) as (figure, axes):
         axes[0].bar(range(T), trace.write_gate.numpy(), color=PALETTE[5], width=0.8)
         axes[0].set(ylim=(0, 1), ylabel="write gate")
         axes[0].set_title(f"GPT2 + DNC, memory by token\n{plain(corpus)}", fontsize=10)
-        panels = {"write": trace.write_weights, "read": trace.read_weights.mean(1)}  # (T, N)
-        for axis, (label, weights) in zip(axes[1:], panels.items(), strict=True):
+        panels = {"write": trace.write_weights, "read": read_weights}  # (T, N)
+        for axis, (label, weights) in zip(axes[1:3], panels.items(), strict=True):
             image = axis.imshow(weights.T.numpy(), aspect="auto", cmap="magma")
             axis.set_ylabel(f"slot ({label} weights)")
             figure.colorbar(image, ax=axis, pad=0.01)
+        ring = {"ms": 9, "mfc": "none", "mec": PALETTE[1], "mew": 1.5}
+        for row in raised:
+            place = (row.at - 1, row.slot)
+            axes[2].plot(*place, "o", **ring)
+            axes[2].annotate(plain(words[row.source]), place, (8, 6), color=PALETTE[1],
+                             textcoords="offset points", fontsize=9)
+        empty = 1 - read_weights.sum(1)  # (T,)
+        axes[3].bar(range(T), empty.numpy(), color=PALETTE[0], width=0.8)
+        axes[3].set(ylim=(0, 1), ylabel="read: empty slot")
         places = range(0, T, step)
         labels = [plain(word) for word in words[::step]]
-        axes[2].set_xticks(places, labels, rotation=90, fontsize=8)
+        axes[3].set_xticks(places, labels, rotation=90, fontsize=8)
 
 
 def plot_curves(runs: list[Run], path: Path, corpus: str) -> None:
@@ -1165,6 +1437,119 @@ def plot_curves(runs: list[Run], path: Path, corpus: str) -> None:
             axis.legend(fontsize=9)
         title = " vs ".join(run.arm for run in runs)
         figure.suptitle(f"{title}\n{plain(corpus)}", fontsize=11)
+
+
+# ══ Memory, further: Graves' own interface, temporal links, the other options ════════════════════
+class HiddenInterface(nn.Linear):
+    """Graves' interface: all instructions from LN(h_t) by one matrix. `biases` are added to the
+    initial biases of its parts, by their names."""
+
+    def __init__(self, hidden_size: int, width: int, reads: int, options: DNCOptions,
+                 biases: dict[str, float] | None = None) -> None:
+        self.layout = (width, reads, options)
+        sizes = interface_sizes(*self.layout)
+        super().__init__(hidden_size, sum(sizes.values()))
+        biases = biases or {}
+        added = []
+        for part, size in sizes.items():
+            bias = biases.get(part, 0.0)
+            added.append(torch.full((size,), bias))
+        self.bias.data += torch.cat(added)
+
+    def forward(self, normed: Tensor, before: Tensor | None, embedding: Tensor | None) -> Interface:
+        """normed (B, T, C) = LN(h_t); the others are not looked at."""
+        return split_interface(at_least_float32(super().forward(normed)), *self.layout)
+
+
+def interface_sizes(width: int, reads: int, options: DNCOptions) -> dict[str, int]:
+    """Sizes of the parts of one interface vector, in order; 0 for what is switched off."""
+    key_width = options.key_width or width
+    return {
+        "write_key": key_width,
+        "write_strength": 1,
+        "erase": width,
+        "write_vector": width,
+        "write_gate": 1,
+        "allocation_gate": 1,
+        "read_keys": reads * key_width,
+        "read_strengths": reads,
+        "free_gates": reads,
+        "read_modes": 3 * reads if options.use_links else 0,
+        "masks": (reads + 1) * width if options.mask_min < 1 else 0,
+        "sharpening": 2 * reads if options.sharpen_links else 0,
+        "empty": reads if options.empty_slot else 0,
+    }
+
+
+def split_interface(z: Tensor, width: int, reads: int, options: DNCOptions) -> Interface:
+    """Split interface vectors z (B, T, I) and apply the activations (Graves, "interface")."""
+    B, T, _ = z.shape
+    sizes = interface_sizes(width, reads, options)
+    part = dict(zip(sizes, z.split([*sizes.values()], dim=-1), strict=True))
+
+    read_modes = write_mask = read_masks = sharpening = None
+    if options.use_links:
+        read_modes = part["read_modes"].view(B, T, reads, 3).softmax(-1)
+    if options.mask_min < 1:
+        masks = part["masks"].sigmoid() * (1 - options.mask_min) + options.mask_min
+        masks = masks.view(B, T, reads + 1, width)
+        write_mask, read_masks = masks[:, :, 0], masks[:, :, 1:]  # (B, T, W), (B, T, R, W)
+    if options.sharpen_links:
+        sharpening = oneplus(part["sharpening"].view(B, T, reads, 2))
+
+    return Interface(
+        write_key=part["write_key"],
+        write_strength=oneplus(part["write_strength"].squeeze(-1)),
+        erase=part["erase"].sigmoid(),
+        write_vector=part["write_vector"],
+        write_gate=part["write_gate"].squeeze(-1).sigmoid(),
+        allocation_gate=part["allocation_gate"].squeeze(-1).sigmoid(),
+        read_keys=part["read_keys"].view(B, T, reads, -1),
+        read_strengths=oneplus(part["read_strengths"]),
+        free_gates=part["free_gates"].sigmoid(),
+        read_modes=read_modes,
+        write_mask=write_mask,
+        read_masks=read_masks,
+        sharpening=sharpening,
+        empty=part["empty"] if options.empty_slot else None,
+    )
+
+
+def oneplus(x: Tensor) -> Tensor:
+    """1 + log(1 + exp(x)), Graves' name for what strengths go through."""
+    return 1 + F.softplus(x)
+
+
+def link_update(link: Tensor, precedence: Tensor, write_weights: Tensor
+                ) -> tuple[Tensor, Tensor]:
+    """L_ij = (1 - w_i - w_j) L_ij + w_i p_j with zero diagonal, then p = (1 - sum w) p + w.
+
+    link (B, N, N), precedence and write_weights (B, N) -> link, precedence.
+    """
+    w_i, w_j = write_weights.unsqueeze(2), write_weights.unsqueeze(1)  # (B, N, 1), (B, 1, N)
+    link = (1 - w_i - w_j) * link + w_i * precedence.unsqueeze(1)  # (B, N, N)
+    link = link.tril(-1) + link.triu(1)
+    return link, (1 - write_weights.sum(-1, keepdim=True)) * precedence + write_weights
+
+
+def follow_links(x: Interface, content: Tensor, previous: Tensor, link: Tensor,
+                 options: DNCOptions) -> Tensor:
+    """wr = pi_b L^T wr + pi_c c + pi_f L wr, wr the previous read weights. All but link (B, N, N)
+    are (B, R, N), as is the result."""
+    backward = previous @ link  # L^T wr: (B, R, N)
+    forward = previous @ link.transpose(1, 2)  # L wr: (B, R, N)
+    if options.sharpen_links:
+        backward = sharpen(backward, x.sharpening[..., 0])
+        forward = sharpen(forward, x.sharpening[..., 1])
+    by_mode = torch.stack((backward, content, forward), dim=-1)  # (B, R, N, 3)
+    return (by_mode @ x.read_modes.unsqueeze(-1)).squeeze(-1)  # (B, R, N)
+
+
+def sharpen(weights: Tensor, strengths: Tensor) -> Tensor:
+    """(S): ((d + eps) / max(d + eps))^s over its sum. weights (B, R, N), strengths (B, R)."""
+    weights = weights + EPS
+    powered = (weights / weights.amax(-1, keepdim=True)).pow(strengths.unsqueeze(-1))
+    return powered / powered.sum(-1, keepdim=True)
 
 
 # ══ Data: one token stream a split ═══════════════════════════════════════════════════════════════
@@ -1344,9 +1729,13 @@ def train_tokenizer(texts: list[str], vocab_size: int = 4096) -> object:
 
 def tokenize(tokenizer: object, documents: list[str]) -> Tensor:
     """Encode documents into one stream (tokens,), by line: 7 times faster than in one piece."""
-    lines = [line for document in documents for line in document.splitlines(keepends=True)]
-    encodings = tokenizer.encode_batch(lines, add_special_tokens=False)
-    return torch.tensor([i for encoding in encodings for i in encoding.ids], dtype=torch.int64)
+    lines = []
+    for document in documents:
+        lines += document.splitlines(keepends=True)
+    ids = []
+    for encoding in tokenizer.encode_batch(lines, add_special_tokens=False):
+        ids += encoding.ids
+    return torch.tensor(ids, dtype=torch.int64)
 
 
 def load_texts(dataset: str) -> tuple[str, dict[str, list[str]], bool]:
@@ -1425,6 +1814,16 @@ FREE_FIELDS = {
     "arms", "use_compile", "compile_mode", "num_gpus", "resume", "inspect", "text", "eval_tokens",
     "scan",
 }
+# What checkpoints say that are older than these fields: the plain DNC.
+OLDER_FIELDS = {
+    "pointing": False,
+    "split_rows": False,
+    "row_key": "previous",
+    "empty_slot": False,
+    "usage_decay": 1.0,
+    "empty_share": 0.0,
+    "lambda_vocabulary": 0.0,
+}
 
 
 def last_perplexity(run: Run) -> float:
@@ -1473,6 +1872,7 @@ def save_checkpoint(run: Run, corpus: Corpus, final: bool = False) -> None:
 def load_checkpoint(path: str | Path) -> dict:
     """Read a checkpoint. Raises ValueError naming a file that is missing, truncated or foreign."""
     payload = load_tensors(Path(path), PAYLOAD, "name another checkpoint; see what save_dir holds")
+    payload["config"] = OLDER_FIELDS | payload["config"]
     fields, saved = {field.name for field in dataclasses.fields(Config)}, payload["config"].keys()
     # A field that may differ may also be newer than the checkpoint.
     fits = saved <= fields <= saved | FREE_FIELDS
@@ -1513,8 +1913,9 @@ def restore(run: Run, payload: dict, path: str | Path, corpus: Corpus) -> None:
     run.results = payload["results"]
     run.last_saved = str(path)
     if payload["memory_state"] is not None:
-        state = DNCState(*payload["memory_state"])
-        run.state = map_state(lambda tensor: tensor.to(run.device), state)
+        saved = payload["memory_state"]
+        newer = run.model.init_state(run.config.rows)[len(saved):]  # parts that came later
+        run.state = map_state(lambda tensor: tensor.to(run.device), DNCState(*saved, *newer))
     rng = payload["rng"]
     torch.set_rng_state(rng["torch"])
     torch.cuda.set_rng_state_all(rng["cuda"][: torch.cuda.device_count()])
@@ -1935,8 +2336,6 @@ PRESETS: dict[str, tuple] = {
     "hidden_size": (768, 256),
     "num_layers": (6, 4),
     "num_heads": (8, 4),
-    "mem_slots": (64, 32),
-    "mem_width": (128, 64),
     "max_steps": (0, 600),
     "batch_size": (4, 8),
     "seq_len": (128, 64),
@@ -2135,6 +2534,12 @@ def run_comparison(config: Config, preset: str, stop: StopSignal) -> None:
     config, gpus = choose_hardware(config, torch.cuda.device_count())
     check_folder(config.save_dir, "save_dir")
     check_folder(config.plot_dir, "plot_dir")
+    with locked(config.save_dir, "save_dir"):
+        compare_arms(config, gpus, preset, stop)
+
+
+def compare_arms(config: Config, gpus: int, preset: str, stop: StopSignal) -> None:
+    """`run_comparison` on that many GPUs, in folders that can be written."""
     corpus = load_corpus(config)
     if config.init_from != "scratch":
         settings = controller_config(config, corpus.vocab_size)

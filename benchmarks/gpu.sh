@@ -1,10 +1,11 @@
 #!/usr/bin/env bash
 # What is to be measured on a GPU, in one call under 8 minutes: `bash benchmarks/gpu.sh OUT`, or
 # parts of it by name: `bash benchmarks/gpu.sh OUT check step`. In OUT: gpu.log and a JSON each.
-#   check      the fused recurrence against the eager loop, values and gradients, many shapes
+#   check      the fused recurrence against the eager loop, values and gradients, many shapes, of
+#              the pointing memory (dnc_gpt2's default) and of the plain DNC, up to N 256, W 128
 #   step       a whole training step of both arms, bf16 and float32, up to B 32, T 1024
-#   scan       the recurrence alone at the card's shape: back ends, floors
-#   sanitize   compute-sanitizer's memcheck and racecheck (shared memory) on two tiny cases
+#   scan       the recurrence alone at the card's shape, both memories: back ends, floors
+#   sanitize   compute-sanitizer's memcheck and racecheck (shared memory) on three tiny cases
 #   edm        a generated token of GPT-2 + EDM beside GPT-2's on the same schedule
 #   decoder    a generated token with kNN-LM and with the memory decoders, beside the base's
 #   epoch      the main job's default run, one epoch of both arms; continues where it stopped
@@ -73,12 +74,14 @@ sanitize() {
 }
 export -f sanitize
 
-part check 90 "$python" benchmarks/scan.py --check --device cuda --threads 4 \
+part check 150 "$python" benchmarks/scan.py --check --device cuda --threads 4 \
     --json "$out/check.json"
 part step 80 "$python" benchmarks/step.py --sizes card,small,long --scan fused \
     --precision bf16,float32 --device cuda --json "$out/step.json"
-part scan 40 "$python" benchmarks/scan.py --backends eager,fused --repeats 5 --device cuda \
-    --json "$out/scan.json"
+for memory in pointing plain; do
+    part scan 40 "$python" benchmarks/scan.py --memory "$memory" --backends eager,fused \
+        --repeats 5 --device cuda --json "$out/scan_$memory.json"
+done
 part sanitize 60 bash -c 'sanitize "$1"' sanitize "$python"
 part edm 60 "$python" benchmarks/edm.py --tokens 512 --device cuda --json "$out/edm.json"
 part decoder 60 "$python" benchmarks/decoder.py --device cuda --json "$out/decoder.json"

@@ -3,12 +3,16 @@
 
     python benchmarks/scan.py                          every back end at the card's shape
     python benchmarks/scan.py --sweep all --json scan.json
+    python benchmarks/scan.py --memory plain           Graves' DNC
     python benchmarks/scan.py --check                  fused against eager, values and gradients
 
+Memories: pointing, dnc_gpt2's default, where addressing compares the first half of a row, reads
+return the second, usage decays and a read may choose an empty slot; plain, Graves' DNC without any
+of these. Either with temporal links (--links) and a wipe (--wipe).
 Back ends: eager, the readable loop dnc_gpt2.dnc_loop; compiled, torch.compile of that loop over
 chunks of 8 tokens; fused, dnc_scan.dnc_scan; pytorch-dnc, the memory of the package `dnc`
-(optional: `pip install dnc`; it always has temporal links, and applies the activations of the
-interface itself, which are outside the others' time).
+(optional: `pip install dnc`; it is a plain memory, always has temporal links, and applies the
+activations of the interface itself, which are outside the others' time).
 What is timed: from activated interface vectors and a carried float32 state to reads and write
 weightings, then the gradient of both into the interface. Forward and backward apart, the device
 synchronised around each. The back ends take turns in one process; a figure is the median of
@@ -56,12 +60,12 @@ from dnc_gpt2 import (
     dnc_loop,
     dnc_step,
     interface_sizes,
-    map_state,
     split_interface,
     zero_state,
 )
 from dnc_scan import dnc_scan, refusal
 from dnc_scan.cuda import jit, kernel_sizes, tl
+from dnc_scan.layout import STATE, value_width
 
 CHUNK = 8  # tokens of one compiled graph: more compile for minutes
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 1e-2}  # of gradients, whose type rounds them
@@ -81,6 +85,19 @@ class Problem(NamedTuple):
     options: DNCOptions
     dtype: torch.dtype  # of the interface; the state is float32
     device: torch.device
+
+MEMORIES = ("pointing", "plain")
+
+def memory_options(memory: str, shape: Shape, links: bool, wipe: bool) -> DNCOptions:
+    """The switches of one of MEMORIES at this shape, as dnc_gpt2.Config sets them."""
+    options = DNCOptions(use_links=links, dealloc_wipe=wipe)
+    if memory == "plain":
+        return options
+    return options._replace(key_width=shape.W // 2, usage_decay=max(0.0, 1 - 1.28 / shape.N),
+                            empty_slot=True)
+
+def memory_name(options: DNCOptions) -> str:
+    return "pointing" if options.empty_slot else "plain"
 
 SWEEPS = {"length": ("T", [2**k for k in range(7, 14)]),  # 128 .. 8192
           "slots": ("N", [2**k for k in range(4, 9)]),  # 16 .. 256
@@ -202,13 +219,21 @@ def make_inputs(problem: Problem, state_gradient: bool = False) -> tuple[Interfa
         precedence = random(B, N).softmax(-1)  # (B, N)
         link = random(B, N, N).softmax(-1) * (1 - torch.eye(N))  # (B, N, N)
         state = state._replace(link=link, precedence=precedence)
-    x = map_parts(lambda p: p.to(device, dtype).detach().clone().requires_grad_(),
-                  split_interface(z, W, R, options))
-    return x, map_state(lambda s: s.to(device).requires_grad_(state_gradient), state)
+    x, K = split_interface(z, W, R, options), options.key_width or W
+    x = x._replace(write_key=x.write_key[..., :K], read_keys=x.read_keys[..., :K])
+    x = map_parts(lambda p: p.to(device, dtype).detach().clone().requires_grad_(), x)
+    return x, map_floats(lambda s: s.to(device).requires_grad_(state_gradient), state)
 
 def map_parts(fn, x: Interface) -> Interface:
     """Apply fn to every part of an interface that is switched on."""
     return Interface(*(None if part is None else fn(part) for part in x))
+
+def map_floats(fn, state: DNCState) -> DNCState:
+    """Apply fn to the fields that the recurrence computes with: not to token ids."""
+    return state._replace(**{name: fn(getattr(state, name)) for name in STATE})
+
+def fields_of(state: DNCState) -> list[torch.Tensor]:
+    return [getattr(state, name) for name in STATE]
 
 class Arm(NamedTuple):
     """A back end with its inputs."""
@@ -237,7 +262,7 @@ def compiled(x: Interface, state: DNCState, options: DNCOptions) -> tuple:
         cut = part[:, :whole].unflatten(1, (chunks, CHUNK)).transpose(0, 1).contiguous()
         parts.append([*cut, part[:, whole:]])  # (B, CHUNK, ...) each, and what is left
     # The state of later chunks needs a gradient: if the first one's did not, two graphs were made.
-    state = map_state(lambda s: s.detach().requires_grad_(), state)
+    state = map_floats(lambda s: s.detach().requires_grad_(), state)
     for i, piece in enumerate(zip(*parts, strict=True)):
         if i < chunks or rest:
             run = compiled_chunk() if i < chunks else dnc_loop
@@ -277,19 +302,23 @@ def make_arm(backend: str, problem: Problem) -> Arm:
     x, state = make_inputs(problem)
     B, T, N, W, R = problem.shape
     draw = torch.Generator().manual_seed(1)
+    V = value_width(problem.options.key_width or W, W)
     gradients = [torch.randn(*size, generator=draw).to(problem.device)
-                 for size in ((B, T, R, W), (B, T, N))]
+                 for size in ((B, T, R, V), (B, T, N))]
     if backend == "pytorch-dnc":
         forward, z = pytorch_dnc(problem, state)
-        return Arm(forward, [z], [z, *state], gradients)
+        return Arm(forward, [z], [z, *fields_of(state)], gradients)
     leaves, run = [part for part in x if part is not None], BACKENDS[backend]
-    return Arm(lambda: run(x, state, problem.options)[:2], leaves, [*leaves, *state], gradients)
+    return Arm(lambda: run(x, state, problem.options)[:2], leaves, [*leaves, *fields_of(state)],
+               gradients)
 
 def why_not(backend: str, problem: Problem) -> str:
     """Why a back end cannot run a problem; "" where it can."""
     if backend == "fused":
         (B, _, N, W, R), options, _, device = problem
         return refusal(zero_state(B, N, W, R, options, device=device), options)
+    if backend == "pytorch-dnc" and problem.options.key_width:
+        return "it is a plain memory: --memory plain"
     if backend == "pytorch-dnc" and importlib.util.find_spec("dnc") is None:
         return "not installed (optional: pip install dnc)"
     if backend == "compiled" and problem.shape.T < CHUNK:
@@ -392,7 +421,8 @@ def measure(backends: list[str], problem: Problem, repeats: int, limit: float = 
         linked = problem.options.use_links or backend == "pytorch-dnc"
         tokens = problem.shape.B * problem.shape.T
         rows.append({
-            "backend": backend, "dtype": str(problem.dtype).removeprefix("torch."),
+            "backend": backend, "memory": memory_name(problem.options),
+            "dtype": str(problem.dtype).removeprefix("torch."),
             **problem.shape._asdict(), "links": linked, "wipe": problem.options.dealloc_wipe,
             "forward_ms": forward, "backward_ms": backward, "total_ms": forward + backward,
             "ms_per_token": (forward + backward) / tokens, "saved_mb": bytes_kept(arm)[0] / 2**20,
@@ -400,7 +430,8 @@ def measure(backends: list[str], problem: Problem, repeats: int, limit: float = 
     return rows
 
 SCAN_COLUMNS = {
-    "backend": ("back end", ""), "dtype": ("interface", ""), **{k: (k, "d") for k in Shape._fields},
+    "backend": ("back end", ""), "memory": ("memory", ""), "dtype": ("interface", ""),
+    **{k: (k, "d") for k in Shape._fields},
     "forward_ms": ("forward ms", ",.2f"), "backward_ms": ("backward ms", ",.2f"),
     "total_ms": ("both ms", ",.2f"), "speedup": ("eager/this", ",.1f"),
     "us_per_token": ("us/token", ",.1f"), "saved_mb": ("saved MiB", ",.1f"),
@@ -528,7 +559,7 @@ def steps_before_near_tie(x: Interface, state: DNCState, options: DNCOptions) ->
     neighbours in it less than 5e-7 apart, and an allocation that would move by more than 1e-5. From
     there on two correct float32 programs may differ, so that comparing them would prove nothing."""
     double = map_parts(torch.Tensor.double, x)
-    state = map_state(torch.Tensor.double, state)
+    state = map_floats(torch.Tensor.double, state)
     B, T = x.write_gate.shape
     steps, tied = torch.full((B,), T), torch.zeros(B, dtype=torch.bool)
     for t in range(T):
@@ -546,8 +577,8 @@ def differentiate(run: Callable, x: Interface, state: DNCState, options: DNCOpti
                   gradients: list[torch.Tensor]) -> tuple[list, list]:
     """Everything that `run` returns, and the gradient of all of it into interface and state."""
     *results, last = run(x, state, options)
-    outputs = [*results, *last]
-    leaves = [part for part in x if part is not None] + list(state)
+    outputs = [*results, *fields_of(last)]
+    leaves = [part for part in x if part is not None] + fields_of(state)
     gradients = [g.to(o.device) for o, g in zip(outputs, gradients, strict=True)]
     found = torch.autograd.grad(outputs, leaves, gradients, allow_unused=True)
     found = [torch.zeros_like(p) if g is None else g for p, g in zip(leaves, found, strict=True)]
@@ -557,8 +588,8 @@ def agreement(problem: Problem) -> dict:
     """Compare fused on the device with eager on the CPU in float32, over the steps that no near-tie
     precedes: largest differences, and the worst relative error of a gradient, ||a - b|| / ||b||."""
     (B, T, N, W, R), options, dtype, device = problem
-    row = {"dtype": str(dtype).removeprefix("torch."), **problem.shape._asdict(),
-           "links": options.use_links, "wipe": options.dealloc_wipe}
+    row = {"memory": memory_name(options), "dtype": str(dtype).removeprefix("torch."),
+           **problem.shape._asdict(), "links": options.use_links, "wipe": options.dealloc_wipe}
     if why := why_not("fused", problem):
         return row | {"ok": False, "verdict": f"REFUSED: {why}"}
     start = time.perf_counter()
@@ -568,7 +599,9 @@ def agreement(problem: Problem) -> dict:
     in_time = (torch.arange(T) < steps.unsqueeze(1)).float()  # (B, T)
     in_rows = (steps == T).float()  # (B,), for the state after the last step
     draw, masks, gradients = torch.Generator().manual_seed(2), [], []
-    like = [torch.empty(B, T, R, W), torch.empty(B, T, N), torch.empty(B, T, R, N), *here[1]]
+    V = value_width(options.key_width or W, W)
+    like = [torch.empty(B, T, R, V), torch.empty(B, T, N), torch.empty(B, T, R, N),
+            *fields_of(here[1])]
     for i, tensor in enumerate(like):
         mask = in_time if i < 3 else in_rows
         masks.append(mask.reshape(mask.shape + (1,) * (tensor.dim() - mask.dim())))
@@ -594,29 +627,39 @@ def worst(values: list[float]) -> float | None:
     return max(values) if all(map(math.isfinite, values)) else None
 
 AGREEMENT_COLUMNS = {
-    "verdict": ("agreement", ""), "dtype": ("interface", ""),
+    "verdict": ("agreement", ""), "memory": ("memory", ""), "dtype": ("interface", ""),
     **{key: (key, "d") for key in Shape._fields}, "links": ("links", "d"), "wipe": ("wipe", "d"),
     "compared": ("compared", ".0%"), "reads": ("reads", ".1e"), "other_results": ("others", ".1e"),
     "gradients": ("gradients", ".1e"), "gradient_error": ("relative", ".1e"),
     "seconds": ("s", ".1f")}
 
-CASES = (  # B T N W R, links, wipe, interface: the card's shape, odd sizes, the range's corners
-    ((4, 128, 64, 128, 4), 0, 0, "float32"), ((4, 128, 64, 128, 4), 0, 0, "bfloat16"),
-    ((3, 63, 17, 60, 3), 0, 0, "float32"), ((3, 63, 17, 60, 3), 1, 0, "float32"),
-    ((3, 63, 17, 60, 3), 0, 1, "float32"), ((3, 63, 17, 60, 3), 1, 1, "bfloat16"),
-    ((2, 33, 256, 64, 4), 0, 0, "float32"), ((2, 33, 128, 128, 4), 1, 0, "float32"),
-    ((1, 17, 64, 256, 8), 0, 1, "float32"), ((1, 130, 16, 16, 1), 1, 1, "float32"),
-    ((1, 1, 16, 16, 1), 0, 0, "float32"))
-TINY_CASES = (((2, 19, 17, 20, 2), 0, 0, "float32"), ((2, 19, 17, 20, 2), 1, 1, "bfloat16"))
+CASES = (  # B T N W R, links, wipe, interface, memories: the card's shape, odd sizes, corners
+    ((4, 128, 64, 128, 4), 0, 0, "float32", MEMORIES),
+    ((4, 128, 64, 128, 4), 0, 0, "bfloat16", ("pointing",)),
+    ((3, 63, 17, 60, 3), 0, 0, "float32", MEMORIES),
+    ((3, 63, 17, 60, 3), 1, 0, "float32", ("pointing",)),
+    ((3, 63, 17, 60, 3), 0, 1, "float32", ("plain",)),
+    ((3, 63, 17, 60, 3), 1, 1, "bfloat16", MEMORIES),
+    ((2, 33, 256, 128, 4), 0, 0, "float32", ("pointing",)),
+    ((2, 33, 256, 64, 4), 0, 0, "float32", ("plain",)),
+    ((2, 33, 128, 128, 4), 1, 0, "float32", ("plain",)),
+    ((1, 17, 64, 256, 8), 0, 1, "float32", ("plain",)),
+    ((1, 130, 16, 16, 1), 1, 1, "float32", ("pointing",)),
+    ((1, 1, 16, 16, 1), 0, 0, "float32", ("plain",)))
+TINY_CASES = (((2, 19, 17, 20, 2), 0, 0, "float32", MEMORIES),
+              ((2, 19, 17, 20, 2), 1, 1, "bfloat16", ("pointing",)))
 
 def check(cases: tuple, device: torch.device, report: dict, path: Path | None) -> int:
     """Compare every case -> exit code: 0, or 1 where one differs or is refused."""
     rows = report["agreement"] = []
-    for shape, links, wipe, dtype in cases:
-        options = DNCOptions(use_links=bool(links), dealloc_wipe=bool(wipe))
-        rows.append(agreement(Problem(Shape(*shape), options, DTYPES[dtype], device)))
-        print(f"  {shape} links {links} wipe {wipe} {dtype}: {rows[-1]['verdict']}", flush=True)
-        write_json(report, path)
+    for sizes, links, wipe, dtype, memories in cases:
+        shape = Shape(*sizes)
+        for memory in memories:
+            options = memory_options(memory, shape, bool(links), bool(wipe))
+            rows.append(agreement(Problem(shape, options, DTYPES[dtype], device)))
+            print(f"  {memory} {sizes} links {links} wipe {wipe} {dtype}: {rows[-1]['verdict']}",
+                  flush=True)
+            write_json(report, path)
     print()
     print_table(rows, AGREEMENT_COLUMNS)
     print("fused against eager (CPU, float32): largest differences of reads, other results and\n"
@@ -632,6 +675,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
     card = Shape(B=4, T=128, N=64, W=128, R=4)
     for name, default in zip(("batch", "length", "slots", "width", "reads"), card, strict=True):
         parser.add_argument(f"--{name}", type=number(1), default=default, help=f"default {default}")
+    parser.add_argument("--memory", choices=MEMORIES, default="pointing",
+                        help="pointing, dnc_gpt2's default, or plain, Graves' DNC")
     parser.add_argument("--links", action="store_true", help="temporal links and read modes")
     parser.add_argument("--wipe", action="store_true", help="de-allocation wipes what it frees")
     parser.add_argument("--dtype", choices=tuple(DTYPES), default="float32",
@@ -646,7 +691,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
                         help="a sweep goes on without a back end whose pass takes longer; 10")
     parser.add_argument("--check", action="store_true",
                         help="no timing: compare fused with eager at many shapes and options")
-    parser.add_argument("--tiny", action="store_true", help="with --check: two tiny cases, for "
+    parser.add_argument("--tiny", action="store_true", help="with --check: three tiny cases, for "
                         "compute-sanitizer")
     add_common_flags(parser)
     return parser.parse_args(argv)
@@ -654,7 +699,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
 def run_benchmark(args: argparse.Namespace, device: torch.device, report: dict) -> int:
     """Measure the shape of the flags, then the sweeps -> exit code 1 where fused differs."""
     shape = Shape(args.batch, args.length, args.slots, args.width, args.reads)
-    options = DNCOptions(use_links=args.links, dealloc_wipe=args.wipe)
+    options = memory_options(args.memory, shape, args.links, args.wipe)
     problem, failed = Problem(shape, options, DTYPES[args.dtype], device), False
     rows = measure(args.backends, problem, args.repeats)
     print_rows(rows)

@@ -3,11 +3,13 @@
 
     python benchmarks/step.py                          card, small and (CUDA) long
     python benchmarks/step.py --sizes small --scan eager,fused --fraction 0.125,1 --json step.json
+    python benchmarks/step.py --memory pointing,plain  Graves' DNC beside the default
 
 Sizes: card, dnc_gpt2's preset `full` (B 4, T 128); small, its preset `small` (B 8, T 64); long, the
 card's model at B 32, T 1024, on a CPU only where --sizes names it. Arms: the baseline, and GPT2 +
-DNC for every --scan and every --fraction (routing_fraction, the share of positions at which the
-routing loss computes logits without memory).
+DNC for every --memory (pointing, the default of dnc_gpt2.py; plain, Graves' DNC), every --scan and
+every --fraction (routing_fraction, the share of positions at which the routing loss computes logits
+without memory).
 What is timed: dnc_gpt2.train_step as the main job calls it, on random tokens: forward, all losses,
 backward, clipping, AdamW. The arms of a size take turns in one process, the device synchronised
 around each step; a figure is the median of --repeats steps after three to warm up. Timings of a
@@ -61,8 +63,13 @@ CARD = {name: shipped for name, (shipped, _) in PRESETS.items()}
 SMALL = {name: small for name, (_, small) in PRESETS.items()}
 SIZES = {"card": CARD, "small": SMALL, "long": CARD | {"batch_size": 32, "seq_len": 1024}}
 
+# Fields of Config; what is not named stays as it is shipped.
+MEMORIES = {"pointing": {}, "plain": {"pointing": False, "split_rows": False, "empty_slot": False,
+                                      "usage_decay": 1.0}}
+
 class Arm(NamedTuple):
     name: str  # baseline | dnc
+    memory: str | None = None  # of dnc: key of MEMORIES
     scan: str | None = None  # of dnc: Config.scan
     fraction: float | None = None  # of dnc: Config.routing_fraction
 
@@ -83,6 +90,7 @@ def build(arm: Arm, job: Job) -> tuple[Run, torch.Tensor]:
     """An arm ready to train, and its token rows (B, steps * T + 1). Raises ValueError."""
     fields = SIZES[job.size] | {"precision": job.precision, "max_steps": job.steps}
     if arm.name == "dnc":
+        fields = fields | MEMORIES[arm.memory]
         fields = fields | {"scan": arm.scan, "routing_fraction": arm.fraction}
     config = Config(**fields)
     tokens = torch.randint(job.vocab, (job.steps * config.batch_size * config.seq_len + 1,),
@@ -152,15 +160,17 @@ def measure(arms: list[Arm], job: Job) -> list[dict]:
         step_ms, config = 1e3 * statistics.median(seconds[arm]), run.config
         tokens = config.batch_size * config.seq_len
         rows.append({
-            "arm": arm.name, "scan": arm.scan, "routing_fraction": arm.fraction, "size": job.size,
-            "dtype": job.precision, "B": config.batch_size, "T": config.seq_len,
+            "arm": arm.name, "memory": arm.memory, "scan": arm.scan,
+            "routing_fraction": arm.fraction, "size": job.size, "dtype": job.precision,
+            "B": config.batch_size, "T": config.seq_len,
             "step_ms": step_ms, "tokens_per_s": 1e3 * tokens / step_ms, "peak_mb": peaks[arm]})
     baseline_ms = next((row["step_ms"] for row in rows if row["arm"] == "baseline"), None)
     return [row | {"ratio": baseline_ms and row["step_ms"] / baseline_ms} for row in rows]
 
 STEP_COLUMNS = {
     "size": ("size", ""), "dtype": ("precision", ""), "B": ("B", "d"), "T": ("T", "d"),
-    "arm": ("arm", ""), "scan": ("scan", ""), "routing_fraction": ("fraction", "g"),
+    "arm": ("arm", ""), "memory": ("memory", ""), "scan": ("scan", ""),
+    "routing_fraction": ("fraction", "g"),
     "step_ms": ("step ms", ",.1f"), "ratio": ("ratio", ".3f"),
     "tokens_per_s": ("tokens/s", ",.0f"), "peak_mb": ("peak MiB", ",.0f")}
 
@@ -178,6 +188,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
                            formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sizes", type=some_of(*SIZES), metavar="LIST",
                         help="of card, small, long; default: all, on a CPU card and small")
+    parser.add_argument("--memory", type=some_of(*MEMORIES), default=["pointing"], metavar="LIST",
+                        help="of pointing, plain; default pointing")
     parser.add_argument("--scan", type=some_of("auto", "eager", "fused"), default=["auto"],
                         metavar="LIST", help="of auto, eager, fused; default auto")
     parser.add_argument("--fraction", type=fractions, default=[0.125, 1.0], metavar="LIST",
@@ -197,8 +209,8 @@ def run_benchmark(args: argparse.Namespace, device: torch.device, report: dict) 
         sizes = list(SIZES) if gpus else ["card", "small"]
         if not gpus:
             print("size long left out: too large for most CPUs; ask for it with --sizes long")
-    arms = [Arm("baseline"), *(Arm("dnc", scan, fraction) for scan in args.scan
-                               for fraction in args.fraction)]
+    arms = [Arm("baseline"), *(Arm("dnc", memory, scan, fraction) for memory in args.memory
+                               for scan in args.scan for fraction in args.fraction)]
     chosen = (choose_hardware(Config(precision=precision, num_gpus=gpus), gpus)[0].precision
               for precision in args.precision)
     precisions = list(dict.fromkeys(chosen))  # auto may be one that is named as well

@@ -53,54 +53,60 @@ def dot(x, y, one):
     return total
 
 @compiled(FAST)
-def row_dots(vector, matrix, out, one):
-    """out_i = matrix_i . vector, for matrix (N, W) and vector (W,)."""
+def row_dots(vector, matrix, first, out, one):
+    """out_i = matrix_i . vector, over the columns of matrix (N, W) from `first`, as many as the
+    vector has."""
     for i in range(matrix.shape[0]):
         total = one - one
-        for j in range(matrix.shape[1]):
-            total += matrix[i, j] * vector[j]
+        for j in range(vector.shape[0]):
+            total += matrix[i, first + j] * vector[j]
         out[i] = total
 
 @compiled(FAST)
-def add_product(weights, rows, out):
-    """out (A, W) += weights (A, Q) @ rows (Q, W), four rows in one pass: a third of the stores."""
+def add_product(weights, rows, rows_from, out, out_from):
+    """out (A, ...) += weights (A, Q) @ rows (Q, ...), four rows in one pass: a third of the stores.
+    Columns begin at rows_from and out_from, and end with the narrower of the two."""
+    width = min(rows.shape[1] - rows_from, out.shape[1] - out_from)
     whole = rows.shape[0] - rows.shape[0] % 4
     for i in range(out.shape[0]):
         for q in range(0, whole, 4):
             a, b, c, d = weights[i, q], weights[i, q + 1], weights[i, q + 2], weights[i, q + 3]
-            for j in range(out.shape[1]):
-                out[i, j] += (a * rows[q, j] + b * rows[q + 1, j] + c * rows[q + 2, j]
-                              + d * rows[q + 3, j])
+            for j in range(width):
+                out[i, out_from + j] += (
+                    a * rows[q, rows_from + j] + b * rows[q + 1, rows_from + j]
+                    + c * rows[q + 2, rows_from + j] + d * rows[q + 3, rows_from + j])
         for q in range(whole, rows.shape[0]):
-            for j in range(out.shape[1]):
-                out[i, j] += weights[i, q] * rows[q, j]
+            for j in range(width):
+                out[i, out_from + j] += weights[i, q] * rows[q, rows_from + j]
 
 @compiled(FAST)
 def inverse_norm(vector, one, eps):
     return one / math.sqrt(dot(vector, vector, one) + eps)
 
 @compiled(FAST)
-def softmax(strength, cosine, out):
-    """out = softmax(strength * cosine), both (N,); strength >= 1."""
+def softmax(strength, cosine, empty, out):
+    """out = softmax(strength * cosine), both (N,), beside one more logit, `empty`, whose share is
+    left out; -inf where there is none. strength > 0."""
     top = cosine[0]
     for i in range(cosine.shape[0]):
         top = max(top, cosine[i])
-    total = top - top
+    top = max(strength * top, empty)
+    total = math.exp(empty - top)
     for i in range(cosine.shape[0]):
-        out[i] = math.exp(strength * (cosine[i] - top))
+        out[i] = math.exp(strength * cosine[i] - top)
         total += out[i]
     for i in range(cosine.shape[0]):
         out[i] /= total
 
 @compiled(False)  # rounds as the readable loop does: among near-ties rounding decides the order
-def usage_step(usage, write_weights, read_weights, free_gates, new_usage, retention, one):
+def usage_step(usage, write_weights, read_weights, free_gates, decay, new_usage, retention, one):
     """usage, write_weights (N,), read_weights (R, N), free_gates (R,) -> new_usage, retention."""
     for i in range(usage.shape[0]):
         psi = one - free_gates[0] * read_weights[0, i]
         for r in range(1, free_gates.shape[0]):
             psi = psi * (one - free_gates[r] * read_weights[r, i])
         retention[i] = psi
-        new_usage[i] = (usage[i] + write_weights[i] - usage[i] * write_weights[i]) * psi
+        new_usage[i] = (usage[i] + write_weights[i] - usage[i] * write_weights[i]) * psi * decay
 
 @compiled(False)
 def allocation_step(usage, order, used, before, one, eps):
@@ -123,23 +129,27 @@ def allocation_step(usage, order, used, before, one, eps):
         product *= used[order[place]]
 
 @compiled(FAST)
-def content_step(key, strength, memory, norms, cosine, content, one, eps):
-    """key (W,), memory (N, W), norms 1/|M_i| (N,) -> cosine and content weighting (N,)."""
+def content_step(key, strength, empty, memory, norms, cosine, content, one, eps):
+    """key (K,), memory (N, W), whose first K columns are compared, norms of those, 1/|M_i| (N,) ->
+    cosine and content weighting (N,)."""
     key_norm = inverse_norm(key, one, eps)
-    row_dots(key, memory, cosine, one)
+    row_dots(key, memory, 0, cosine, one)
     for i in range(norms.shape[0]):
         cosine[i] *= norms[i] * key_norm
-    softmax(strength, cosine, content)
+    softmax(strength, cosine, empty, content)
 
 @compiled(FAST)
-def write_step(memory, kept, weights, erase, vector, norms, one, eps):
-    """M_i = kept_i M_i (1 - w_i e) + w_i v, in place; norms become those of the new rows."""
+def write_step(memory, kept, weights, erase, vector, key_width, norms, one, eps):
+    """M_i = kept_i M_i (1 - w_i e) + w_i v, in place; norms become those of the new rows, of their
+    first key_width columns."""
     for i in range(memory.shape[0]):
         total, keep, weight = one - one, kept[i], weights[i]
-        for j in range(memory.shape[1]):
+        for j in range(key_width):
             x = keep * memory[i, j] * (one - weight * erase[j]) + weight * vector[j]
             memory[i, j] = x
             total += x * x
+        for j in range(key_width, memory.shape[1]):
+            memory[i, j] = keep * memory[i, j] * (one - weight * erase[j]) + weight * vector[j]
         norms[i] = one / math.sqrt(total + eps)
 
 @compiled(FAST)
@@ -155,22 +165,24 @@ def link_step(link, precedence, weights, one):
 def follow_links(link, weights, forward, backward, one):
     """forward_r = L wr_r and backward_r = L^T wr_r, all (R, N)."""
     backward[:] = one - one
-    add_product(weights, link, backward)
+    add_product(weights, link, 0, backward, 0)
     for r in range(weights.shape[0]):
-        row_dots(weights[r], link, forward[r], one)
+        row_dots(weights[r], link, 0, forward[r], one)
 
 @compiled(FAST, inlined=False)
 def forward_rows(
-        begin, end, every, wipe, links, record, one, eps,
+        begin, end, every, wipe, links, record, decay, one, eps,
         write_key, write_strength, erase, write_vector, write_gate, allocation_gate,
-        read_keys, read_strengths, free_gates, read_modes,
+        read_keys, read_strengths, free_gates, read_modes, empty,
         memory0, usage0, write_weights0, read_weights0, link0, precedence0,
         reads, write_weights, read_weights, memory, usage, link, precedence,
         usages, cosines, inverse_norms, precedences, memories, link_states):
     """Rows begin to end of the recurrence: the activated interface (B, T, ...) and the state ..0 ->
     reads to precedence, dnc_loop's results, and (record) usages to link_states, the tape."""
-    T = write_key.shape[1]
+    T, K = write_key.shape[1:]
     R, N = read_weights.shape[2:]
+    first = memory.shape[2] - reads.shape[3]  # column of what reads return
+    nothing = np.full(1, -np.inf, write_key.dtype)[0]  # the logit of a slot that is not there
     new_usage, retention, kept, used, before = np.empty((5, N), write_key.dtype)
     content, norms = np.empty((2, N), write_key.dtype)
     forward, backward = np.empty((2, R, N), write_key.dtype)
@@ -181,39 +193,40 @@ def forward_rows(
         M[:], L[:], p[:], u[:] = memory0[b], link0[b], precedence0[b], usage0[b]
         order = np.arange(N)
         for i in range(N):
-            norms[i] = inverse_norm(M[i], one, eps)
+            norms[i] = inverse_norm(M[i][:K], one, eps)
         for t in range(T):
             if record and t % every == 0:
                 memories[b, t // every], link_states[b, t // every] = M, L
             w_before = write_weights[b, t - 1] if t > 0 else write_weights0[b]
             wr_before = read_weights[b, t - 1] if t > 0 else read_weights0[b]
             w, wr = write_weights[b, t], read_weights[b, t]
-            usage_step(u, w_before, wr_before, free_gates[b, t], new_usage, retention, one)
+            usage_step(u, w_before, wr_before, free_gates[b, t], decay, new_usage, retention, one)
             u[:] = new_usage
             allocation_step(u, order, used, before, one, eps)
-            content_step(write_key[b, t], write_strength[b, t], M, norms, cosine[0], content,
-                         one, eps)
+            content_step(write_key[b, t], write_strength[b, t], nothing, M, norms, cosine[0],
+                         content, one, eps)
             gate, mix = write_gate[b, t], allocation_gate[b, t]
             for i in range(N):
                 w[i] = gate * (mix * (one - used[i]) * before[i] + (one - mix) * content[i])
             if wipe:
                 kept[:] = retention
-            write_step(M, kept, w, erase[b, t], write_vector[b, t], norms, one, eps)
+            write_step(M, kept, w, erase[b, t], write_vector[b, t], K, norms, one, eps)
             if links:
                 link_step(L, p, w, one)
                 p *= one - w.sum()
                 p += w
                 follow_links(L, wr_before, forward, backward, one)
             for r in range(R):
-                content_step(read_keys[b, t, r], read_strengths[b, t, r], M, norms, cosine[r + 1],
-                             wr[r], one, eps)
+                no_slot = empty[b, t, r] if empty.shape[2] > 0 else nothing
+                content_step(read_keys[b, t, r], read_strengths[b, t, r], no_slot, M, norms,
+                             cosine[r + 1], wr[r], one, eps)
                 if links:
                     modes = read_modes[b, t, r]
                     for i in range(N):
                         wr[r, i] = (modes[0] * backward[r, i] + modes[1] * wr[r, i]
                                     + modes[2] * forward[r, i])
             reads[b, t] = one - one
-            add_product(wr, M, reads[b, t])
+            add_product(wr, M, first, reads[b, t], 0)
             if record:
                 usages[b, t], cosines[b, t], inverse_norms[b, t] = u, cosine, norms
                 precedences[b, t] = p
@@ -222,21 +235,23 @@ def forward_rows(
 def content_backward(strength, key_norm, norms, cosine, content, d_content, d_dots, shrink, one):
     """Backward of content_step down to the dot products of the key with every slot: sets d_dots
     (N,) and adds to shrink (N,), the share of its own row that a slot's gradient loses to its norm
-    -> d_strength, and the same share of the key."""
+    -> d_strength, the same share of the key, and the gradient of the empty slot's logit."""
     mean, d_strength, key_shrink = dot(content, d_content, one), one - one, one - one
+    nothing = one  # the share of the empty slot
     for i in range(content.shape[0]):
+        nothing -= content[i]
         d_logit = content[i] * (d_content[i] - mean)
         d_cosine = strength * d_logit
         d_strength += d_logit * cosine[i]
         key_shrink += d_cosine * cosine[i]
         d_dots[i] = d_cosine * norms[i] * key_norm
         shrink[i] += d_cosine * cosine[i] * norms[i] * norms[i]
-    return d_strength, key_shrink * key_norm * key_norm
+    return d_strength, key_shrink * key_norm * key_norm, -nothing * mean
 
 @compiled(FAST)
-def shrink_rows(shrink, memory, d_memory):
+def shrink_rows(shrink, memory, key_width, d_memory):
     for i in range(memory.shape[0]):
-        for j in range(memory.shape[1]):
+        for j in range(key_width):
             d_memory[i, j] -= shrink[i] * memory[i, j]
 
 @compiled(FAST)
@@ -275,12 +290,13 @@ def allocation_backward(order, used, before, d_allocation, d_usage, one, eps):
         after += d_allocation[slot] * (one - used[slot]) * before[slot]
 
 @compiled(FAST)
-def usage_backward(usage, write_weights, read_weights, free_gates, retention, d_retention, others,
-                   d_usage, d_write_weights, d_read_weights, d_free_gates, one):
+def usage_backward(usage, write_weights, read_weights, free_gates, decay, retention, d_retention,
+                   others, d_usage, d_write_weights, d_read_weights, d_free_gates, one):
     """Backward of usage_step: d_usage goes from after it to before it, in place; d_write_weights
     (N,) and d_free_gates (R,) are set; d_read_weights (R, N) is added to; `others` is scratch."""
     for i in range(usage.shape[0]):
         w, u = write_weights[i], usage[i]
+        d_usage[i] *= decay
         d_retention[i] += d_usage[i] * (u + w - u * w)
         d_usage[i] *= retention[i]
         d_write_weights[i] = d_usage[i] * (one - u)
@@ -310,11 +326,11 @@ def mode_backward(modes, d_wr, content, forward, backward, d_modes, d_content, d
 @compiled(FAST)
 def follow_backward(link, weights, d_forward, d_backward, d_link, d_weights, scratch, one):
     """Backward of follow_links: d_link (N, N) and d_weights (R, N) are added to."""
-    add_product(weights.T, d_backward, d_link)
-    add_product(d_forward.T, weights, d_link)
-    add_product(d_forward, link, d_weights)
+    add_product(weights.T, d_backward, 0, d_link, 0)
+    add_product(d_forward.T, weights, 0, d_link, 0)
+    add_product(d_forward, link, 0, d_weights, 0)
     for r in range(weights.shape[0]):
-        row_dots(d_backward[r], link, scratch, one)
+        row_dots(d_backward[r], link, 0, scratch, one)
         d_weights[r] += scratch
 
 @compiled(FAST)
@@ -354,27 +370,31 @@ def replay(start, end, wipe, links, one, eps, erase, write_vector, free_gates, w
             for r in range(free_gates.shape[1]):
                 for i in range(kept.shape[0]):
                     kept[i] *= one - free_gates[t, r] * wr_before[r, i]
-        write_step(history[now], kept, write_weights[t], erase[t], write_vector[t], norms, one, eps)
+        write_step(history[now], kept, write_weights[t], erase[t], write_vector[t], 0, norms, one,
+                   eps)
         if links:
             link_history[now] = link_history[now - 1]
             link_step(link_history[now], p, write_weights[t], one)
 
 @compiled(FAST, inlined=False)
 def backward_rows(
-        begin, end, every, wipe, links, one, eps,
+        begin, end, every, wipe, links, decay, one, eps,
         write_key, write_strength, erase, write_vector, write_gate, allocation_gate,
-        read_keys, read_strengths, free_gates, read_modes,
+        read_keys, read_strengths, free_gates, read_modes, empty,
         usage0, write_weights0, read_weights0, precedence0,
         write_weights, read_weights, usages, cosines, inverse_norms, precedences,
         memories, link_states,
         g_reads, g_write_weights, g_read_weights, g_memory, g_usage, g_link, g_precedence,
         d_write_key, d_write_strength, d_erase, d_write_vector, d_write_gate, d_allocation_gate,
-        d_read_keys, d_read_strengths, d_free_gates, d_read_modes,
+        d_read_keys, d_read_strengths, d_free_gates, d_read_modes, d_empty,
         d_memory, d_usage, d_write_weights, d_read_weights, d_link, d_precedence):
     """The gradients d_ of rows begin to end, from the gradients g_ of the forward's results. That
     of the state is carried back through time in d_memory to d_precedence, in place."""
-    T, W = write_key.shape[1:]
+    T, K = write_key.shape[1:]
     R, N = read_weights.shape[2:]
+    W = memories.shape[3]
+    first = W - g_reads.shape[3]
+    nothing = np.full(1, -np.inf, write_key.dtype)[0]
     linked = precedence0.shape[1]
     history = np.empty((every + 1, N, W), write_key.dtype)
     link_history = np.empty((every + 1, linked, linked), write_key.dtype)
@@ -390,7 +410,7 @@ def backward_rows(
         dM[:], du[:], dL[:], dp[:] = g_memory[b], g_usage[b], g_link[b], g_precedence[b]
         dw_before[:], dwr_before[:] = one - one, one - one
         for i in range(N):
-            norms0[i] = inverse_norm(memories[b, 0, i], one, eps)
+            norms0[i] = inverse_norm(memories[b, 0, i][:K], one, eps)
         order = np.arange(N)
         for t in range(T - 1, -1, -1):
             start, now = t - t % every, t % every + 1  # history[now] is the memory after step t
@@ -409,26 +429,29 @@ def backward_rows(
             # read vectors, read weightings
             d_w[:] = g_write_weights[b, t] + dw_before
             shrink[:] = one - one
-            add_product(wr.T, g_reads[b, t], dM)
+            add_product(wr.T, g_reads[b, t], 0, dM, first)
             if links:
                 follow_links(new_L, wr_before, forward, backward, one)
             for r in range(R):
                 strength, cosine = read_strengths[b, t, r], cosines[b, t, r + 1]
-                row_dots(g_reads[b, t, r], new_M, d_wr[r], one)
+                no_slot = empty[b, t, r] if empty.shape[2] > 0 else nothing
+                row_dots(g_reads[b, t, r], new_M, first, d_wr[r], one)
                 d_wr[r] += g_read_weights[b, t, r] + dwr_before[r]
                 content[:], d_content[:] = wr[r], d_wr[r]
                 if links:
-                    softmax(strength, cosine, content)
+                    softmax(strength, cosine, no_slot, content)
                     mode_backward(read_modes[b, t, r], d_wr[r], content, forward[r], backward[r],
                                   d_read_modes[b, t, r], d_content, d_forward[r], d_backward[r],
                                   one)
-                d_read_strengths[b, t, r], key_shrink = content_backward(
+                d_read_strengths[b, t, r], key_shrink, d_no_slot = content_backward(
                     strength, inverse_norm(keys[r], one, eps), inverse_norms[b, t], cosine, content,
                     d_content, d_dots[r], shrink, one)
                 d_read_keys[b, t, r] = -key_shrink * keys[r]
-            add_product(d_dots, new_M, d_read_keys[b, t])
-            add_product(d_dots.T, keys, dM)
-            shrink_rows(shrink, new_M, dM)
+                if empty.shape[2] > 0:
+                    d_empty[b, t, r] = d_no_slot
+            add_product(d_dots, new_M, 0, d_read_keys[b, t], 0)
+            add_product(d_dots.T, keys, 0, dM, 0)
+            shrink_rows(shrink, new_M, K, dM)
             dwr_before[:] = one - one
             if links:
                 p_before = precedences[b, t - 1] if t > 0 else precedence0[b]
@@ -437,7 +460,8 @@ def backward_rows(
                 link_backward(link_history[now - 1], p_before, w, dL, dp, d_w, scratch, one)
 
             # write
-            usage_step(u_before, w_before, wr_before, free_gates[b, t], new_usage, retention, one)
+            usage_step(u_before, w_before, wr_before, free_gates[b, t], decay, new_usage, retention,
+                       one)
             if wipe:
                 kept[:] = retention
             d_erase[b, t], d_write_vector[b, t], d_kept[:] = one - one, one - one, one - one
@@ -449,7 +473,7 @@ def backward_rows(
             # write weighting: gates, allocation, content
             allocation_step(usages[b, t], order, used, before, one, eps)
             strength, cosine, key = write_strength[b, t], cosines[b, t, 0], write_key[b, t]
-            softmax(strength, cosine, content)
+            softmax(strength, cosine, nothing, content)
             gate, mix, d_gate, d_mix = write_gate[b, t], allocation_gate[b, t], one - one, one - one
             for i in range(N):
                 allocation = (one - used[i]) * before[i]
@@ -459,18 +483,18 @@ def backward_rows(
                 d_w[i] *= gate * mix  # from here on that of the allocation
             d_write_gate[b, t], d_allocation_gate[b, t] = d_gate, d_mix
             shrink[:] = one - one
-            d_write_strength[b, t], key_shrink = content_backward(
+            d_write_strength[b, t], key_shrink, _ = content_backward(
                 strength, inverse_norm(key, one, eps), norms_before, cosine, content, d_content,
                 d_dots[0], shrink, one)
             d_write_key[b, t] = -key_shrink * key
-            add_product(d_dots[:1], M, d_write_key[b, t : t + 1])
-            add_product(d_dots[:1].T, write_key[b, t : t + 1], dM)
-            shrink_rows(shrink, M, dM)
+            add_product(d_dots[:1], M, 0, d_write_key[b, t : t + 1], 0)
+            add_product(d_dots[:1].T, write_key[b, t : t + 1], 0, dM, 0)
+            shrink_rows(shrink, M, K, dM)
             allocation_backward(order, used, before, d_w, du, one, eps)
-            usage_backward(u_before, w_before, wr_before, free_gates[b, t], retention, d_kept,
-                           scratch, du, dw_before, dwr_before, d_free_gates[b, t], one)
+            usage_backward(u_before, w_before, wr_before, free_gates[b, t], decay, retention,
+                           d_kept, scratch, du, dw_before, dwr_before, d_free_gates[b, t], one)
 
-def run_rows(kernel, flags: tuple, tensors: list[torch.Tensor]) -> None:
+def run_rows(kernel, flags: tuple, decay: float, tensors: list[torch.Tensor]) -> None:
     """Run a numba kernel over all batch rows on torch's number of threads: it releases Python's
     lock. Rows are independent, so the result does not depend on that number."""
     number, rows = tensors[-1].numpy().dtype.type, len(tensors[0])
@@ -479,8 +503,8 @@ def run_rows(kernel, flags: tuple, tensors: list[torch.Tensor]) -> None:
 
     def work(worker: int) -> None:
         try:
-            kernel(rows * worker // workers, rows * (worker + 1) // workers, *flags, number(1),
-                   number(EPS), *arrays)
+            kernel(rows * worker // workers, rows * (worker + 1) // workers, *flags,
+                   number(decay), number(1), number(EPS), *arrays)
         except BaseException as error:  # raised again below: a thread's own would be lost
             errors.append(error)
 
@@ -493,15 +517,17 @@ def run_rows(kernel, flags: tuple, tensors: list[torch.Tensor]) -> None:
     if errors:
         raise errors[0]
 
-def numba_forward(parts, state, wipe: bool, every: int, record: bool) -> list[torch.Tensor]:
+def numba_forward(parts, state, wipe: bool, decay: float, every: int, record: bool
+                  ) -> list[torch.Tensor]:
     results = empty_results(parts, state, every, record)
     links = state[4].shape[1] > 0
-    run_rows(forward_rows, (every, wipe, links, record), [*parts, *state, *results])
+    run_rows(forward_rows, (every, wipe, links, record), decay, [*parts, *state, *results])
     return results
 
-def numba_backward(grads, parts, state, traces, wipe: bool, every: int) -> list[torch.Tensor]:
+def numba_backward(grads, parts, state, traces, wipe: bool, decay: float, every: int
+                   ) -> list[torch.Tensor]:
     _, usage, write_weights, read_weights, link, precedence = state
     gradients = [torch.empty_like(tensor) for tensor in (*parts, *state)]
-    run_rows(backward_rows, (every, wipe, link.shape[1] > 0), [
+    run_rows(backward_rows, (every, wipe, link.shape[1] > 0), decay, [
         *parts, usage, write_weights, read_weights, precedence, *traces, *grads, *gradients])
     return gradients

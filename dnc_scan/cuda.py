@@ -11,7 +11,7 @@ import math
 
 import torch
 
-from dnc_scan.layout import CHECKPOINT_EVERY, EPS, PARTS, RESULTS, empty_results
+from dnc_scan.layout import CHECKPOINT_EVERY, EPS, PARTS, RESULTS, empty_results, value_width
 
 MISSING = ""  # why the kernels cannot run here
 try:  # at import, because decorators need it
@@ -33,6 +33,8 @@ except ImportError as error:
 # elements as there are threads (see kernel_sizes).
 # N, W, R are the sizes, NP, WP, RP those padded to powers of two. Padded slots hold zero memory and
 # get no weight; padded columns and heads are zero.
+# A key has the first K columns, and is loaded with zeros behind them: its product with a whole row
+# is that with the key half. V columns from FIRST on are read.
 
 @jit
 def tile_blocks(pointer, N: tl.constexpr, W: tl.constexpr, NP: tl.constexpr,
@@ -82,8 +84,8 @@ def load_heads(pointer, slot, head, N: tl.constexpr, R: tl.constexpr, dtype: tl.
 
 @jit
 def set_partial(stacked, products, head, r: tl.constexpr, less=0.0):
-    """Entry r of (K, G, WP) := products (NP, WP) summed down to the G rows that different threads
-    hold; `less` (1, WP) leaves the sum. One sum over G then crosses warps once for all K."""
+    """Entry r of (RP, G, WP) := products (NP, WP) summed down to the G rows that different threads
+    hold; `less` (1, WP) leaves the sum. One sum over G then crosses warps once for all entries."""
     G: tl.constexpr = stacked.shape[1]
     rows = tl.reshape(products, (products.shape[0] // G, G, products.shape[1]))
     partial = tl.sum(rows, 0) - less / G  # (G, WP)
@@ -117,11 +119,38 @@ def later_sum(used, values, slot):
     return tl.sum(tl.where(later, values[None, :], 0.0), 1)
 
 @jit
+def compared(memory, column, K: tl.constexpr, W: tl.constexpr):
+    """The memory (NP, WP) with zeros in the columns that addressing does not see."""
+    return tl.where((column < K)[None, :], memory, 0.0) if K < W else memory
+
+@jit
+def inverse_norms_of(memory, column, K: tl.constexpr, W: tl.constexpr, EPS: tl.constexpr):
+    """1 / |M_i| over the key columns of every slot: (NP,)."""
+    seen = compared(memory, column, K, W)
+    return tl.rsqrt(tl.sum(seen * seen, 1) + EPS)
+
+@jit
 def softmax_of(cosines, strengths, inside):
     """softmax over slots of strength * cosine: (NP,) with a scalar, or (NP, RP) with (1, RP)."""
     logits = tl.where(inside, strengths * cosines, float("-inf"))
     powers = tl.exp(logits - tl.max(logits, 0, keep_dims=True))
     return powers * (1 / tl.sum(powers, 0, keep_dims=True))
+
+@jit
+def softmax_of_reads(cosines, strengths, inside, empty, at, head, R: tl.constexpr,
+                     EMPTY: tl.constexpr):
+    """Content weightings (NP, RP) of all heads, from cosines (NP, RP) and strengths (RP,); with
+    EMPTY beside the step's logits of the empty slot, whose share is left out."""
+    if EMPTY:
+        nothing = load_vector(empty + at * R, head, R, cosines.dtype)[None, :]  # (1, RP)
+        logits = tl.where(inside[:, None], strengths[None, :] * cosines, float("-inf"))
+        top = tl.maximum(tl.max(logits, 0, keep_dims=True), nothing)
+        powers = tl.exp(logits - top)
+        total = tl.sum(powers, 0, keep_dims=True) + tl.exp(nothing - top)
+        content = powers * (1 / total)
+    else:
+        content = softmax_of(cosines, strengths[None, :], inside[:, None])
+    return content
 
 @jit
 def add_three(a1, a2, a3, b1, b2, b3):
@@ -134,6 +163,24 @@ def softmax_backward(content, gradient, cosines):
     mean, product, cosine = tl.reduce(
         (content * gradient, content * gradient * cosines, content * cosines), 0, add_three)
     return mean, product - mean * cosine
+
+@jit
+def add_four(a1, a2, a3, a4, b1, b2, b3, b4):
+    return a1 + b1, a2 + b2, a3 + b3, a4 + b4
+
+@jit
+def softmax_backward_of_reads(content, gradient, cosines, EMPTY: tl.constexpr):
+    """softmax_backward, and the gradient of the empty slot's logit: three (RP,)."""
+    if EMPTY:
+        mean, product, cosine, held = tl.reduce(
+            (content * gradient, content * gradient * cosines, content * cosines, content), 0,
+            add_four)
+        d_strengths = product - mean * cosine
+        d_empty = (held - 1) * mean
+    else:
+        mean, d_strengths = softmax_backward(content, gradient, cosines)
+        d_empty = mean  # unused
+    return mean, d_strengths, d_empty
 
 @jit
 def written(memory, retention, weights, erase, vector, WIPE: tl.constexpr):
@@ -150,10 +197,10 @@ def linked(link, weights, precedence, slot):
 
 @jit
 def load_write(write_key, write_strength, erase, write_vector, write_gate, allocation_gate,
-               free_gates, at, column, head, W: tl.constexpr, R: tl.constexpr,
+               free_gates, at, column, head, K: tl.constexpr, W: tl.constexpr, R: tl.constexpr,
                dtype: tl.constexpr):
     """What a step needs to write: three vectors (WP,), three scalars, the free gates (RP,)."""
-    return (load_vector(write_key + at * W, column, W, dtype),
+    return (load_vector(write_key + at * K, column, K, dtype),
             load_vector(erase + at * W, column, W, dtype),
             load_vector(write_vector + at * W, column, W, dtype),
             tl.load(write_strength + at).to(dtype), tl.load(write_gate + at).to(dtype),
@@ -175,14 +222,16 @@ def previous_row(rows, initial, t, at, b, SIZE: tl.constexpr):
 @jit(do_not_specialize=["T"])
 def forward_kernel(
         write_key, write_strength, erase, write_vector, write_gate, allocation_gate, read_keys,
-        read_strengths, free_gates, read_modes, inverse_keys,
+        read_strengths, free_gates, read_modes, empty, inverse_keys,
         memory_0, usage_0, write_weights_0, read_weights_0, link_0, precedence_0,
         all_reads, all_write_weights, all_read_weights, memory_T, usage_T, link_T, precedence_T,
         usages, all_cosines, all_inverse_norms, precedences, memories, links,
         T, EVERY: tl.constexpr, N: tl.constexpr, W: tl.constexpr, R: tl.constexpr,
-        NP: tl.constexpr, WP: tl.constexpr, RP: tl.constexpr, KP: tl.constexpr, G: tl.constexpr,
-        WIPE: tl.constexpr, LINKS: tl.constexpr, RECORD: tl.constexpr, EPS: tl.constexpr):
+        K: tl.constexpr, V: tl.constexpr, NP: tl.constexpr, WP: tl.constexpr, RP: tl.constexpr,
+        KP: tl.constexpr, G: tl.constexpr, WIPE: tl.constexpr, LINKS: tl.constexpr,
+        EMPTY: tl.constexpr, DECAY: tl.constexpr, RECORD: tl.constexpr, EPS: tl.constexpr):
     dtype: tl.constexpr = memory_0.dtype.element_ty
+    FIRST: tl.constexpr = W - V  # column of what reads return
     slot, column, head = tl.arange(0, NP), tl.arange(0, WP), tl.arange(0, RP)
     kind = tl.arange(0, KP)  # of the values per slot that a step stores
     inside = slot < N
@@ -192,14 +241,14 @@ def forward_kernel(
     usage = load_vector(usage_0 + b * N, slot, N, dtype)
     write_weights = load_vector(write_weights_0 + b * N, slot, N, dtype)
     read_weights = load_heads(read_weights_0 + b * R * N, slot, head, N, R, dtype)
-    inverse_norms = tl.rsqrt(tl.sum(memory * memory, 1) + EPS)  # (NP,)
+    inverse_norms = inverse_norms_of(memory, column, K, W, EPS)  # (NP,)
     if LINKS:
         link = load_tile(link_0 + b * N * N, N, N, NP, NP)
         precedence = load_vector(precedence_0 + b * N, slot, N, dtype)
 
     key_next, erase_next, vector_next, strength_next, gate_next, allocate_next, free_next = \
         load_write(write_key, write_strength, erase, write_vector, write_gate, allocation_gate,
-                   free_gates, b * T, column, head, W, R, dtype)
+                   free_gates, b * T, column, head, K, W, R, dtype)
     for t in range(T):
         at = b * T + t  # the step's row in every (B*T, ...)
         if RECORD:
@@ -214,11 +263,11 @@ def forward_kernel(
         key_next, erase_next, vector_next, strength_next, gate_next, allocate_next, free_next = \
             load_write(write_key, write_strength, erase, write_vector, write_gate,
                        allocation_gate, free_gates, b * T + tl.minimum(t + 1, T - 1), column,
-                       head, W, R, dtype)
+                       head, K, W, R, dtype)
 
         # Write: usage, allocation, content, in Graves' order.
         retention = retention_of(free, read_weights)  # (NP,)
-        usage = (usage + write_weights - usage * write_weights) * retention
+        usage = (usage + write_weights - usage * write_weights) * retention * DECAY
         used, product_before = allocation_of(usage, slot, N, EPS)
         inverse_key = tl.load(inverse_keys + at * (R + 1))
         write_cosines = tl.sum(memory * key[None, :], 1) * inverse_norms * inverse_key  # (NP,)
@@ -231,15 +280,15 @@ def forward_kernel(
             precedence = (1 - tl.sum(write_weights, 0)) * precedence + write_weights
 
         # Read: every head looks its key up in the new memory.
-        inverse_norms = tl.rsqrt(tl.sum(memory * memory, 1) + EPS)
+        inverse_norms = inverse_norms_of(memory, column, K, W, EPS)
         cosines = tl.zeros((NP, RP), dtype)
         for r in tl.static_range(R):
-            read_key = load_vector(read_keys + (at * R + r) * W, column, W, dtype)
+            read_key = load_vector(read_keys + (at * R + r) * K, column, K, dtype)
             inverse_key = tl.load(inverse_keys + at * (R + 1) + 1 + r)
             cosine = tl.sum(memory * read_key[None, :], 1) * inverse_norms * inverse_key
             cosines = set_head(cosines, cosine, head, r)
         strengths = load_vector(read_strengths + at * R, head, R, dtype)
-        content = softmax_of(cosines, strengths[None, :], inside[:, None])  # (NP, RP)
+        content = softmax_of_reads(cosines, strengths, inside, empty, at, head, R, EMPTY)
         if LINKS:
             backward, forward = tl.zeros((NP, RP), dtype), tl.zeros((NP, RP), dtype)
             for r in tl.static_range(R):
@@ -254,8 +303,9 @@ def forward_kernel(
         reads = tl.zeros((RP, G, WP), dtype)
         for r in tl.static_range(R):
             reads = set_partial(reads, get_head(read_weights, head, r)[:, None] * memory, head, r)
-        tl.store(all_reads + (at * R + head[:, None]) * W + column[None, :], tl.sum(reads, 1),
-                 (head < R)[:, None] & (column < W)[None, :])
+        tl.store(all_reads + (at * R + head[:, None]) * V + (column - FIRST)[None, :],
+                 tl.sum(reads, 1),
+                 (head < R)[:, None] & ((column >= FIRST) & (column < W))[None, :])
 
         # All values per slot leave in one store, as each store costs barriers: the R read weights,
         # the write weights, the 1 + R cosines, usage, inverse norms, precedence.
@@ -289,20 +339,22 @@ def forward_kernel(
 @jit(do_not_specialize=["T"])
 def backward_kernel(
         write_key, write_strength, erase, write_vector, write_gate, allocation_gate, read_keys,
-        read_strengths, free_gates, read_modes, inverse_keys,
+        read_strengths, free_gates, read_modes, empty, inverse_keys,
         usage_0, write_weights_0, read_weights_0, precedence_0,
         all_write_weights, all_read_weights, usages, all_cosines, all_inverse_norms, precedences,
         memories, links,
         d_reads, d_all_write_weights, d_all_read_weights, d_memory_T, d_usage_T, d_link_T,
         d_precedence_T,
         d_vectors, d_write_strength, d_write_gate, d_allocation_gate, d_read_strengths,
-        d_free_gates, d_read_modes,
+        d_free_gates, d_read_modes, d_empty,
         d_memory_0, d_usage_0, d_write_weights_0, d_read_weights_0, d_link_0, d_precedence_0,
         memory_scratch, link_scratch,
         T, EVERY: tl.constexpr, N: tl.constexpr, W: tl.constexpr, R: tl.constexpr,
-        NP: tl.constexpr, WP: tl.constexpr, RP: tl.constexpr, G: tl.constexpr,
-        WIPE: tl.constexpr, LINKS: tl.constexpr, EPS: tl.constexpr):
+        K: tl.constexpr, V: tl.constexpr, NP: tl.constexpr, WP: tl.constexpr, RP: tl.constexpr,
+        G: tl.constexpr, WIPE: tl.constexpr, LINKS: tl.constexpr, EMPTY: tl.constexpr,
+        DECAY: tl.constexpr, EPS: tl.constexpr):
     dtype: tl.constexpr = d_reads.dtype.element_ty
+    FIRST: tl.constexpr = W - V  # column of what reads return
     slot, column, head = tl.arange(0, NP), tl.arange(0, WP), tl.arange(0, RP)
     inside = slot < N
     b = tl.program_id(0).to(tl.int64)
@@ -347,10 +399,11 @@ def backward_kernel(
             t = chunk * EVERY + k
             at = b * T + t
 
-            # Reads: reads_r = sum_i wr_ri M'_i.
+            # Reads: reads_r = sum_i wr_ri M'_i, without the key half.
             read_weights = tl.zeros((NP, RP), dtype)
             for r in tl.static_range(R):
-                d_read = load_vector(d_reads + (at * R + r) * W, column, W, dtype)
+                d_read = tl.load(d_reads + (at * R + r) * V + column - FIRST,
+                                 (column >= FIRST) & (column < W), 0.0).to(dtype)
                 weight = load_vector(all_read_weights + (at * R + r) * N, slot, N, dtype)
                 d_weight = load_vector(d_all_read_weights + (at * R + r) * N, slot, N, dtype)
                 d_weight += get_head(d_read_weights, head, r)
@@ -368,7 +421,7 @@ def backward_kernel(
             content = read_weights
             share = (head < R).to(dtype)  # of content in the read weights
             if LINKS:
-                content = softmax_of(cosines, strengths[None, :], inside[:, None])
+                content = softmax_of_reads(cosines, strengths, inside, empty, at, head, R, EMPTY)
                 back, share, forth = load_modes(read_modes, at, head, R, dtype)
                 d_back, d_forth = tl.zeros((NP, RP), dtype), tl.zeros((RP, G, NP), dtype)
                 for r in tl.static_range(R):
@@ -386,10 +439,13 @@ def backward_kernel(
                 d_mode = d_read_modes + (at * R + head) * 3
                 tl.store(d_mode, tl.sum(read_before * d_back, 0), head < R)
                 tl.store(d_mode + 2, tl.sum(read_before * d_forward, 0), head < R)
-            d_share, d_strengths = softmax_backward(content, d_read_weights, cosines)
+            d_share, d_strengths, d_nothing = softmax_backward_of_reads(
+                content, d_read_weights, cosines, EMPTY)
             d_logits = content * (d_read_weights - d_share[None, :])  # before the share
             d_strengths *= share
             tl.store(d_read_strengths + at * R + head, d_strengths, head < R)
+            if EMPTY:
+                tl.store(d_empty + at * R + head, d_nothing * share, head < R)
             if LINKS:
                 tl.store(d_read_modes + (at * R + head) * 3 + 1, d_share, head < R)
 
@@ -398,14 +454,15 @@ def backward_kernel(
             d_cosines = d_logits * (strengths * share)[None, :]
             d_keys = tl.zeros((RP, G, WP), dtype)
             for r in tl.static_range(R):
-                read_key = load_vector(read_keys + (at * R + r) * W, column, W, dtype)
+                read_key = load_vector(read_keys + (at * R + r) * K, column, K, dtype)
                 inverse_key = tl.load(inverse_keys + at * (R + 1) + 1 + r)
                 d_dot = get_head(d_cosines, head, r) * norms * inverse_key
                 d_memory += d_dot[:, None] * read_key[None, :]
                 d_norm = tl.sum(tl.where(head == r, strengths * d_strengths, 0.0), 0)
                 d_keys = set_partial(d_keys, d_dot[:, None] * memory, head, r,
                                      (d_norm * inverse_key * inverse_key * read_key)[None, :])
-            d_memory -= memory * (norms * norms * tl.sum(d_cosines * cosines, 1))[:, None]
+            shrink = norms * norms * tl.sum(d_cosines * cosines, 1)
+            d_memory -= compared(memory, column, K, W) * shrink[:, None]
             tl.store(d_vectors + (at * (R + 3) + head[:, None]) * W + column[None, :],
                      tl.sum(d_keys, 1), (head < R)[:, None] & (column < W)[None, :])
 
@@ -426,7 +483,7 @@ def backward_kernel(
             # Write: M' = psi M (1 - w e^T) + w v^T.
             key, erase_t, vector, strength, gate, allocate, free = load_write(
                 write_key, write_strength, erase, write_vector, write_gate, allocation_gate,
-                free_gates, at, column, head, W, R, dtype)
+                free_gates, at, column, head, K, W, R, dtype)
             memory = load_tile(memory_scratch + (b * EVERY + k) * N * W, N, W, NP, WP)
             retention = retention_of(free, read_before)
             kept = memory * retention[:, None] if WIPE else memory
@@ -462,18 +519,19 @@ def backward_kernel(
             if t > 0:
                 norms = load_vector(all_inverse_norms + (at - 1) * N, slot, N, dtype)
             else:
-                norms = tl.rsqrt(tl.sum(memory * memory, 1) + EPS)
+                norms = inverse_norms_of(memory, column, K, W, EPS)
             inverse_key = tl.load(inverse_keys + at * (R + 1))
             d_cosine = d_logits * (strength * share)
             d_dot = d_cosine * norms * inverse_key
             d_norm = strength * d_strength * inverse_key * inverse_key
             d_rows = set_partial(d_rows, d_dot[:, None] * memory, row, 2, (d_norm * key)[None, :])
             d_memory += d_dot[:, None] * key[None, :]
-            d_memory -= memory * (norms * norms * d_cosine * cosine)[:, None]
+            shrink = norms * norms * d_cosine * cosine
+            d_memory -= compared(memory, column, K, W) * shrink[:, None]
             tl.store(d_vectors + (at * (R + 3) + R + row[:, None]) * W + column[None, :],
                      tl.sum(d_rows, 1), (row < 3)[:, None] & (column < W)[None, :])
 
-            # Usage: a_i = (1 - s_i) prod of s_j before i; u = (u + w - u w) psi, those of t-1.
+            # Usage: a_i = (1 - s_i) prod of s_j before i; u = g (u + w - u w) psi, those of t-1.
             source = previous_row(usages, usage_0, t, at, b, N)
             usage_before = load_vector(source, slot, N, dtype)
             source = previous_row(all_write_weights, write_weights_0, t, at, b, N)
@@ -481,7 +539,7 @@ def backward_kernel(
             d_allocation = gate * allocate * d_write_weights
             d_used = (later_sum(used, d_allocation * allocation, slot) / used
                       - d_allocation * product_before)
-            d_usage = tl.where(inside, d_usage + (1 - EPS) * d_used, 0.0)
+            d_usage = tl.where(inside, d_usage + (1 - EPS) * d_used, 0.0) * DECAY
             d_retention += d_usage * (usage_before + write_before - usage_before * write_before)
             d_union = d_usage * retention
             d_usage = d_union * (1 - write_before)
@@ -508,7 +566,8 @@ def backward_kernel(
         store_tile(d_link_0 + b * N * N, d_link, N, N, NP, NP)
         tl.store(d_precedence_0 + b * N + slot, d_precedence, inside)
 
-def kernel_sizes(slots: int, width: int, heads: int, links: bool):
+def kernel_sizes(slots: int, width: int, heads: int, links: bool, key_width: int = 0,
+                 empty: bool = False):
     """The constants of both kernels for a memory of this size, and the number of warps."""
     padded = [max(16, triton.next_power_of_2(x)) for x in (slots, width)]
     # More threads than a vector has elements, or Triton lays the tile out as suits that vector. Not
@@ -516,65 +575,78 @@ def kernel_sizes(slots: int, width: int, heads: int, links: bool):
     num_warps = max(*padded, 64, 256 * (links and slots > 64)) // 16
     # The rows of a tile that lie in different threads: see load_tile and set_partial.
     rows = 32 // min(16, padded[1] // math.gcd(width, 4)) * num_warps
-    sizes = {"N": slots, "W": width, "R": heads, "NP": padded[0], "WP": padded[1],
+    key_width = key_width or width
+    sizes = {"N": slots, "W": width, "R": heads, "K": key_width,
+             "V": value_width(key_width, width), "NP": padded[0], "WP": padded[1],
              "RP": triton.next_power_of_2(heads), "KP": triton.next_power_of_2(2 * heads + 5),
-             "G": min(rows, padded[0]), "LINKS": links}
+             "G": min(rows, padded[0]), "LINKS": links, "EMPTY": empty}
     return sizes, num_warps
+
+def sizes_of(parts, state):
+    """kernel_sizes of the tensors of a call."""
+    memory, _, _, _, link, _ = state
+    _, _, R, K = parts[PARTS.index("read_keys")].shape
+    empty = parts[PARTS.index("empty")].shape[2] > 0
+    return kernel_sizes(*memory.shape[1:], R, link.shape[1] > 0, K, empty)
 
 def inverse_key_norms(parts, dtype: torch.dtype) -> torch.Tensor:
     """(|k|^2 + eps)^-1/2 of the write key and the R read keys of every step: (B, T, R + 1)."""
     write_key, read_keys = parts[PARTS.index("write_key")], parts[PARTS.index("read_keys")]
-    keys = write_key.unsqueeze(2), read_keys  # (B, T, 1, W), (B, T, R, W)
+    keys = write_key.unsqueeze(2), read_keys  # (B, T, 1, K), (B, T, R, K)
     norms = [torch.linalg.vector_norm(key, dim=-1, dtype=dtype) for key in keys]
     return (torch.cat(norms, dim=2).square() + EPS).rsqrt()
 
-def triton_forward(parts, state, wipe: bool, every: int, record: bool) -> list[torch.Tensor]:
-    memory, _, _, _, link, _ = state
-    _, T, R, _ = parts[PARTS.index("read_keys")].shape
+def triton_forward(parts, state, wipe: bool, decay: float, every: int, record: bool
+                   ) -> list[torch.Tensor]:
+    memory, T = state[0], parts[0].shape[1]
     results = empty_results(parts, state, every, record)
-    sizes, num_warps = kernel_sizes(*memory.shape[1:], R, link.shape[1] > 0)
+    sizes, num_warps = sizes_of(parts, state)
     with torch.cuda.device_of(memory):
         forward_kernel[(len(memory),)](
             *parts, inverse_key_norms(parts, memory.dtype), *state, *results, T, every, **sizes,
-            WIPE=wipe, RECORD=record, EPS=EPS, num_warps=num_warps)
+            WIPE=wipe, DECAY=decay, RECORD=record, EPS=EPS, num_warps=num_warps)
     return results
 
-def triton_backward(grads, parts, state, traces, wipe: bool, every: int) -> list[torch.Tensor]:
+def triton_backward(grads, parts, state, traces, wipe: bool, decay: float, every: int
+                    ) -> list[torch.Tensor]:
     memory, usage, write_weights, read_weights, link, precedence = state
     (B, N, W), new, linked = memory.shape, memory.new_empty, link.shape[1]
-    _, T, R, _ = parts[PARTS.index("read_keys")].shape
-    small = "write_strength write_gate allocation_gate read_strengths free_gates read_modes".split()
+    _, T, R, K = parts[PARTS.index("read_keys")].shape
+    small = ("write_strength", "write_gate", "allocation_gate", "read_strengths", "free_gates",
+             "read_modes", "empty")
     d_vectors = new(B, T, R + 3, W)  # one store for read keys, erase, write vector, write key
     d_small = [new(parts[PARTS.index(name)].shape) for name in small]
     d_state = [torch.empty_like(x) for x in state]
     scratch = new(B, every, N, W), new(B, every, linked, linked)
-    sizes, num_warps = kernel_sizes(N, W, R, linked > 0)
+    sizes, num_warps = sizes_of(parts, state)
     sizes.pop("KP")
     with torch.cuda.device_of(memory):
         backward_kernel[(B,)](
             *parts, inverse_key_norms(parts, memory.dtype), usage, write_weights, read_weights,
             precedence, *traces, *grads, d_vectors, *d_small, *d_state, *scratch, T, every, **sizes,
-            WIPE=wipe, EPS=EPS, num_warps=num_warps)
+            WIPE=wipe, DECAY=decay, EPS=EPS, num_warps=num_warps)
     d_erase, d_write_vector, d_write_key = d_vectors[:, :, R:].unbind(2)
     d_write_strength, d_write_gate, d_allocation_gate, *d_heads = d_small
-    d_parts = (d_write_key, d_write_strength, d_erase, d_write_vector, d_write_gate,
-               d_allocation_gate, d_vectors[:, :, :R], *d_heads)
+    d_parts = (d_write_key[..., :K], d_write_strength, d_erase, d_write_vector, d_write_gate,
+               d_allocation_gate, d_vectors[:, :, :R, :K], *d_heads)
     return [*(torch.empty_like(x).copy_(d) for d, x in zip(d_parts, parts, strict=True)), *d_state]
 
 @functools.cache
-def trial(device: torch.device, N: int, W: int, R: int, links: bool, wipe: bool) -> str:
+def trial(device: torch.device, N: int, W: int, R: int, options) -> str:
     """Compile and run both CUDA kernels for one step -> why they cannot run on this machine: a card
     with too little shared memory, no C compiler for Triton's launcher; "" where they can."""
-    L = N if links else 0
-    sizes = [(1, 1, W), (1, 1), (1, 1, W), (1, 1, W), (1, 1), (1, 1), (1, 1, R, W), (1, 1, R),
-             (1, 1, R), (1, 1, R, 3 if links else 0)]
-    parts = [torch.zeros(size, device=device) for size in sizes]
-    state = [torch.zeros(size, device=device)
-             for size in ((1, N, W), (1, N), (1, N), (1, R, N), (1, L, L), (1, L))]
+    K, L = options.key_width or W, N if options.use_links else 0
+    modes, empty = 3 if options.use_links else 0, R if options.empty_slot else 0
+    part_sizes = [(1, 1, K), (1, 1), (1, 1, W), (1, 1, W), (1, 1), (1, 1), (1, 1, R, K), (1, 1, R),
+                  (1, 1, R), (1, 1, R, modes), (1, 1, empty)]
+    state_sizes = [(1, N, W), (1, N), (1, N), (1, R, N), (1, L, L), (1, L)]
+    parts = [torch.zeros(size, device=device) for size in part_sizes]
+    state = [torch.zeros(size, device=device) for size in state_sizes]
+    how = options.dealloc_wipe, options.usage_decay, CHECKPOINT_EVERY
     try:
-        results = triton_forward(parts, state, wipe, CHECKPOINT_EVERY, record=True)
+        results = triton_forward(parts, state, *how, record=True)
         triton_backward(results[: len(RESULTS)], parts, state,
-                        results[1:3] + results[len(RESULTS) :], wipe, CHECKPOINT_EVERY)
+                        results[1:3] + results[len(RESULTS) :], *how)
         torch.cuda.synchronize(device)
     except Exception as error:  # Triton raises many kinds; the caller prints this line
         return f"the CUDA kernels do not run here ({type(error).__name__}: {error})".split("\n")[0]

@@ -23,35 +23,36 @@ BACKENDS = {
 
 
 @torch.library.custom_op("dnc_gpt2::scan", mutates_args=(), schema=(
-    "(Tensor[] parts, Tensor[] state, bool wipe, bool record, int every, str backend) -> Tensor[]"))
-def scan_op(parts, state, wipe, record, every, backend):
+    "(Tensor[] parts, Tensor[] state, bool wipe, float decay, bool record, int every, str backend) "
+    "-> Tensor[]"))
+def scan_op(parts, state, wipe, decay, record, every, backend):
     """Run a back end over PARTS and STATE -> RESULTS and TAPE."""
     forward, _ = BACKENDS[backend]
-    return list(forward(parts, state, wipe, every, record))
+    return list(forward(parts, state, wipe, decay, every, record))
 
 
 @scan_op.register_fake
-def _(parts, state, wipe, record, every, backend):
+def _(parts, state, wipe, decay, record, every, backend):
     return empty_results(parts, state, every, record)
 
 
 @torch.library.custom_op("dnc_gpt2::scan_backward", mutates_args=(), schema=(
-    "(Tensor[] grads, Tensor[] parts, Tensor[] state, Tensor[] traces, bool wipe, int every, "
-    "str backend) -> Tensor[]"))
-def scan_backward_op(grads, parts, state, traces, wipe, every, backend):
+    "(Tensor[] grads, Tensor[] parts, Tensor[] state, Tensor[] traces, bool wipe, float decay, "
+    "int every, str backend) -> Tensor[]"))
+def scan_backward_op(grads, parts, state, traces, wipe, decay, every, backend):
     """Turn the gradients of RESULTS into those of PARTS and STATE."""
     _, backward = BACKENDS[backend]
-    return list(backward(grads, parts, state, traces, wipe, every))
+    return list(backward(grads, parts, state, traces, wipe, decay, every))
 
 
 @scan_backward_op.register_fake
-def _(grads, parts, state, traces, wipe, every, backend):
+def _(grads, parts, state, traces, wipe, decay, every, backend):
     return [torch.empty_like(tensor) for tensor in (*parts, *state)]
 
 
 def save_for_backward(ctx, inputs, output) -> None:
     """Keep what the backward reads."""
-    parts, state, ctx.wipe, _, ctx.every, ctx.backend = inputs
+    parts, state, ctx.wipe, ctx.decay, _, ctx.every, ctx.backend = inputs
     results = output[:len(RESULTS)]
     tape = output[len(RESULTS):]
     ctx.result_shapes = [tensor.shape for tensor in results]
@@ -78,8 +79,8 @@ def scan_backward(ctx, grads):
         result_grads.append(grad)
 
     input_grads = scan_backward_op(
-        result_grads, parts, state, traces, ctx.wipe, ctx.every, ctx.backend)
-    return input_grads[:len(PARTS)], input_grads[len(PARTS):], None, None, None, None
+        result_grads, parts, state, traces, ctx.wipe, ctx.decay, ctx.every, ctx.backend)
+    return input_grads[:len(PARTS)], input_grads[len(PARTS):], *[None] * 5
 
 
 scan_op.register_autograd(scan_backward, setup_context=save_for_backward)
@@ -123,12 +124,13 @@ def cuda_refusal(state, options) -> str:
     N, W = state.memory.shape[1:]
     R = state.read_weights.shape[1]
     most_slots = 128 if options.use_links else 256
+    most_elements = 16_384 if options.use_links else 32_768
     beside_links = " beside links" if options.use_links else ""
 
     limits = [
         ("mem_slots", N, most_slots, beside_links),
         ("mem_width", W, 256, ""),
-        ("mem_slots * mem_width", N * W, 16_384, ""),
+        ("mem_slots * mem_width", N * W, most_elements, beside_links),
         ("num_reads", R, 8, ""),
     ]
     for name, value, most, beside in limits:
@@ -136,33 +138,32 @@ def cuda_refusal(state, options) -> str:
             return f"{name} {value}: at most {most} are supported{beside}; lower it"
 
     if state.memory.is_cuda and not torch.compiler.is_compiling():
-        return cuda.trial(state.memory.device, N, W, R, options.use_links, options.dealloc_wipe)
+        return cuda.trial(state.memory.device, N, W, R, options)
     return ""
 
 
-def check_shapes(interface, state, options) -> None:
-    """Raise ValueError for what the kernels would read beyond its end, or not read at all."""
+def shapes_wanted(interface, state, options) -> dict:
+    """The shape of each part of an interface and a state, None where it is switched off."""
     B, N, W = state.memory.shape
     T, R = interface.free_gates.shape[1:]
     linked = N if options.use_links else 0
-    if T == 0:
-        raise ValueError("the interface has no step: T = 0")
-
+    key_width = options.key_width or W
     steps, heads, slots = (B, T), (B, T, R), (B, N)
-    wanted = {
-        "write_key": (B, T, W),
+    return {
+        "write_key": (B, T, key_width),
         "write_strength": steps,
         "erase": (B, T, W),
         "write_vector": (B, T, W),
         "write_gate": steps,
         "allocation_gate": steps,
-        "read_keys": (B, T, R, W),
+        "read_keys": (B, T, R, key_width),
         "read_strengths": heads,
         "free_gates": heads,
         "read_modes": (B, T, R, 3) if options.use_links else None,
         "write_mask": None,
         "read_masks": None,
         "sharpening": None,
+        "empty": heads if options.empty_slot else None,
         "memory": (B, N, W),
         "usage": slots,
         "write_weights": slots,
@@ -170,20 +171,44 @@ def check_shapes(interface, state, options) -> None:
         "link": (B, linked, linked),
         "precedence": (B, linked),
     }
-    for name, part in {**interface._asdict(), **state._asdict()}.items():
+
+
+def check_shapes(interface, state, options) -> None:
+    """Raise ValueError for what the kernels would read beyond its end, or not read at all."""
+    B, N, W = state.memory.shape
+    T, R = interface.free_gates.shape[1:]
+    if T == 0:
+        raise ValueError("the interface has no step: T = 0")
+    if options.key_width >= W:
+        raise ValueError(f"key_width {options.key_width}: must be below the width of a row, {W}")
+
+    given = {**interface._asdict(), **state._asdict()}
+    for name, wanted in shapes_wanted(interface, state, options).items():
+        part = given[name]
         shape = None if part is None else tuple(part.shape)
-        if shape != wanted[name]:
-            raise ValueError(f"{name} {shape}: must be {wanted[name]}, as memory {(B, N, W)}, "
+        if shape != wanted:
+            raise ValueError(f"{name} {shape}: must be {wanted}, as memory {(B, N, W)}, "
                              f"{T} steps, {R} read heads and use_links {options.use_links} have it")
 
 
 # ══ The function ═════════════════════════════════════════════════════════════════════════════════
 
 
+def contiguous_parts(interface) -> list[torch.Tensor]:
+    """PARTS of an interface, without elements where they are switched off."""
+    if interface.read_modes is None:
+        no_modes = interface.read_keys[..., :0]  # (B, T, R, 0)
+        interface = interface._replace(read_modes=no_modes)
+    if interface.empty is None:
+        no_slot = interface.free_gates[..., :0]  # (B, T, 0)
+        interface = interface._replace(empty=no_slot)
+    return [getattr(interface, name).contiguous() for name in PARTS]
+
+
 def dnc_scan(interface, state, options, backend: str = "auto"):
     """Run the recurrence of dnc_gpt2.dnc_loop, fused, in the state's type.
 
-    interface (B, T, ...), activated, and a state of B rows -> reads (B, T, R, W), write_weights
+    interface (B, T, ...), activated, and a state of B rows -> reads (B, T, R, W - K), write_weights
     (B, T, N), read_weights (B, T, R, N) and the state after the last token. backend: auto, numba
     (CPU) or triton (CUDA). Raises ValueError for shapes that do not fit, and, with what `refusal`
     says, where it cannot run.
@@ -195,19 +220,17 @@ def dnc_scan(interface, state, options, backend: str = "auto"):
     backend = backend_for(state, backend)
     dtype = state.memory.dtype
 
-    if interface.read_modes is None:
-        no_modes = interface.read_keys[..., :0]  # (B, T, R, 0)
-        interface = interface._replace(read_modes=no_modes)
-    parts = [getattr(interface, name).contiguous() for name in PARTS]
+    parts = contiguous_parts(interface)
     if backend == "numba" or any(part.dtype != torch.bfloat16 for part in parts):
         parts = [part.to(dtype) for part in parts]
     inputs = [getattr(state, name).to(dtype).contiguous() for name in STATE]
     differentiable = any(tensor.requires_grad for tensor in (*parts, *inputs))
     record = torch.is_grad_enabled() and differentiable
 
-    outputs = scan_op(parts, inputs, options.dealloc_wipe, record, CHECKPOINT_EVERY, backend)
+    outputs = scan_op(parts, inputs, options.dealloc_wipe, options.usage_decay, record,
+                      CHECKPOINT_EVERY, backend)
     reads, write_weights, read_weights, memory, usage, link, precedence = outputs[:len(RESULTS)]
-    after = type(state)(
+    after = state._replace(
         memory=memory,
         usage=usage,
         # Clones: a view would keep the whole trace alive in a carried or saved state.
