@@ -104,6 +104,7 @@ class Config:
     lr_warmup: Share = 0.05  # share of all steps with a linearly rising rate
     weight_decay: NotNegative = 0.01  # AdamW, on matrices only
     grad_clip: Positive = 1.0  # global gradient norm
+    lambda_vocabulary: NotNegative = 1.0  # weight of the vocabulary's own CE beside the mixture's
     lambda_routing: NotNegative = 0.1  # weight of L_routing
     lambda_entropy: NotNegative = 0.05  # weight of L_entropy
     routing: Literal["benefit", "kl"] = "benefit"  # reward the gate where memory helps | changes
@@ -224,64 +225,6 @@ class Interface(NamedTuple):
     empty: Tensor | None  # (B, T, R) logit of the empty slot
 
 
-def interface_sizes(width: int, reads: int, options: DNCOptions) -> dict[str, int]:
-    """Sizes of the parts of one interface vector, in order; 0 for what is switched off."""
-    return {
-        "write_key": width,
-        "write_strength": 1,
-        "erase": width,
-        "write_vector": width,
-        "write_gate": 1,
-        "allocation_gate": 1,
-        "read_keys": reads * width,
-        "read_strengths": reads,
-        "free_gates": reads,
-        "read_modes": 3 * reads if options.use_links else 0,
-        "masks": (reads + 1) * width if options.mask_min < 1 else 0,
-        "sharpening": 2 * reads if options.sharpen_links else 0,
-        "empty": reads if options.empty_slot else 0,
-    }
-
-
-def oneplus(x: Tensor) -> Tensor:
-    """1 + log(1 + exp(x)), Graves' name for what strengths go through."""
-    return 1 + F.softplus(x)
-
-
-def split_interface(z: Tensor, width: int, reads: int, options: DNCOptions) -> Interface:
-    """Split interface vectors z (B, T, I) and apply the activations (Graves, "interface")."""
-    B, T, _ = z.shape
-    sizes = interface_sizes(width, reads, options)
-    part = dict(zip(sizes, z.split([*sizes.values()], dim=-1), strict=True))
-
-    read_modes = write_mask = read_masks = sharpening = None
-    if options.use_links:
-        read_modes = part["read_modes"].view(B, T, reads, 3).softmax(-1)
-    if options.mask_min < 1:
-        masks = part["masks"].sigmoid() * (1 - options.mask_min) + options.mask_min
-        masks = masks.view(B, T, reads + 1, width)
-        write_mask, read_masks = masks[:, :, 0], masks[:, :, 1:]  # (B, T, W), (B, T, R, W)
-    if options.sharpen_links:
-        sharpening = oneplus(part["sharpening"].view(B, T, reads, 2))
-
-    return Interface(
-        write_key=part["write_key"],
-        write_strength=oneplus(part["write_strength"].squeeze(-1)),
-        erase=part["erase"].sigmoid(),
-        write_vector=part["write_vector"],
-        write_gate=part["write_gate"].squeeze(-1).sigmoid(),
-        allocation_gate=part["allocation_gate"].squeeze(-1).sigmoid(),
-        read_keys=part["read_keys"].view(B, T, reads, width),
-        read_strengths=oneplus(part["read_strengths"]),
-        free_gates=part["free_gates"].sigmoid(),
-        read_modes=read_modes,
-        write_mask=write_mask,
-        read_masks=read_masks,
-        sharpening=sharpening,
-        empty=part["empty"] if options.empty_slot else None,
-    )
-
-
 def zero_state(batch: int, slots: int, width: int, reads: int, options: DNCOptions,
                dtype: torch.dtype = torch.float32, device: torch.device | None = None,
                hidden_size: int = 0) -> DNCState:
@@ -355,25 +298,6 @@ def content_weighting(keys: Tensor, strengths: Tensor, memory: Tensor,
     return torch.cat((empty.unsqueeze(-1), logits), dim=-1).softmax(-1)[..., 1:]
 
 
-def link_update(link: Tensor, precedence: Tensor, write_weights: Tensor
-                ) -> tuple[Tensor, Tensor]:
-    """L_ij = (1 - w_i - w_j) L_ij + w_i p_j with zero diagonal, then p = (1 - sum w) p + w.
-
-    link (B, N, N), precedence and write_weights (B, N) -> link, precedence.
-    """
-    w_i, w_j = write_weights.unsqueeze(2), write_weights.unsqueeze(1)  # (B, N, 1), (B, 1, N)
-    link = (1 - w_i - w_j) * link + w_i * precedence.unsqueeze(1)  # (B, N, N)
-    link = link.tril(-1) + link.triu(1)
-    return link, (1 - write_weights.sum(-1, keepdim=True)) * precedence + write_weights
-
-
-def sharpen(weights: Tensor, strengths: Tensor) -> Tensor:
-    """(S): ((d + eps) / max(d + eps))^s over its sum. weights (B, R, N), strengths (B, R)."""
-    weights = weights + EPS
-    powered = (weights / weights.amax(-1, keepdim=True)).pow(strengths.unsqueeze(-1))
-    return powered / powered.sum(-1, keepdim=True)
-
-
 def write_weighting(x: Interface, usage: Tensor, memory: Tensor) -> Tensor:
     """w = g_w * (g_a * a + (1 - g_a) * c): one step's interface, usage (B, N) -> (B, N)."""
     mask = None if x.write_mask is None else x.write_mask.unsqueeze(1)  # (B, 1, W)
@@ -382,19 +306,6 @@ def write_weighting(x: Interface, usage: Tensor, memory: Tensor) -> Tensor:
     allocation = allocation_weighting(usage)  # (B, N)
     gate = x.allocation_gate.unsqueeze(1)  # (B, 1)
     return x.write_gate.unsqueeze(1) * (gate * allocation + (1 - gate) * content)
-
-
-def follow_links(x: Interface, content: Tensor, previous: Tensor, link: Tensor,
-                 options: DNCOptions) -> Tensor:
-    """wr = pi_b L^T wr + pi_c c + pi_f L wr, wr the previous read weights. All but link (B, N, N)
-    are (B, R, N), as is the result."""
-    backward = previous @ link  # L^T wr: (B, R, N)
-    forward = previous @ link.transpose(1, 2)  # L wr: (B, R, N)
-    if options.sharpen_links:
-        backward = sharpen(backward, x.sharpening[..., 0])
-        forward = sharpen(forward, x.sharpening[..., 1])
-    by_mode = torch.stack((backward, content, forward), dim=-1)  # (B, R, N, 3)
-    return (by_mode @ x.read_modes.unsqueeze(-1)).squeeze(-1)  # (B, R, N)
 
 
 def dnc_step(x: Interface, state: DNCState, options: DNCOptions) -> tuple[Tensor, DNCState]:
@@ -454,34 +365,15 @@ def pick_scan(scan: str, state: DNCState, options: DNCOptions) -> Callable:
     return dnc_loop if reason else dnc_scan
 
 
-class HiddenInterface(nn.Linear):
-    """Graves' interface: all instructions from LN(h_t) by one matrix. `biases` are added to the
-    initial biases of its parts, by their names."""
-
-    def __init__(self, hidden_size: int, width: int, reads: int, options: DNCOptions,
-                 biases: dict[str, float] | None = None) -> None:
-        self.layout = (width, reads, options)
-        sizes = interface_sizes(*self.layout)
-        super().__init__(hidden_size, sum(sizes.values()))
-        biases = biases or {}
-        added = [torch.full((size,), biases.get(part, 0.0)) for part, size in sizes.items()]
-        self.bias.data += torch.cat(added)
-
-    def forward(self, normed: Tensor, before: Tensor | None, embedding: Tensor | None) -> Interface:
-        """normed (B, T, C) = LN(h_t); the others are not looked at."""
-        return split_interface(at_least_float32(super().forward(normed)), *self.layout)
-
-
 class RowInterface(nn.Module):
     """Instructions for rows that say what followed what: a key of LN(h_t-1), the state that had to
     predict token t, and a value of that token's embedding; a read asks with LN(h_t).
 
-    departs from Graves: key and value are two halves of a row, of which addressing sees the first;
+    departs from Graves: key and value are two parts of a row, of which addressing sees the first;
     keys have unit length; strengths do not depend on the token; gates and erase see LN(h_t-1) and
-    token t. Initial values are measured (docs/results.md): reads ask in the code in which rows are
-    kept, a row is written whole, and most of a read falls on the empty slot.
+    token t. row_key "own" makes the key of LN(h_t) instead.
     """
-    STRENGTH = 16.0
+    STRENGTH = 16.0  # of reads and writes, at the start
 
     def __init__(self, hidden_size: int, slots: int, width: int, reads: int, options: DNCOptions,
                  row_key: str = "previous") -> None:
@@ -491,57 +383,77 @@ class RowInterface(nn.Module):
         self.row_key = nn.Linear(hidden_size, key_width, bias=False)
         self.value = nn.Linear(hidden_size, width - key_width, bias=False)
         self.read_key = nn.Linear(hidden_size, reads * key_width, bias=False)
+        self.gates = nn.Linear(2 * hidden_size, 2 + reads)  # write, allocation, free
+        self.erase = nn.Linear(2 * hidden_size, width)
+        self.log_strength = nn.Parameter(torch.empty(reads + 1))  # of the reads, of the write
+        self.empty = nn.Linear(hidden_size, reads) if options.empty_slot else None
+        self.links = None
+        if options.use_links:
+            self.links = nn.Linear(hidden_size, (5 if options.sharpen_links else 3) * reads)
+        self.set_initial_values(slots)
+
+    @torch.no_grad()
+    def set_initial_values(self, slots: int) -> None:
+        """Reads ask in the code in which rows are kept; a row is written whole; most of a read
+        falls on the empty slot, or pointing would drown the vocabulary before it knows anything.
+        Measured: docs/results.md."""
         nn.init.orthogonal_(self.row_key.weight)
         nn.init.orthogonal_(self.value.weight)
-        self.read_key.weight.data.copy_(self.row_key.weight.data.repeat(reads, 1))
-        self.gates = nn.Linear(2 * hidden_size, 2 + reads)
-        self.erase = nn.Linear(2 * hidden_size, width)
-        for part, bias in ((self.gates, [2.0, 4.0] + [-4.0] * reads), (self.erase, [4.0] * width)):
-            nn.init.zeros_(part.weight)
-            part.bias.data.copy_(torch.tensor(bias))  # write 0.88, allocation 0.98, free 0.02
-        self.log_strength = nn.Parameter(torch.full((reads + 1,), math.log(self.STRENGTH)))
-        self.empty = None
-        if options.empty_slot:
-            self.empty = nn.Linear(hidden_size, reads)
+        self.read_key.weight.copy_(self.row_key.weight.repeat(self.reads, 1))
+        self.log_strength.fill_(math.log(self.STRENGTH))
+
+        nn.init.zeros_(self.gates.weight)
+        biases = [2.0, 4.0] + [-4.0] * self.reads  # write 0.88, allocation 0.98, free 0.02
+        self.gates.bias.copy_(torch.tensor(biases))
+        nn.init.zeros_(self.erase.weight)
+        self.erase.bias.fill_(4.0)  # 0.98
+
+        if self.empty is not None:
             nn.init.zeros_(self.empty.weight)
             share = 1.4 + 0.05 * math.log2(slots / 64)  # of the strength: 1.4 at N 64, 1.5 at 256
-            nn.init.constant_(self.empty.bias, share * self.STRENGTH)
-        if options.use_links:
-            self.modes = nn.Linear(hidden_size, (3 + 2 * options.sharpen_links) * reads)
+            self.empty.bias.fill_(share * self.STRENGTH)
 
     def forward(self, normed: Tensor, before: Tensor, embedding: Tensor) -> Interface:
         """normed = LN(h_t), before = LN(h_t-1), embedding of token t, all (B, T, C)."""
         B, T, _ = normed.shape
-        R, K = self.reads, self.options.key_width
         both = torch.cat((before, embedding), dim=-1)  # (B, T, 2C)
         row_key = self.row_key(before if self.row_key_of == "previous" else normed)
         row_key = F.normalize(at_least_float32(row_key), dim=-1)  # (B, T, K)
         value = at_least_float32(self.value(embedding))  # (B, T, W - K)
-        read_keys = at_least_float32(self.read_key(normed)).view(B, T, R, K)
+        read_keys = at_least_float32(self.read_key(normed)).view(B, T, self.reads, -1)
         gates = at_least_float32(self.gates(both)).sigmoid()  # (B, T, 2 + R)
-        strengths = self.log_strength.exp().to(gates.dtype).expand(B, T, R + 1)
-        read_modes = sharpening = None
-        if self.options.use_links:
-            modes = at_least_float32(self.modes(normed))
-            read_modes = modes[..., : 3 * R].view(B, T, R, 3).softmax(-1)
-            if self.options.sharpen_links:
-                sharpening = oneplus(modes[..., 3 * R :].view(B, T, R, 2))
+        strengths = self.log_strength.exp().to(gates.dtype).expand(B, T, -1)  # (B, T, R + 1)
+        empty = None
+        if self.empty is not None:
+            empty = at_least_float32(self.empty(normed))
+        read_modes, sharpening = self.along_links(normed)
+
         return Interface(
             write_key=row_key,
-            write_strength=strengths[..., R],
+            write_strength=strengths[..., -1],
             erase=at_least_float32(self.erase(both)).sigmoid(),
             write_vector=torch.cat((row_key, value), dim=-1),  # (B, T, W)
             write_gate=gates[..., 0],
             allocation_gate=gates[..., 1],
             read_keys=F.normalize(read_keys, dim=-1),
-            read_strengths=strengths[..., :R],
+            read_strengths=strengths[..., :-1],
             free_gates=gates[..., 2:],
             read_modes=read_modes,
             write_mask=None,
             read_masks=None,
             sharpening=sharpening,
-            empty=None if self.empty is None else at_least_float32(self.empty(normed)),
+            empty=empty,
         )
+
+    def along_links(self, normed: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        """read_modes and sharpening of an Interface, None where they are switched off."""
+        if self.links is None:
+            return None, None
+        parts = at_least_float32(self.links(normed)).unflatten(-1, (self.reads, -1))  # (B, T, R, ·)
+        sharpening = None
+        if self.options.sharpen_links:
+            sharpening = oneplus(parts[..., 3:])
+        return parts[..., :3].softmax(-1), sharpening
 
 
 def at_least_float32(x: Tensor) -> Tensor:
@@ -553,9 +465,11 @@ def tokens_held(tokens: Tensor, write_weights: Tensor, before: Tensor) -> Tensor
     before (B, N), the ids at the start -> (B, T, N). No gradient."""
     T = tokens.shape[1]
     step = torch.arange(T, device=tokens.device).view(1, T, 1)
-    written = torch.where(write_weights > 0.5, step, -1).cummax(dim=1).values  # (B, T, N)
-    held = tokens.unsqueeze(2).expand_as(written).gather(1, written.clamp_min(0))
-    return torch.where(written < 0, before.unsqueeze(1), held)
+    written = torch.where(write_weights > 0.5, step, -1)  # (B, T, N)
+    last_write = written.cummax(dim=1).values
+    by_slot = tokens.unsqueeze(2).expand_as(last_write)
+    held = by_slot.gather(1, last_write.clamp_min(0))
+    return torch.where(last_write < 0, before.unsqueeze(1), held)
 
 
 class DNCMemory(nn.Module):
@@ -593,9 +507,11 @@ class DNCMemory(nn.Module):
                 embedding: Tensor | None = None) -> tuple[Tensor, DNCState, DNCTrace]:
         """h (B, T, C), state of B rows; for split rows tokens (B, T) and their embedding (B, T, C)
         -> h_out (B, T, C), state after the last token, trace."""
-        normed, before = self.norm(h), None
+        normed = self.norm(h)
+        before = None
         if self.options.key_width:
-            before = torch.cat((state.last.unsqueeze(1).to(normed.dtype), normed[:, :-1]), dim=1)
+            last = state.last.unsqueeze(1).to(normed.dtype)  # (B, 1, C)
+            before = torch.cat((last, normed[:, :-1]), dim=1)
         x = self.interface(normed, before, embedding)
         with torch.autocast(h.device.type, enabled=False):  # 1 - 1e-6 is 1 in bfloat16
             recurrence = pick_scan(self.scan, state, self.options)
@@ -618,7 +534,7 @@ def map_state(fn: Callable, state: tuple | None) -> tuple | None:
 # ══ Model: GPT2Model, memory, tied LM head ═══════════════════════════════════════════════════════
 class Output(NamedTuple):
     """A training step's forward pass, batch first, so that nn.DataParallel can gather it."""
-    loss: Tensor  # (B,) mean of nll, the same in every row; it alone has a gradient
+    loss: Tensor  # (B,) L_LM, the same in every row; it alone has a gradient
     nll: Tensor  # (B, L) next-token cross-entropy in nats; 0 where the target is -100
     top1: Tensor  # (B, L) 1 where the most likely token is the target
     effect: Tensor  # (B, P) KL or benefit at the sampled positions, no gradient
@@ -631,91 +547,107 @@ LOGITS_AT_ONCE = 2**25  # elements of one chunk of logits (128 MiB in float32)
 
 def logit_chunks(rows: int, weight: Tensor, tensors: int = 1) -> list[slice]:
     """Slices of rows of which that many tensors of logits, weight (V, C), fit LOGITS_AT_ONCE."""
-    size = max(1, LOGITS_AT_ONCE // tensors // weight.shape[0])
-    starts = range(0, rows, size)
-    return [slice(start, min(start + size, rows)) for start in starts]
+    vocabulary = weight.shape[0]
+    size = max(1, LOGITS_AT_ONCE // tensors // vocabulary)
+    slices = []
+    for start in range(0, rows, size):
+        end = min(start + size, rows)
+        slices.append(slice(start, end))
+    return slices
 
 
 class Pointer(NamedTuple):
     """The part of a prediction that reads point to: p(y) = c0 softmax(E h_out)[y] + match(y), with
-    match(y) = sum_i weights_i [tokens_i = y] and c0 = 1 - sum_i weights_i."""
-    tokens: Tensor  # (..., N) ids; of weight 0 where a slot holds none
-    weights: Tensor  # (..., N) mean of the heads' read weights over slots that hold a token
+    match(y) = sum_i weights_i [tokens_i = y] and c0 = 1 - sum_i weights_i. It sums to one over the
+    vocabulary. Shared by every memory whose reads point. Sources: pointer sentinel mixture (Merity
+    et al. 2016), continuous cache (Grave et al. 2017)."""
+    tokens: Tensor  # (M, N) ids; any id where the weight is 0
+    weights: Tensor  # (M, N) >= 0, sum <= 1: mean of the heads' reads of slots that hold a token
+
+    def rows(self, at) -> "Pointer":
+        """The pointer of some of the M rows: a slice, or indices."""
+        return Pointer(self.tokens[at], self.weights[at])
 
     def vocabulary(self) -> Tensor:
-        """c0, the share that is left to the vocabulary (...,)."""
+        """c0 (M,), the share that is left to the vocabulary."""
         return (1 - self.weights.sum(-1)).clamp_min(1e-9)
 
     def match(self, targets: Tensor) -> Tensor:
-        """match(y) of targets (...,)."""
+        """match(y) of targets (M,)."""
         return (self.weights * (self.tokens == targets.unsqueeze(-1))).sum(-1)
+
+    def nll(self, nll: Tensor, targets: Tensor) -> Tensor:
+        """-log p(y) of targets (M,), from the vocabulary's own -log softmax(E h_out)[y] (M,)."""
+        by_vocabulary = self.vocabulary().log() - nll
+        return -torch.logaddexp(by_vocabulary, (self.match(targets) + 1e-30).log())
+
+    def mix(self, log_p: Tensor) -> Tensor:
+        """Log-probabilities (M, V) of the vocabulary -> log p."""
+        p = log_p.exp() * self.vocabulary().unsqueeze(1)
+        return p.scatter_add_(1, self.tokens, self.weights.to(p.dtype)).clamp_min_(1e-38).log_()
+
+    def top1(self, best: Tensor, p_best: Tensor, p_held: Tensor) -> Tensor:
+        """The token of the largest p (M,): the vocabulary's best, of probability p_best there, both
+        (M,), or a token that is held, of probability p_held there (M, N). Without gradient."""
+        tokens, order = self.tokens.sort(1)  # (M, N), equal tokens side by side
+        weights = self.weights.detach().gather(1, order)
+        differs = tokens[:, 1:] != tokens[:, :-1]
+        group = F.pad(differs, (1, 0), value=False).cumsum(1)  # (M, N), one number a token
+        sums = torch.zeros_like(weights).scatter_add_(1, group, weights)
+        match = sums.gather(1, group)  # (M, N)
+
+        share = self.vocabulary().detach()  # (M,)
+        p = share.unsqueeze(1) * p_held.gather(1, order) + match
+        p, at = p.max(1)
+        held = tokens.gather(1, at.unsqueeze(1)).squeeze(1)
+        return torch.where(p > share * p_best, held, best)
 
 
 def point(trace: DNCTrace) -> Pointer:
-    """The pointer of a trace, both parts (B, T, N)."""
-    weights = trace.read_weights.mean(2) * (trace.tokens >= 0)
-    return Pointer(trace.tokens.clamp_min(0), weights)
-
-
-def mixture_nll(nll: Tensor, vocabulary: Tensor, match: Tensor) -> Tensor:
-    """-log(c0 p + match) from -log p of the vocabulary, c0 and match, all of one shape. Shared by
-    every memory whose reads point. Source: pointer sentinel mixture (Merity et al. 2016)."""
-    return -torch.logaddexp(vocabulary.log() - nll, (match + 1e-30).log())
-
-
-def mixture(log_p: Tensor, pointer: Pointer | None, rows: slice = slice(None)) -> Tensor:
-    """Log-probabilities (m, V) of the vocabulary -> of the mixture with those rows of a pointer."""
-    if pointer is None:
-        return log_p
-    held = Pointer(*(part[rows] for part in pointer))  # (m, N)
-    p = log_p.exp() * held.vocabulary().unsqueeze(1)
-    return p.scatter_add_(1, held.tokens, held.weights.to(p.dtype)).clamp_min_(1e-38).log_()
-
-
-def mixture_top1(pointer: Pointer, p_best: Tensor, best: Tensor, p_held: Tensor) -> Tensor:
-    """The most likely token (M,) of a mixture: the vocabulary's best, of probability p_best (M,),
-    or a token that is held, of probability p_held (M, N) in the vocabulary."""
-    order = pointer.tokens.argsort(1)  # (M, N)
-    tokens, weights = pointer.tokens.gather(1, order), pointer.weights.gather(1, order)
-    group = F.pad(tokens[:, 1:] != tokens[:, :-1], (1, 0), value=False).cumsum(1)  # (M, N)
-    sums = torch.zeros_like(weights).scatter_add_(1, group, weights).gather(1, group)
-    share = pointer.vocabulary()  # (M,)
-    p, at = (share.unsqueeze(1) * p_held.gather(1, order) + sums).max(1)
-    held = tokens.gather(1, at.unsqueeze(1)).squeeze(1)
-    return torch.where(p > share * p_best, held, best)
+    """The pointer of a trace, its B * T rows in one."""
+    tokens = trace.tokens.flatten(0, 1)  # (B*T, N)
+    weights = trace.read_weights.mean(2)
+    weights = weights.flatten(0, 1) * (tokens >= 0)
+    return Pointer(tokens.clamp_min(0), weights)
 
 
 def chunked_head_loss(h: Tensor, weight: Tensor, targets: Tensor, dtype: torch.dtype,
-                      slices: list[slice], pointer: Pointer | None = None
-                      ) -> tuple[Tensor, Tensor, Tensor]:
+                      slices: list[slice], pointer: Pointer | None = None,
+                      lambda_vocabulary: float = 0.0) -> tuple[Tensor, Tensor, Tensor]:
     """The readable LM head: a chunk of logits at a time, computed again in the backward.
 
-    h (M, C), weight (V, C), targets (M,), dtype of the products, slices of the M rows, pointer
-    (M, N) or None -> mean loss (), nll (M,), top1 (M,); a target of -100 counts 0 in all three.
+    h (M, C), weight (V, C), targets (M,), dtype of the products, slices of the M rows, pointer of
+    the M rows or None -> loss (), nll (M,), top1 (M,); a target of -100 counts 0 in all three. The
+    loss is the mean nll; with a pointer, that of the mixture and lambda_vocabulary times that of
+    the vocabulary alone: a token that memory knows would else teach the vocabulary nothing.
     """
     from torch.utils.checkpoint import checkpoint
 
-    def score(x, target, held):  # (m, C), (m,), (m, N) or None
+    def score(x, target, held):  # (m, C), (m,), a pointer of m rows or None
         logits = F.linear(x.to(dtype), weight.to(dtype)).to(h.dtype)  # (m, V)
-        nll = F.cross_entropy(logits, target, ignore_index=-100, reduction="none")
-        log_p, best = logits.detach().log_softmax(-1).max(-1)
+        alone = F.cross_entropy(logits, target, ignore_index=-100, reduction="none")
+        p = logits.detach().softmax(-1)
+        p_best, best = p.max(-1)
         if held is None:
-            return nll, best
-        p_held = logits.detach().softmax(-1).gather(1, held.tokens)  # (m, N)
-        best = mixture_top1(Pointer(*map(Tensor.detach, held)), log_p.exp(), best, p_held)
-        nll = mixture_nll(nll, held.vocabulary(), held.match(target)) * (target != -100)
-        return nll, best
+            return alone, alone, best
+        best = held.top1(best, p_best, p.gather(1, held.tokens))
+        mixed = held.nll(alone, target) * (target != -100)
+        return mixed, alone, best
 
     parts = []
     for rows in slices:
-        held = None if pointer is None else Pointer(*(part[rows] for part in pointer))
+        held = None if pointer is None else pointer.rows(rows)
         parts.append(checkpoint(score, h[rows], targets[rows], held, use_reentrant=False))
-    nll, best = (torch.cat(part) for part in zip(*parts, strict=True))
-    return nll.mean(), nll.detach(), (best == targets).to(h.dtype)
+    nll, alone, best = (torch.cat(part) for part in zip(*parts, strict=True))
+    loss = nll.mean()
+    if pointer is not None:
+        loss = loss + lambda_vocabulary * alone.mean()
+    return loss, nll.detach(), (best == targets).to(h.dtype)
 
 
 def head_loss(h: Tensor, weight: Tensor, targets: Tensor, dtype: torch.dtype,
-              pointer: Pointer | None = None) -> tuple[Tensor, Tensor, Tensor]:
+              pointer: Pointer | None = None, lambda_vocabulary: float = 0.0
+              ) -> tuple[Tensor, Tensor, Tensor]:
     """`chunked_head_loss`, or dnc_scan.head, the same function in less memory and time."""
     slices = logit_chunks(len(h), weight, tensors=1 if dtype == h.dtype else 2)
     try:
@@ -724,7 +656,7 @@ def head_loss(h: Tensor, weight: Tensor, targets: Tensor, dtype: torch.dtype,
         say_once("head: runs as a chunked F.cross_entropy, slower: put the folder dnc_scan beside "
                  "dnc_gpt2.py")
         fast = chunked_head_loss
-    return fast(h, weight, targets, dtype, slices, pointer)
+    return fast(h, weight, targets, dtype, slices, pointer, lambda_vocabulary)
 
 
 def build_memory(config: Config) -> DNCMemory:
@@ -798,8 +730,8 @@ class GPT2WithMemory(nn.Module):
             weight = self.head_weight()
             dtype = torch.bfloat16 if self.config.precision == "bf16" else h_out.dtype
             pointer = self.pointer(trace)
-            flat = None if pointer is None else Pointer(*(x.flatten(0, 1) for x in pointer))
-            loss, nll, top1 = head_loss(h_out.flatten(0, 1), weight, targets.flatten(), dtype, flat)
+            loss, nll, top1 = head_loss(h_out.flatten(0, 1), weight, targets.flatten(), dtype,
+                                        pointer, self.config.lambda_vocabulary)
             nll, top1 = nll.view(B, L), top1.view(B, L)
             effect = h.new_zeros(B, 0)
             if positions is not None:
@@ -812,16 +744,16 @@ class GPT2WithMemory(nn.Module):
         """What memory does at positions (B, P): the benefit NLL without - NLL with, or KL(with ||
         without), both (B, P) in nats. Logits without memory exist here alone, a chunk at a time."""
         weight = self.head_weight()
-        at = (torch.arange(len(h), device=h.device).unsqueeze(1), positions)  # (B, 1), (B, P)
-        h, h_out, nll, targets = (x[at].flatten(0, 1) for x in (h, h_out, nll, targets))  # (B*P, …)
+        first = torch.arange(len(h), device=h.device).unsqueeze(1) * h.shape[1]  # (B, 1)
+        at = (first + positions).flatten()  # (B*P,)
+        h, h_out, nll, targets = (x.flatten(0, 1)[at] for x in (h, h_out, nll, targets))
         effect = torch.zeros_like(nll)
-        if pointer is not None:
-            pointer = Pointer(*(x[at].flatten(0, 1) for x in pointer))  # (B*P, N)
         for rows in logit_chunks(len(h), weight, tensors=4):
             without = F.linear(h[rows], weight).float()  # (m, V)
             if self.config.routing == "kl":
                 log_p = F.linear(h_out[rows], weight).float().log_softmax(-1)  # (m, V)
-                log_p = mixture(log_p, pointer, rows)
+                if pointer is not None:
+                    log_p = pointer.rows(at[rows]).mix(log_p)
                 log_q = without.log_softmax(-1)
                 effect[rows] = (log_p.exp() * (log_p - log_q)).sum(-1)
             else:
@@ -848,9 +780,12 @@ class GPT2WithMemory(nn.Module):
 # ══ Loss ═════════════════════════════════════════════════════════════════════════════════════════
 def weight_entropy(weights: Tensor) -> Tensor:
     """H(w / sum w) / log N of weightings (..., N), in [0, 1]; a closed gate is no focus."""
-    p = weights / weights.sum(-1, keepdim=True).clamp_min(1e-12)
-    entropy = -(p * p.clamp_min(1e-12).log()).sum(-1)
-    return entropy / math.log(max(2, weights.shape[-1]))
+    total = weights.sum(-1, keepdim=True)
+    p = weights / total.clamp_min(1e-12)
+    log_p = p.clamp_min(1e-12).log()
+    entropy = -(p * log_p).sum(-1)
+    slots = weights.shape[-1]
+    return entropy / math.log(max(2, slots))
 
 
 def total_loss(output: Output, positions: Tensor | None, config: Config) -> Tensor:
@@ -941,7 +876,9 @@ def empty_some_rows(state: DNCState | None, config: Config, step: int) -> DNCSta
     new = []
     for name, tensor in state._asdict().items():
         fill = -1 if name == "tokens" else 0
-        mask = emptied.to(tensor.device).view(-1, *[1] * (tensor.dim() - 1))
+        mask = emptied.to(tensor.device)
+        while mask.dim() < tensor.dim():
+            mask = mask.unsqueeze(-1)
         new.append(tensor.masked_fill(mask, fill))
     return DNCState(*new)
 
@@ -966,9 +903,9 @@ def check_and_count(run: Run, output: Output, loss: Tensor, norm: Tensor) -> Non
 
 
 def make_optimizer(model: GPT2WithMemory, config: Config) -> torch.optim.Optimizer:
-    """AdamW, fused; weight decay on matrices only; the memory's rate is lr * memory_lr. Reads share
-    a large common part, so that at the controller's rate one Adam step of read_proj moves every
-    logit at once: the noise of that bias, not the memory, would decide the comparison."""
+    """AdamW, fused; weight decay on matrices only; the memory's rate is lr * memory_lr. The plain
+    DNC (empty_slot False) wants 0.1: reads that cannot be empty share a large common part, and one
+    Adam step of read_proj at the controller's rate moves every logit at once."""
     parts = [(model.controller, 1.0)]
     if model.memory is not None:
         parts.append((model.memory, config.memory_lr))
@@ -992,9 +929,11 @@ def set_rates(run: Run) -> None:
 
 def log_row(run: Run, split: str, metrics: dict) -> None:
     """Append one row to the history and to metrics.jsonl."""
-    run.history.append({"arm": run.arm, "step": run.step, "split": split, **metrics})
-    with open(Path(run.config.plot_dir) / "metrics.jsonl", "a", encoding="utf-8") as file:
-        file.write(json.dumps(run.history[-1]) + "\n")
+    row = {"arm": run.arm, "step": run.step, "split": split, **metrics}
+    run.history.append(row)
+    path = Path(run.config.plot_dir) / "metrics.jsonl"
+    with open(path, "a", encoding="utf-8") as file:
+        file.write(json.dumps(row) + "\n")
 
 
 def log_train(run: Run) -> str:
@@ -1097,7 +1036,9 @@ def peak_memory_mb(device: torch.device, reset: bool = False) -> float:
 
 
 def count_parameters(module: nn.Module | None) -> int:
-    return 0 if module is None else sum(p.numel() for p in module.parameters())
+    if module is None:
+        return 0
+    return sum(parameter.numel() for parameter in module.parameters())
 
 
 # ══ Evaluation: statistics of every token, and their means ═══════════════════════════════════════
@@ -1180,6 +1121,13 @@ def memory_columns(log_p: Tensor, log_q: Tensor, target: Tensor,
     ]
 
 
+def gates_of(trace: DNCTrace, rows: slice) -> tuple[Tensor, Tensor]:
+    """Write gates (M, 1) and write weights (M, N) of some of the B * T rows of a trace."""
+    write_gate = trace.write_gate.reshape(-1, 1)
+    write_weights = trace.write_weights.flatten(0, 1)
+    return write_gate[rows], write_weights[rows]
+
+
 def token_statistics(h: Tensor, h_out: Tensor, targets: Tensor,
                      weight: Tensor, trace: DNCTrace | None, brief: bool,
                      pointer: Pointer | None = None) -> Tensor:
@@ -1189,20 +1137,18 @@ def token_statistics(h: Tensor, h_out: Tensor, targets: Tensor,
     out = torch.zeros(targets.numel(), len(STATS), device=h.device)  # (B*L, K)
     h, h_out = h.flatten(0, 1).float(), h_out.flatten(0, 1).float()  # (B*L, C)
     at, weight = targets.reshape(-1, 1), weight.float()
-    if pointer is not None:
-        pointer = Pointer(*(part.flatten(0, 1) for part in pointer))  # (B*L, N)
     for rows in logit_chunks(len(out), weight):
         target = at[rows].clamp_min(0)  # (M, 1)
-        log_p = mixture((h_out[rows] @ weight.T).log_softmax(-1), pointer, rows)  # (M, V)
+        log_p = (h_out[rows] @ weight.T).log_softmax(-1)  # (M, V)
+        if pointer is not None:
+            log_p = pointer.rows(rows).mix(log_p)
         if brief:
             columns = [-log_p.gather(1, target)]
         else:
             columns = prediction_columns(log_p, target)
         if not brief and trace is not None:
             log_q = (h[rows] @ weight.T).log_softmax(-1)  # (M, V)
-            gate = trace.write_gate.reshape(-1, 1)[rows]  # (M, 1)
-            write_weights = trace.write_weights.flatten(0, 1)[rows]  # (M, N)
-            columns += memory_columns(log_p, log_q, target, -columns[-1], gate, write_weights)
+            columns += memory_columns(log_p, log_q, target, -columns[-1], *gates_of(trace, rows))
         taken = torch.cat([column.float() for column in columns], dim=1)
         out[rows, : taken.shape[1]] = taken
     out = out * (at != -100)
@@ -1342,24 +1288,73 @@ def print_controls(run: Run, baseline: Run | None, corpus: "Corpus", stop: "Stop
 
 
 @torch.no_grad()
-def trace_text(model: GPT2WithMemory, ids: list[int]) -> DNCTrace:
-    """Run tokens through a model from an empty memory -> the trace without its batch, (T, …)."""
+def trace_text(model: GPT2WithMemory, ids: list[int]) -> tuple[DNCTrace, Tensor]:
+    """Run T tokens through a model from an empty memory -> the trace without its batch, (T, …), and
+    the STATS of what it says of every next token (T - 1, K)."""
     tokens = torch.tensor([ids], device=model.head_weight().device)  # (1, T)
-    state, traces = model.init_state(1), []
+    targets = F.pad(tokens[:, 1:], (0, 1), value=-100)
+    length = model.config.seq_len
+    windows = zip(tokens.split(length, 1), targets.split(length, 1), strict=True)
     model.eval()
-    for window in tokens.split(model.config.seq_len, dim=1):
-        _, _, state, trace = model.hidden(window, state)
+    state = model.init_state(1)
+    traces, stats = [], []
+    for window, target in windows:
+        h, h_out, state, trace = model.hidden(window, state)
+        pointer = model.pointer(trace)
+        weight = model.head_weight()
         traces.append(trace)
-    parts = [torch.cat(windows, dim=1)[0].cpu() for windows in zip(*traces, strict=True)]
-    return DNCTrace(*parts)
+        stats.append(token_statistics(h, h_out, target, weight, trace, False, pointer))
+    whole = [torch.cat(parts, dim=1)[0].cpu() for parts in zip(*traces, strict=True)]
+    return DNCTrace(*whole), torch.cat(stats, dim=1)[0, :-1].cpu()
+
+
+class Raised(NamedTuple):
+    """A token that the memory made more likely by pointing at an earlier one."""
+    at: int  # its position
+    source: int  # the position of the earlier token
+    slot: int  # where that one was kept
+    without: float  # probability of the token by GPT-2 alone, h + 0
+    probability: float  # and with memory
+    empty: float  # share of the read that fell on the empty slot, mean of the heads
+
+
+def raised_tokens(ids: list[int], trace: DNCTrace, stats: Tensor, most: int = 5) -> list[Raised]:
+    """The tokens whose log-probability a pointing memory raised most, the most first; arguments as
+    `trace_text` returns them. The earlier token is that of the slot with the largest weight."""
+    positions = torch.arange(len(ids)).unsqueeze(0)
+    nowhere = torch.full((1, trace.tokens.shape[1]), -1)
+    written_at = tokens_held(positions, trace.write_weights.unsqueeze(0), nowhere)[0]  # (T, N)
+    nll = stats[:, STATS.index("nll")]  # (T - 1,)
+    nll_without = stats[:, STATS.index("nll_without")]
+    gains = nll_without - nll
+
+    raised = []
+    for t in gains.argsort(descending=True).tolist():
+        if len(raised) == most or gains[t] <= 0:
+            break
+        weights = trace.read_weights[t].mean(0)  # (N,)
+        match = weights * (trace.tokens[t] == ids[t + 1])
+        slot = match.argmax().item()
+        if match[slot] == 0:  # raised by what reads add to h
+            continue
+        raised.append(Raised(
+            at=t + 1,
+            source=written_at[t, slot].item(),
+            slot=slot,
+            without=math.exp(-nll_without[t]),
+            probability=math.exp(-nll[t]),
+            empty=1 - weights.sum().item(),
+        ))
+    return raised
 
 
 def inspect_writes(model: GPT2WithMemory, tokenizer: object, text: str, folder: str, corpus: str
                    ) -> None:
-    """Run a text from an empty memory: print each token's write gate, draw memory_trace.png."""
+    """Run a text from an empty memory: print each token's write gate and which tokens the memory
+    raised most and from where, draw memory_trace.png."""
     ids = tokenizer.encode(text, add_special_tokens=False).ids
     require(len(ids) > 0, "text", text, "text that the tokenizer knows")
-    trace = trace_text(model, ids)
+    trace, stats = trace_text(model, ids)
     texts = [tokenizer.decode([i]).strip(" ") for i in ids]
     words = [text.replace("\n", "\\n") or "␣" for text in texts]
     width = max(5, *map(len, words))
@@ -1368,26 +1363,58 @@ def inspect_writes(model: GPT2WithMemory, tokenizer: object, text: str, folder: 
     print("  Token  Gate  bar")
     for word, gate in zip(words, trace.write_gate.tolist(), strict=True):
         print(f"  {word:<{width}}   {gate:.3f}  {'█' * round(gate * 30)}".rstrip())
-    plot_trace(words, trace, Path(folder) / "memory_trace.png", corpus)
+    raised = raised_tokens(ids, trace, stats) if model.config.pointing else []
+    if raised:
+        print_raised(raised, words)
+    plot_trace(words, trace, raised, Path(folder) / "memory_trace.png", corpus)
 
 
-def plot_trace(words: list[str], trace: DNCTrace, path: Path, corpus: str) -> None:
-    """Gate above, write weights and read weights (mean of the heads) below, slots by tokens."""
+def print_raised(raised: list[Raised], words: list[str]) -> None:
+    """Print the tokens that memory raised most, each with the earlier token that it points at."""
+    width = max(len("Token"), *(len(words[row.at]) for row in raised))
+    print()
+    print_heading("Where memory raised a token most, and the earlier token it points at")
+    print(f"  {'Token':<{width}}     GPT-2  with memory   points at")
+    for row in raised:
+        token = words[row.at]
+        source = words[row.source]
+        before = ""
+        if row.source > 0:
+            before = words[row.source - 1] + " "
+        print(f"  {token:<{width}}   {row.without:7.2%}      {row.probability:7.2%}   "
+              f"{before}[{source}] {row.at - row.source} back, slot {row.slot}, "
+              f"{row.empty:.0%} of the read on the empty slot")
+
+
+def plot_trace(words: list[str], trace: DNCTrace, raised: list[Raised], path: Path, corpus: str
+               ) -> None:
+    """Gate above, then write weights and read weights (mean of the heads), slots by tokens, and the
+    share of the empty slot below. A ring marks a read that raised the next token: what it held."""
     T = len(words)
     step = max(1, T // 120)
-    size = (max(8, min(40, 0.32 * T + 2)), 9)
-    with dark_figure(path, 3, 1, size, sharex=True, height_ratios=[1, 2, 2]) as (figure, axes):
+    size = (max(8, min(40, 0.32 * T + 2)), 11)
+    read_weights = trace.read_weights.mean(1)  # (T, N)
+    with dark_figure(path, 4, 1, size, sharex=True, height_ratios=[1, 2, 2, 1]) as (figure, axes):
         axes[0].bar(range(T), trace.write_gate.numpy(), color=PALETTE[5], width=0.8)
         axes[0].set(ylim=(0, 1), ylabel="write gate")
         axes[0].set_title(f"GPT2 + DNC, memory by token\n{plain(corpus)}", fontsize=10)
-        panels = {"write": trace.write_weights, "read": trace.read_weights.mean(1)}  # (T, N)
-        for axis, (label, weights) in zip(axes[1:], panels.items(), strict=True):
+        panels = {"write": trace.write_weights, "read": read_weights}  # (T, N)
+        for axis, (label, weights) in zip(axes[1:3], panels.items(), strict=True):
             image = axis.imshow(weights.T.numpy(), aspect="auto", cmap="magma")
             axis.set_ylabel(f"slot ({label} weights)")
             figure.colorbar(image, ax=axis, pad=0.01)
+        ring = {"ms": 9, "mfc": "none", "mec": PALETTE[1], "mew": 1.5}
+        for row in raised:
+            place = (row.at - 1, row.slot)
+            axes[2].plot(*place, "o", **ring)
+            axes[2].annotate(plain(words[row.source]), place, (8, 6), color=PALETTE[1],
+                             textcoords="offset points", fontsize=9)
+        empty = 1 - read_weights.sum(1)  # (T,)
+        axes[3].bar(range(T), empty.numpy(), color=PALETTE[0], width=0.8)
+        axes[3].set(ylim=(0, 1), ylabel="read: empty slot")
         places = range(0, T, step)
         labels = [plain(word) for word in words[::step]]
-        axes[2].set_xticks(places, labels, rotation=90, fontsize=8)
+        axes[3].set_xticks(places, labels, rotation=90, fontsize=8)
 
 
 def plot_curves(runs: list[Run], path: Path, corpus: str) -> None:
@@ -1410,6 +1437,119 @@ def plot_curves(runs: list[Run], path: Path, corpus: str) -> None:
             axis.legend(fontsize=9)
         title = " vs ".join(run.arm for run in runs)
         figure.suptitle(f"{title}\n{plain(corpus)}", fontsize=11)
+
+
+# ══ Memory, further: Graves' own interface, temporal links, the other options ════════════════════
+class HiddenInterface(nn.Linear):
+    """Graves' interface: all instructions from LN(h_t) by one matrix. `biases` are added to the
+    initial biases of its parts, by their names."""
+
+    def __init__(self, hidden_size: int, width: int, reads: int, options: DNCOptions,
+                 biases: dict[str, float] | None = None) -> None:
+        self.layout = (width, reads, options)
+        sizes = interface_sizes(*self.layout)
+        super().__init__(hidden_size, sum(sizes.values()))
+        biases = biases or {}
+        added = []
+        for part, size in sizes.items():
+            bias = biases.get(part, 0.0)
+            added.append(torch.full((size,), bias))
+        self.bias.data += torch.cat(added)
+
+    def forward(self, normed: Tensor, before: Tensor | None, embedding: Tensor | None) -> Interface:
+        """normed (B, T, C) = LN(h_t); the others are not looked at."""
+        return split_interface(at_least_float32(super().forward(normed)), *self.layout)
+
+
+def interface_sizes(width: int, reads: int, options: DNCOptions) -> dict[str, int]:
+    """Sizes of the parts of one interface vector, in order; 0 for what is switched off."""
+    key_width = options.key_width or width
+    return {
+        "write_key": key_width,
+        "write_strength": 1,
+        "erase": width,
+        "write_vector": width,
+        "write_gate": 1,
+        "allocation_gate": 1,
+        "read_keys": reads * key_width,
+        "read_strengths": reads,
+        "free_gates": reads,
+        "read_modes": 3 * reads if options.use_links else 0,
+        "masks": (reads + 1) * width if options.mask_min < 1 else 0,
+        "sharpening": 2 * reads if options.sharpen_links else 0,
+        "empty": reads if options.empty_slot else 0,
+    }
+
+
+def split_interface(z: Tensor, width: int, reads: int, options: DNCOptions) -> Interface:
+    """Split interface vectors z (B, T, I) and apply the activations (Graves, "interface")."""
+    B, T, _ = z.shape
+    sizes = interface_sizes(width, reads, options)
+    part = dict(zip(sizes, z.split([*sizes.values()], dim=-1), strict=True))
+
+    read_modes = write_mask = read_masks = sharpening = None
+    if options.use_links:
+        read_modes = part["read_modes"].view(B, T, reads, 3).softmax(-1)
+    if options.mask_min < 1:
+        masks = part["masks"].sigmoid() * (1 - options.mask_min) + options.mask_min
+        masks = masks.view(B, T, reads + 1, width)
+        write_mask, read_masks = masks[:, :, 0], masks[:, :, 1:]  # (B, T, W), (B, T, R, W)
+    if options.sharpen_links:
+        sharpening = oneplus(part["sharpening"].view(B, T, reads, 2))
+
+    return Interface(
+        write_key=part["write_key"],
+        write_strength=oneplus(part["write_strength"].squeeze(-1)),
+        erase=part["erase"].sigmoid(),
+        write_vector=part["write_vector"],
+        write_gate=part["write_gate"].squeeze(-1).sigmoid(),
+        allocation_gate=part["allocation_gate"].squeeze(-1).sigmoid(),
+        read_keys=part["read_keys"].view(B, T, reads, -1),
+        read_strengths=oneplus(part["read_strengths"]),
+        free_gates=part["free_gates"].sigmoid(),
+        read_modes=read_modes,
+        write_mask=write_mask,
+        read_masks=read_masks,
+        sharpening=sharpening,
+        empty=part["empty"] if options.empty_slot else None,
+    )
+
+
+def oneplus(x: Tensor) -> Tensor:
+    """1 + log(1 + exp(x)), Graves' name for what strengths go through."""
+    return 1 + F.softplus(x)
+
+
+def link_update(link: Tensor, precedence: Tensor, write_weights: Tensor
+                ) -> tuple[Tensor, Tensor]:
+    """L_ij = (1 - w_i - w_j) L_ij + w_i p_j with zero diagonal, then p = (1 - sum w) p + w.
+
+    link (B, N, N), precedence and write_weights (B, N) -> link, precedence.
+    """
+    w_i, w_j = write_weights.unsqueeze(2), write_weights.unsqueeze(1)  # (B, N, 1), (B, 1, N)
+    link = (1 - w_i - w_j) * link + w_i * precedence.unsqueeze(1)  # (B, N, N)
+    link = link.tril(-1) + link.triu(1)
+    return link, (1 - write_weights.sum(-1, keepdim=True)) * precedence + write_weights
+
+
+def follow_links(x: Interface, content: Tensor, previous: Tensor, link: Tensor,
+                 options: DNCOptions) -> Tensor:
+    """wr = pi_b L^T wr + pi_c c + pi_f L wr, wr the previous read weights. All but link (B, N, N)
+    are (B, R, N), as is the result."""
+    backward = previous @ link  # L^T wr: (B, R, N)
+    forward = previous @ link.transpose(1, 2)  # L wr: (B, R, N)
+    if options.sharpen_links:
+        backward = sharpen(backward, x.sharpening[..., 0])
+        forward = sharpen(forward, x.sharpening[..., 1])
+    by_mode = torch.stack((backward, content, forward), dim=-1)  # (B, R, N, 3)
+    return (by_mode @ x.read_modes.unsqueeze(-1)).squeeze(-1)  # (B, R, N)
+
+
+def sharpen(weights: Tensor, strengths: Tensor) -> Tensor:
+    """(S): ((d + eps) / max(d + eps))^s over its sum. weights (B, R, N), strengths (B, R)."""
+    weights = weights + EPS
+    powered = (weights / weights.amax(-1, keepdim=True)).pow(strengths.unsqueeze(-1))
+    return powered / powered.sum(-1, keepdim=True)
 
 
 # ══ Data: one token stream a split ═══════════════════════════════════════════════════════════════
@@ -1589,9 +1729,13 @@ def train_tokenizer(texts: list[str], vocab_size: int = 4096) -> object:
 
 def tokenize(tokenizer: object, documents: list[str]) -> Tensor:
     """Encode documents into one stream (tokens,), by line: 7 times faster than in one piece."""
-    lines = [line for document in documents for line in document.splitlines(keepends=True)]
-    encodings = tokenizer.encode_batch(lines, add_special_tokens=False)
-    return torch.tensor([i for encoding in encodings for i in encoding.ids], dtype=torch.int64)
+    lines = []
+    for document in documents:
+        lines += document.splitlines(keepends=True)
+    ids = []
+    for encoding in tokenizer.encode_batch(lines, add_special_tokens=False):
+        ids += encoding.ids
+    return torch.tensor(ids, dtype=torch.int64)
 
 
 def load_texts(dataset: str) -> tuple[str, dict[str, list[str]], bool]:
@@ -1670,6 +1814,16 @@ FREE_FIELDS = {
     "arms", "use_compile", "compile_mode", "num_gpus", "resume", "inspect", "text", "eval_tokens",
     "scan",
 }
+# What checkpoints say that are older than these fields: the plain DNC.
+OLDER_FIELDS = {
+    "pointing": False,
+    "split_rows": False,
+    "row_key": "previous",
+    "empty_slot": False,
+    "usage_decay": 1.0,
+    "empty_share": 0.0,
+    "lambda_vocabulary": 0.0,
+}
 
 
 def last_perplexity(run: Run) -> float:
@@ -1718,6 +1872,7 @@ def save_checkpoint(run: Run, corpus: Corpus, final: bool = False) -> None:
 def load_checkpoint(path: str | Path) -> dict:
     """Read a checkpoint. Raises ValueError naming a file that is missing, truncated or foreign."""
     payload = load_tensors(Path(path), PAYLOAD, "name another checkpoint; see what save_dir holds")
+    payload["config"] = OLDER_FIELDS | payload["config"]
     fields, saved = {field.name for field in dataclasses.fields(Config)}, payload["config"].keys()
     # A field that may differ may also be newer than the checkpoint.
     fits = saved <= fields <= saved | FREE_FIELDS
@@ -1758,8 +1913,9 @@ def restore(run: Run, payload: dict, path: str | Path, corpus: Corpus) -> None:
     run.results = payload["results"]
     run.last_saved = str(path)
     if payload["memory_state"] is not None:
-        state = DNCState(*payload["memory_state"])
-        run.state = map_state(lambda tensor: tensor.to(run.device), state)
+        saved = payload["memory_state"]
+        newer = run.model.init_state(run.config.rows)[len(saved):]  # parts that came later
+        run.state = map_state(lambda tensor: tensor.to(run.device), DNCState(*saved, *newer))
     rng = payload["rng"]
     torch.set_rng_state(rng["torch"])
     torch.cuda.set_rng_state_all(rng["cuda"][: torch.cuda.device_count()])
@@ -2180,8 +2336,6 @@ PRESETS: dict[str, tuple] = {
     "hidden_size": (768, 256),
     "num_layers": (6, 4),
     "num_heads": (8, 4),
-    "mem_slots": (64, 32),
-    "mem_width": (128, 64),
     "max_steps": (0, 600),
     "batch_size": (4, 8),
     "seq_len": (128, 64),
@@ -2380,6 +2534,12 @@ def run_comparison(config: Config, preset: str, stop: StopSignal) -> None:
     config, gpus = choose_hardware(config, torch.cuda.device_count())
     check_folder(config.save_dir, "save_dir")
     check_folder(config.plot_dir, "plot_dir")
+    with locked(config.save_dir, "save_dir"):
+        compare_arms(config, gpus, preset, stop)
+
+
+def compare_arms(config: Config, gpus: int, preset: str, stop: StopSignal) -> None:
+    """`run_comparison` on that many GPUs, in folders that can be written."""
     corpus = load_corpus(config)
     if config.init_from != "scratch":
         settings = controller_config(config, corpus.vocab_size)

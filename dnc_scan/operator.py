@@ -142,19 +142,14 @@ def cuda_refusal(state, options) -> str:
     return ""
 
 
-def check_shapes(interface, state, options) -> None:
-    """Raise ValueError for what the kernels would read beyond its end, or not read at all."""
+def shapes_wanted(interface, state, options) -> dict:
+    """The shape of each part of an interface and a state, None where it is switched off."""
     B, N, W = state.memory.shape
     T, R = interface.free_gates.shape[1:]
     linked = N if options.use_links else 0
     key_width = options.key_width or W
-    if T == 0:
-        raise ValueError("the interface has no step: T = 0")
-    if options.key_width >= W:
-        raise ValueError(f"key_width {key_width}: must be below the width of a row, {W}")
-
     steps, heads, slots = (B, T), (B, T, R), (B, N)
-    wanted = {
+    return {
         "write_key": (B, T, key_width),
         "write_strength": steps,
         "erase": (B, T, W),
@@ -176,16 +171,38 @@ def check_shapes(interface, state, options) -> None:
         "link": (B, linked, linked),
         "precedence": (B, linked),
     }
+
+
+def check_shapes(interface, state, options) -> None:
+    """Raise ValueError for what the kernels would read beyond its end, or not read at all."""
+    B, N, W = state.memory.shape
+    T, R = interface.free_gates.shape[1:]
+    if T == 0:
+        raise ValueError("the interface has no step: T = 0")
+    if options.key_width >= W:
+        raise ValueError(f"key_width {options.key_width}: must be below the width of a row, {W}")
+
     given = {**interface._asdict(), **state._asdict()}
-    for name in wanted:
+    for name, wanted in shapes_wanted(interface, state, options).items():
         part = given[name]
         shape = None if part is None else tuple(part.shape)
-        if shape != wanted[name]:
-            raise ValueError(f"{name} {shape}: must be {wanted[name]}, as memory {(B, N, W)}, "
+        if shape != wanted:
+            raise ValueError(f"{name} {shape}: must be {wanted}, as memory {(B, N, W)}, "
                              f"{T} steps, {R} read heads and use_links {options.use_links} have it")
 
 
 # ══ The function ═════════════════════════════════════════════════════════════════════════════════
+
+
+def contiguous_parts(interface) -> list[torch.Tensor]:
+    """PARTS of an interface, without elements where they are switched off."""
+    if interface.read_modes is None:
+        no_modes = interface.read_keys[..., :0]  # (B, T, R, 0)
+        interface = interface._replace(read_modes=no_modes)
+    if interface.empty is None:
+        no_slot = interface.free_gates[..., :0]  # (B, T, 0)
+        interface = interface._replace(empty=no_slot)
+    return [getattr(interface, name).contiguous() for name in PARTS]
 
 
 def dnc_scan(interface, state, options, backend: str = "auto"):
@@ -203,13 +220,7 @@ def dnc_scan(interface, state, options, backend: str = "auto"):
     backend = backend_for(state, backend)
     dtype = state.memory.dtype
 
-    if interface.read_modes is None:
-        no_modes = interface.read_keys[..., :0]  # (B, T, R, 0)
-        interface = interface._replace(read_modes=no_modes)
-    if interface.empty is None:
-        no_slot = interface.free_gates[..., :0]  # (B, T, 0)
-        interface = interface._replace(empty=no_slot)
-    parts = [getattr(interface, name).contiguous() for name in PARTS]
+    parts = contiguous_parts(interface)
     if backend == "numba" or any(part.dtype != torch.bfloat16 for part in parts):
         parts = [part.to(dtype) for part in parts]
     inputs = [getattr(state, name).to(dtype).contiguous() for name in STATE]

@@ -29,7 +29,6 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when triton is first imported: kernels on the CPU
 
 ROOT = Path(__file__).resolve().parent.parent
-SHARED_DATA = ROOT.parent / "shared" / "data"
 
 # A two-arm run of seconds: dropout, so that the random state matters; more steps than an epoch has,
 # so that the memory is emptied on the way; logging that does not fall on the checkpoints.
@@ -163,15 +162,6 @@ def main():
     yield dnc_gpt2.main
     for number, handler in before.items():
         signal.signal(number, handler)
-
-
-@pytest.fixture(scope="session")
-def wikitext() -> tuple[str, str]:
-    """Folders of the real WikiText-2 and GPT-2's tokenizer, where the checkout has them."""
-    folders = SHARED_DATA / "wikitext-2", SHARED_DATA / "gpt2-tokenizer"
-    if not all(folder.is_dir() for folder in folders):
-        pytest.skip(f"no real WikiText-2 in {SHARED_DATA}")
-    return str(folders[0]), str(folders[1])
 
 
 @pytest.fixture(scope="session")

@@ -44,7 +44,11 @@ def make_memory_speak(model: dnc_gpt2.GPT2WithMemory) -> None:
     memory = model.memory
     with torch.no_grad():
         memory.read_proj.weight.normal_(0, 0.7, generator=draw)
-        memory.interface.weight.normal_(0, 0.5, generator=draw)
+        for parameter in memory.interface.parameters():
+            if parameter.dim() == 2:
+                parameter.normal_(0, 0.5, generator=draw)
+        if getattr(memory.interface, "empty", None) is not None:
+            memory.interface.empty.bias.fill_(10.0)
 
 
 def tokens_of(config: dnc_gpt2.Config, seed: int = 3, rows: int | None = None) -> torch.Tensor:
@@ -76,8 +80,9 @@ def assert_same(first, second, **tolerance) -> None:
 
 
 def test_arms_start_equal(start):
-    """Same controller weights, same dropout: step 0 of the DNC arm is the baseline, bit for bit."""
-    base, dnc = start("baseline", dropout=0.3), start("dnc", dropout=0.3)
+    """Same controller weights, same dropout: at step 0 reads add nothing to the last hidden state,
+    and the DNC arm is the baseline, bit for bit, but for what its reads point at."""
+    base, dnc = start("baseline", dropout=0.3), start("dnc", dropout=0.3, pointing=False)
     ours, theirs = base.model.controller.state_dict(), dnc.model.controller.state_dict()
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
@@ -99,7 +104,7 @@ def test_arms_draw_the_same_dropout(start):
     """Built one after the other, as the job does it, their first training steps agree."""
     losses = []
     for arm in ("baseline", "dnc"):
-        run = start(arm, dropout=0.3, lambda_routing=0.0, lambda_entropy=0.0)
+        run = start(arm, dropout=0.3, lambda_routing=0.0, lambda_entropy=0.0, pointing=False)
         tokens = tokens_of(run.config)
         output = run.model(tokens[:, :-1], tokens[:, 1:], run.model.init_state(run.config.rows))
         losses.append(output.nll)
@@ -122,7 +127,7 @@ def test_matched_arm_has_no_memory(start):
 
 
 def test_head_is_tied_to_the_embedding_and_attention_is_sdpa(start):
-    run = start("dnc")
+    run = start("dnc", pointing=False)
     assert type(run.model.controller) is transformers.GPT2Model
     assert run.model.controller.config._attn_implementation == "sdpa"
     vocab_sized = [n for n, p in run.model.named_parameters() if VOCAB in p.shape]
@@ -174,20 +179,17 @@ def test_gradient_of_the_fourth_window_reaches_what_the_first_one_wrote(start, c
     run = start("dnc", speaking=True, bptt_segments=4, carry_memory=carry)
     T, tokens, seen = run.config.seq_len, tokens_of(run.config), []
 
-    def keep(module, inputs, z):
-        z.retain_grad()
-        seen.append(z)
+    def keep(module, inputs, parts):
+        parts.write_vector.retain_grad()
+        seen.append(parts.write_vector)
 
     run.model.memory.interface.register_forward_hook(keep)
     targets = tokens[:, 1:].clone()
     targets[:, : 3 * T] = -100  # the loss of the fourth window alone
     run.model(tokens[:, :-1], targets, run.model.init_state(1)).loss.mean().backward()
     grad = seen[0].grad.view(4, T, -1)  # rows = 1: windows by tokens
-    width = run.config.mem_width
-    start_of_vector = 2 * width + 1  # after key, strength and erase
-    into_write_vector = grad[0, :, start_of_vector : start_of_vector + width].abs().max()
     assert grad[3].abs().max() > 0
-    assert (into_write_vector > 1e-8) if carry else (grad[:3] == 0).all()
+    assert (grad[0].abs().max() > 1e-8) if carry else (grad[:3] == 0).all()
 
 
 def test_rows_are_isolated_through_the_whole_model(start):
@@ -196,7 +198,7 @@ def test_rows_are_isolated_through_the_whole_model(start):
     state, positions = fill_state(model, 3), dnc_gpt2.routing_positions(run.config, 0)
     changed = tokens.clone()
     changed[0] = (changed[0] + 7) % VOCAB
-    other_state = dnc_gpt2.map_state(lambda x: torch.cat([x[:1] * 0.5, x[1:]]), state)
+    other_state = dnc_gpt2.map_state(lambda x: torch.cat([x[:1] // 2, x[1:]]), state)
     with torch.no_grad():
         first = model(tokens[:, :-1], tokens[:, 1:], state, positions)
         second = model(changed[:, :-1], changed[:, 1:], other_state, positions)
@@ -223,27 +225,32 @@ def test_autocast_bf16_runs_and_keeps_the_memory_in_float32(start):
     outputs = [run.model(tokens[:, :-1], tokens[:, 1:], run.model.init_state(2), positions)
                for run in (exact, rough)]
     for output in outputs:
-        tensors = (output.nll, *output.state, *output.trace)
-        assert all(part.dtype == torch.float32 for part in tensors)
+        floats = [part for part in (output.nll, *output.state, *output.trace)
+                  if part.dtype != torch.int64]
+        assert len(floats) == 1 + len(output.state) - 1 + len(output.trace) - 1
+        assert all(part.dtype == torch.float32 for part in floats)
     assert not torch.equal(outputs[0].nll, outputs[1].nll)  # bf16 was really used
-    assert abs(outputs[0].nll.mean() - outputs[1].nll.mean()) < 0.05
+    assert abs(outputs[0].nll.mean() - outputs[1].nll.mean()) < 0.3
     rows = dnc_gpt2.training_rows(torch.arange(200) % VOCAB, 2, 32)
     dnc_gpt2.train_step(rough, rough.model, rows)
     assert all(p.dtype == torch.float32 for p in rough.model.parameters())
-    assert all(part.dtype == torch.float32 for part in rough.state)
+    floats = [part for part in rough.state if part is not rough.state.tokens]
+    assert all(part.dtype == torch.float32 for part in floats)
 
 
 def test_autocast_bf16_leaves_the_addressing_in_float32(start):
     """From the interface vectors on, the memory computes what it computes without autocast."""
     run, seen = start("dnc", speaking=True, precision="bf16", scan="eager"), []
     memory, tokens = run.model.memory, tokens_of(run.config)
-    memory.interface.register_forward_hook(lambda module, inputs, z: seen.append(z))
+    memory.interface.register_forward_hook(lambda module, inputs, parts: seen.append(parts))
+    memory.interface.gates.register_forward_hook(lambda module, inputs, z: seen.append(z))
     output = run.model(tokens[:, :-1], tokens[:, 1:], run.model.init_state(2))
-    assert seen[0].dtype == torch.bfloat16
-    parts = dnc_gpt2.split_interface(seen[0].float(), memory.width, memory.reads, memory.options)
+    gates, parts = seen
+    assert gates.dtype == torch.bfloat16
+    assert all(part.dtype == torch.float32 for part in parts if part is not None)
     _, writes, reads, state = dnc_gpt2.dnc_loop(parts, run.model.init_state(2), memory.options)
-    assert_same(output.trace, DNCTrace(parts.write_gate, writes, reads))
-    assert_same(output.state, state)
+    assert_same(output.trace[:3], (parts.write_gate, writes, reads))
+    assert_same(output.state[:6], state[:6])
 
 
 # ── the LM head ──────────────────────────────────────────────────────────────────────────────────
@@ -324,7 +331,16 @@ def log_probabilities(model, tokens, state) -> tuple[np.ndarray, np.ndarray, DNC
     with torch.no_grad():
         h, h_out, state, trace = model.hidden(tokens, state)
     head = model.controller.wte.weight.detach().numpy().T
-    return log_softmax(h_out.numpy() @ head), log_softmax(h.numpy() @ head), trace, state
+    log_q = log_softmax(h.numpy() @ head)
+    if trace is None:
+        return log_q, log_q, trace, state
+    p = np.exp(log_softmax(h_out.numpy() @ head))
+    for b, t in np.ndindex(*tokens.shape):  # the mixture, spelled out
+        weights = trace.read_weights[b, t].mean(0).numpy() * (trace.tokens[b, t] >= 0).numpy()
+        p[b, t] *= 1 - weights.sum()
+        for slot, weight in enumerate(weights):
+            p[b, t, trace.tokens[b, t, slot]] += weight
+    return np.log(p), log_q, trace, state
 
 
 @pytest.mark.parametrize("routing", ["kl", "benefit"])
@@ -356,7 +372,7 @@ def numpy_entropy(weights: np.ndarray) -> np.ndarray:
 @pytest.mark.parametrize("lambdas", [(0.0, 0.0), (0.3, 0.0), (0.0, 0.2), (0.3, 0.2)])
 def test_loss_is_the_sum_of_its_three_parts(start, arm, lambdas):
     names = dict(zip(("lambda_routing", "lambda_entropy"), lambdas, strict=True))
-    run = start(arm, speaking=True, **names)
+    run = start(arm, speaking=True, lambda_vocabulary=0.0, **names)
     tokens, positions = tokens_of(run.config), dnc_gpt2.routing_positions(run.config, 0)
     output = run.model(tokens[:, :-1], tokens[:, 1:], run.model.init_state(2), positions)
     expected = output.nll.detach().double().mean().item()
@@ -506,10 +522,12 @@ def test_evaluate_is_repeatable_and_leaves_training_as_it_was(start, corpus):
 
 
 def test_evaluate_loss_without_memory_is_what_zeroed_reads_give(start, corpus):
+    """Zeroed: nothing is added to h and nothing is pointed at, as the empty slot has all."""
     run = start("dnc", speaking=True)
     found = evaluate(run, corpus.valid)["metrics"]
     with torch.no_grad():
         run.model.memory.read_proj.weight.zero_()
+        run.model.memory.interface.empty.bias.fill_(1e4)
     zeroed = evaluate(run, corpus.valid)["metrics"]
     assert zeroed["loss"] == found["loss_without"] != found["loss"]
     assert zeroed["mem_kl"] == 0
@@ -618,7 +636,7 @@ def test_training_feeds_the_stream_in_order_and_every_arm_the_same(start, corpus
     detached from step to step and emptied at every new epoch."""
     fed = {}
     for arm in ("baseline", "dnc", "matched"):
-        run, calls = start(arm, max_steps=0, epochs=2), []
+        run, calls = start(arm, max_steps=0, epochs=2, empty_share=0.0), []
 
         def forward(tokens, targets, state, positions, run=run, calls=calls):
             calls.append((tokens, targets, state))
@@ -631,7 +649,8 @@ def test_training_feeds_the_stream_in_order_and_every_arm_the_same(start, corpus
             dnc_gpt2.train_step(run, forward, rows)
             tokens, targets, state = calls[-1]
             if (run.step - 1) % run.steps_per_epoch == 0:
-                assert state is None or not any(part.any() for part in state)
+                if arm == "dnc":
+                    assert_same(state, run.model.init_state(run.config.rows))
             else:
                 assert state is before
             if arm == "dnc":
@@ -877,7 +896,8 @@ def pretrained(tmp_path):
 
 def test_init_from_starts_from_the_pretrained_model(start, pretrained):
     theirs, folder = pretrained
-    run = start("dnc", init_from=folder, hidden_size=24, num_layers=2, num_heads=3, dropout=0.2)
+    run = start("dnc", init_from=folder, hidden_size=24, num_layers=2, num_heads=3, dropout=0.2,
+                pointing=False)
     tokens = tokens_of(run.config)[:, :16]
     assert run.model.controller.config.resid_pdrop == run.model.controller.config.attn_pdrop == 0.2
     run.model.eval()
@@ -927,8 +947,11 @@ def test_init_from_refuses_what_does_not_fit(pretrained, tmp_path, start):
 
 def test_tiny_sizes_hold_for_every_switch(start, corpus):
     """The switches of the memory pass through Config into a step that trains."""
-    for fields in ({"use_links": True}, {"mask_min": 0.1}, {"dealloc_wipe": True},
-                   {"use_links": True, "sharpen_links": True}, {"routing": "benefit"}):
+    graves = {"pointing": False, "split_rows": False, "empty_slot": False, "usage_decay": 1.0,
+              "empty_share": 0.0}
+    for fields in ({"use_links": True}, {"mask_min": 0.1, "split_rows": False}, graves,
+                   {"dealloc_wipe": True}, {"use_links": True, "sharpen_links": True},
+                   {"routing": "kl"}, {"row_key": "own"}, {"usage_decay": 0.5}):
         run = start("dnc", **fields)
         rows = dnc_gpt2.training_rows(corpus.train, run.config.rows, run.config.step_len)
         for _ in range(2):

@@ -1,0 +1,150 @@
+#!/usr/bin/env python3
+"""Is a trained memory worth more than a parameter-free cache of as many slots?
+
+    python benchmarks/neural_cache.py --baseline checkpoints/GPT2_Baseline_FINAL_step1500.pt \\
+        --dnc checkpoints/GPT2_+_DNC_FINAL_step1500.pt --dataset folder
+
+The cache is the continuous neural cache (Grave et al. 2017) over the baseline's last hidden states:
+p = (1 - lambda) p_lm + lambda sum_s softmax_s(theta cos(h_t, h_s)) [x_s+1 = y], s the last N states
+before t, N the slots of the DNC. theta and lambda are chosen on validation, test is scored once.
+How to read it: perplexity, and which part of the nats saved falls on `<unk>` and on all the rest.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from tokenizers import Tokenizer
+from transformers import GPT2Config
+
+import dnc_gpt2
+from dnc_gpt2 import evaluation_rows, folder_texts, load_checkpoint, perplexity, tokenize
+
+ROWS = 8
+THETAS = (1.0, 2.0, 4.0, 6.0, 8.0, 12.0, 16.0, 24.0)
+LAMBDAS = (0.02, 0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.6)
+
+
+def load_model(path: str) -> tuple[dnc_gpt2.GPT2WithMemory, dict]:
+    """The model of a checkpoint, and the checkpoint."""
+    payload = load_checkpoint(path)
+    config = dnc_gpt2.Config(**payload["config"])
+    model = dnc_gpt2.build_model(config, GPT2Config.from_dict(json.loads(payload["controller"])))
+    model.load_state_dict(payload["model_state_dict"])
+    return model.eval(), payload
+
+
+@torch.no_grad()
+def token_nll(model: dnc_gpt2.GPT2WithMemory, stream: Tensor) -> Tensor:
+    """The nats of every token of a stream, (ROWS, length), memory carried along the rows."""
+    inputs, targets = evaluation_rows(stream, ROWS)
+    state, nll = model.init_state(ROWS), []
+    length = model.config.seq_len
+    for x, y in zip(inputs.split(length, 1), targets.split(length, 1), strict=True):
+        stats, state = model.measure(x, y, state, brief=True)
+        nll.append(stats[..., 0])
+    return torch.cat(nll, dim=1)
+
+
+@torch.no_grad()
+def cache_probability(model: dnc_gpt2.GPT2WithMemory, stream: Tensor, slots: int
+                      ) -> dict[float, Tensor]:
+    """By theta, what the cache gives every target of a stream, (ROWS, length)."""
+    inputs, targets = evaluation_rows(stream, ROWS)
+    length = model.config.seq_len
+    past = torch.zeros(ROWS, 0, model.config.hidden_size)  # unit states of the windows before
+    past_targets = torch.zeros(ROWS, 0, dtype=torch.int64)
+    found = {theta: [] for theta in THETAS}
+    for x, y in zip(inputs.split(length, 1), targets.split(length, 1), strict=True):
+        h = F.normalize(model.hidden(x, None)[0], dim=-1)  # (ROWS, T, C)
+        states = torch.cat((past, h), dim=1)  # (ROWS, P + T, C)
+        followed = torch.cat((past_targets, y), dim=1)  # x_s+1
+        age = torch.arange(x.shape[1]).unsqueeze(1) + past.shape[1] - torch.arange(states.shape[1])
+        stored = (age >= 1) & (age <= slots)  # (T, P + T): a state is stored once its token is seen
+        cosine = h @ states.transpose(1, 2)  # (ROWS, T, P + T)
+        match = (followed.unsqueeze(1) == y.unsqueeze(2)) & stored
+        for theta in THETAS:
+            weights = (theta * cosine).masked_fill(~stored, -torch.inf).softmax(-1).nan_to_num()
+            found[theta].append((weights * match).sum(-1))
+        past, past_targets = states[:, -slots:], followed[:, -slots:]
+    return {theta: torch.cat(parts, dim=1) for theta, parts in found.items()}
+
+
+def mixed_nll(nll: Tensor, cache: Tensor, share: float) -> Tensor:
+    """The nats of (1 - share) p_lm + share p_cache."""
+    return -((1 - share) * (-nll).exp() + share * cache).log()
+
+
+def is_unknown(stream: Tensor, tokenizer: Tokenizer) -> Tensor:
+    """Which targets of a stream, (ROWS, length), are pieces of the word `<unk>`."""
+    pieces = torch.tensor(tokenizer.encode(" <unk>", add_special_tokens=False).ids)
+    marked = torch.zeros(len(stream), dtype=torch.bool)
+    windows = stream.unfold(0, len(pieces), 1)  # (length, pieces)
+    for start in (windows == pieces).all(1).nonzero().flatten().tolist():
+        marked[start : start + len(pieces)] = True
+    return evaluation_rows(marked.long(), ROWS)[1] == 1
+
+
+def report(name: str, nll: Tensor, base: Tensor, scored: Tensor, unknown: Tensor) -> dict:
+    """Print one line, and return its figures."""
+    mean = nll[scored].mean().item()
+    gain = (base - nll)[scored]
+    on_unknown = (gain * unknown[scored]).sum() / gain.sum() if gain.any() else torch.tensor(0.0)
+    ppl, ppl_base = perplexity(mean), perplexity(base[scored].mean().item())
+    print(f"  {name:<34} {ppl:8.2f}  {ppl / ppl_base - 1:+7.1%}   {on_unknown.item():7.1%}")
+    return {"name": name, "ppl": ppl, "change": ppl / ppl_base - 1, "unk": on_unknown.item()}
+
+
+def main(argv: list[str]) -> int:
+    """Print and write the comparison; see the module's docstring."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--baseline", required=True, help="checkpoint of a baseline")
+    parser.add_argument("--dnc", help="checkpoint of a GPT2 + DNC of the same data")
+    parser.add_argument("--dataset", required=True, help="folder with valid.txt and test.txt")
+    parser.add_argument("--slots", type=int, default=64, help="of the cache, without --dnc")
+    parser.add_argument("--tokens", type=int, default=100_000, help="of each split")
+    parser.add_argument("--json", help="file for the figures")
+    args = parser.parse_args(argv)
+
+    base, payload = load_model(args.baseline)
+    tokenizer = Tokenizer.from_str(payload["tokenizer"])
+    texts = folder_texts(args.dataset)
+    streams = {split: tokenize(tokenizer, texts[split])[: args.tokens + 1]
+               for split in ("valid", "test")}
+    dnc = load_model(args.dnc)[0] if args.dnc else None
+    slots = dnc.config.mem_slots if dnc else args.slots
+
+    figures, best = [], None
+    for split, stream in streams.items():
+        scored = evaluation_rows(stream, ROWS)[1] != -100
+        unknown = is_unknown(stream, tokenizer)
+        nll = token_nll(base, stream)
+        cache = cache_probability(base, stream, slots)
+        if best is None:
+            settings = [(theta, share) for theta in THETAS for share in LAMBDAS]
+            best = min(settings, key=lambda pair: mixed_nll(
+                nll, cache[pair[0]], pair[1])[scored].mean().item())
+        theta, share = best
+        print(f"{split}, {scored.sum():,} tokens, N {slots}: theta {theta}, lambda {share}, chosen "
+              f"on validation\n  {'':<34} {'ppl':>8}  {'change':>7}   of gain on <unk>")
+        rows = {"baseline": nll, "neural cache": mixed_nll(nll, cache[theta], share)}
+        if dnc:
+            rows["DNC"] = token_nll(dnc, stream)
+        for name, values in rows.items():
+            figures.append({"split": split, **report(name, values, nll, scored, unknown)})
+    if args.json:
+        Path(args.json).write_text(json.dumps(figures, indent=1), encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
