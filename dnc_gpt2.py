@@ -132,7 +132,7 @@ class Config:
     # commands
     resume: str = ""  # auto = newest valid state of the whole job | path of a checkpoint
     inspect: str = ""  # path of a GPT2 + DNC checkpoint: print its gates on text, no training
-    text: str = "Albert Einstein was born in Ulm in 1879. Albert Einstein died in 1955."  # the sample
+    text: str = "Albert Einstein was born in Ulm in 1879. Albert Einstein died in 1955."  # a sample
 
     @property
     def rows(self) -> int:
