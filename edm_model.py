@@ -157,6 +157,9 @@ def valid_softmax(scores: Tensor, valid: Tensor, empty: Tensor | None) -> Tensor
 DENSE_SLOTS = 2048  # up to so many slots in use a read is computed as products with all of them
 
 
+POINT_SLOPE = 5.0  # of the gate of pointing: one number that has far to go in few steps
+
+
 def open_from_zero(x: Tensor) -> Tensor:
     """tanh(x), but 0 where x < 0; the gradient is that of tanh everywhere: below 0 a clamp has
     none, and would never open again."""
@@ -292,7 +295,7 @@ class EDM(nn.Module):
         token = state.token.unsqueeze(1)
         token = token.expand(-1, slots.shape[1], -1)  # (B, T, N)
         weights = weights.transpose(1, 2).flatten(2)
-        gate = open_from_zero(self.point_alpha) / self.heads
+        gate = open_from_zero(POINT_SLOPE * self.point_alpha) / self.heads
         return Pointer(token.gather(2, slots).clamp_min(0), gate * weights)
 
     def read_top(self, query: Tensor, empty: Tensor | None, used: int, state: EDMState,
