@@ -132,7 +132,7 @@ class Config:
     # commands
     resume: str = ""  # auto = newest valid state of the whole job | path of a checkpoint
     inspect: str = ""  # path of a GPT2 + DNC checkpoint: print its gates on text, no training
-    text: str = "Albert Einstein was born in Ulm in 1879 and died in Princeton."  # the sample
+    text: str = "Albert Einstein was born in Ulm in 1879. Albert Einstein died in 1955."  # a sample
 
     @property
     def rows(self) -> int:
@@ -582,9 +582,9 @@ class Pointer(NamedTuple):
         return -torch.logaddexp(by_vocabulary, (self.match(targets) + 1e-30).log())
 
     def mix(self, log_p: Tensor) -> Tensor:
-        """Log-probabilities (M, V) of the vocabulary -> log p."""
-        p = log_p.exp() * self.vocabulary().unsqueeze(1)
-        return p.scatter_add_(1, self.tokens, self.weights.to(p.dtype)).clamp_min_(1e-38).log_()
+        """Log-probabilities (..., V) of the vocabulary -> log p."""
+        p = log_p.exp() * self.vocabulary().unsqueeze(-1)
+        return p.scatter_add_(-1, self.tokens, self.weights.to(p.dtype)).clamp_min_(1e-38).log_()
 
     def top1(self, best: Tensor, p_best: Tensor, p_held: Tensor) -> Tensor:
         """The token of the largest p (M,): the vocabulary's best, of probability p_best there, both

@@ -12,10 +12,10 @@ Letters as there: B rows, T tokens, C hidden width, V vocabulary, W tokens of th
 
 import collections
 import dataclasses
+import inspect
 import json
 import math
 import re
-import shutil
 import sys
 import tempfile
 import time
@@ -43,7 +43,7 @@ from dnc_gpt2 import (
     # the shell of a command
     Diverged, StopSignal, print_any_character, read_config, run_command,
     # files
-    check_folder, load_tensors, save_tensors, write_json,
+    check_folder, load_tensors, save_tensors, write_json, write_text,
     # the base
     load_checkpoint, newest_baselines, train_baseline,
     # what a reader is told
@@ -58,6 +58,8 @@ from edm_model import (
     EDMGPT2Config, EDMGPT2ForCausalLM, EDMGPT2State, Pass, map_state,
     # choices and a bound of its fields
     MOST_SLOTS, Eviction, KeyOf,
+    # what a read points to, and the logits with it
+    head_logits, pointer_of,
     # adapters; a memory in a file
     add_lora, quantize, pack_memory, unpack_memory,
 )
@@ -102,6 +104,7 @@ class Config:
     top_k: Count = 32  # slots that a head reads
     eviction: Eviction = "fifo"  # what makes room when every slot is taken
     key_of: KeyOf = "previous"  # whose hidden state a stored token is found by
+    pointing: bool = True  # a read points at the tokens that it finds; needs key_of previous
     write_every: Count = 1  # every so many tokens one is stored
     recurrent_width: Count = 128  # R of the early and of the late memory
     reset_token: str = ""  # behind this token memory starts anew, such as <|endoftext|>
@@ -162,6 +165,8 @@ class Config:
         require_field(self, "slots", self.window <= self.slots <= MOST_SLOTS,
                       f"from window ({self.window}) to {MOST_SLOTS}, as far as exact search goes")
         require_field(self, "top_k", self.top_k <= self.slots, f"at most slots ({self.slots})")
+        require_field(self, "pointing", self.key_of == "previous" or not self.pointing,
+                      f"False with key_of {self.key_of}; set --pointing False")
         require_field(self, "qlora", self.lora > 0 or not self.qlora,
                       "False without adapters; set --lora 8")
 
@@ -287,6 +292,7 @@ def build_model(base: Base, config: Config, arm: str, seed: int) -> EDMGPT2ForCa
         eviction=config.eviction,
         write_every=config.write_every,
         key_of=config.key_of,
+        pointing=config.pointing,
         bptt_segments=config.bptt_segments,
         early=has_recurrent,
         late=has_recurrent,
@@ -340,10 +346,23 @@ def read_tokens(model: EDMGPT2ForCausalLM, tokens: Tensor, state: EDMGPT2State, 
     return model.advance(tokens, every, state, **options)
 
 
-def score(model: EDMGPT2ForCausalLM, h: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """h (B, T, C), targets (B, T) -> mean loss (), nll (B, T)."""
+def read_logits(model: EDMGPT2ForCausalLM, tokens: Tensor, state: EDMGPT2State, kept: slice
+                ) -> tuple[Tensor, EDMGPT2State, list[Pass]]:
+    """As read_tokens, with the logits (B, kept, V) of the mixture at some of the T places."""
+    h, state, passes = read_tokens(model, tokens, state)
+    pointer = pointer_of(passes, tokens.shape[1])
+    pointer = pointer and pointer.rows((slice(None), kept))
+    return head_logits(h[:, kept], model.transformer.wte.weight, pointer), state, passes
+
+
+def score(model: EDMGPT2ForCausalLM, h: Tensor, passes: list[Pass], targets: Tensor
+          ) -> tuple[Tensor, Tensor]:
+    """h (B, T, C), the passes that made it, targets (B, T) -> mean loss (), nll (B, T)."""
     weight = model.transformer.wte.weight.detach()
-    loss, nll, _ = head_loss(h.flatten(0, 1), weight, targets.flatten(), h.dtype)
+    pointer = pointer_of(passes, targets.shape[1])
+    if pointer is not None:
+        pointer = map_state(lambda x: x.flatten(0, 1), pointer)  # of (B * T, H * K) weights
+    loss, nll, _ = head_loss(h.flatten(0, 1), weight, targets.flatten(), h.dtype, pointer)
     return loss, nll.view(targets.shape)
 
 
@@ -364,9 +383,9 @@ def make_optimizer(model: EDMGPT2ForCausalLM, config: Config) -> torch.optim.Opt
 def train_step(model: EDMGPT2ForCausalLM, optimizer: torch.optim.Optimizer, chunk: Tensor,
                state: EDMGPT2State, config: Config) -> tuple[float, EDMGPT2State]:
     """One step on chunk (rows, step_len + 1) -> loss, state without its graph."""
-    h, state, _ = read_tokens(model, chunk[:, :-1], state)
+    h, state, passes = read_tokens(model, chunk[:, :-1], state)
     state = map_state(Tensor.detach, state)
-    loss, _ = score(model, h, chunk[:, 1:])
+    loss, _ = score(model, h, passes, chunk[:, 1:])
     optimizer.zero_grad(set_to_none=True)
     loss.backward()
     trained = [p for p in model.parameters() if p.requires_grad]
@@ -441,11 +460,11 @@ def evaluate(model: EDMGPT2ForCausalLM, stream: Tensor, rows: int, swap: bool = 
             full = state.fill == W
             if bool(full.any()):
                 state = model.leave_rows(full, state, recent=[], read_only=False)
-            h, _, _ = read_tokens(model, x, with_memories_of_others(state), read_only=True)
+            h, _, passes = read_tokens(model, x, with_memories_of_others(state), read_only=True)
             _, state, _ = read_tokens(model, x, state)
         else:
-            h, state, _ = read_tokens(model, x, state)
-        nll.append(score(model, h, y)[1].double().cpu())
+            h, state, passes = read_tokens(model, x, state)
+        nll.append(score(model, h, passes, y)[1].double().cpu())
     return torch.cat(nll, dim=1)
 
 
@@ -519,8 +538,7 @@ def planted_recall(model: EDMGPT2ForCausalLM, stream: Tensor, config: Config,
         tokens = plant(stream, windows, config, model.config.vocab_size, swap)
         right, loss = 0, 0.0
         for part in tokens.split(max(1, RECALL_TOKENS // tokens.shape[1])):
-            h, _, _ = read_tokens(model, part, model.init_state(len(part)))
-            logits = h[:, -5:-1] @ model.transformer.wte.weight.T  # (n, 4, V)
+            logits, _, _ = read_logits(model, part, model.init_state(len(part)), slice(-5, -1))
             wanted = part[:, -4:]
             right += int((logits.argmax(-1) == wanted).sum())
             loss += F.cross_entropy(logits.flatten(0, 1), wanted.flatten(), reduction="sum").item()
@@ -601,9 +619,8 @@ def sample_rows(model: EDMGPT2ForCausalLM, prompts: Tensor, count: int) -> Tenso
     state = model.init_state(len(prompts))
     tokens, sampled = prompts, []
     for _ in range(count):
-        h, state, _ = read_tokens(model, tokens.to(device()), state)
-        logits = (h[:, -1] @ model.transformer.wte.weight.T).cpu()  # (n, V)
-        shares = (logits / TOPIC_TEMPERATURE).softmax(-1)
+        logits, state, _ = read_logits(model, tokens.to(device()), state, slice(-1, None))
+        shares = (logits[:, 0].cpu() / TOPIC_TEMPERATURE).softmax(-1)  # (n, V)
         tokens = torch.multinomial(shares, 1, generator=draw)  # (n, 1)
         sampled.append(tokens)
     model.config.stride = stride
@@ -761,9 +778,16 @@ def plot_runs(runs: list[dict], config: Config) -> None:
 
 
 # ══ Saving and generating ════════════════════════════════════════════════════════════════════════
+def carried_source() -> str:
+    """edm_model.py as a saved folder carries it: what it imports of dnc_gpt2.py is written out."""
+    source = Path(edm_model.__file__).read_text(encoding="utf-8")
+    imported = "from dnc_gpt2 import Pointer\n"
+    return source.replace(imported, "\n" + inspect.getsource(dnc_gpt2.Pointer))
+
+
 def save_model(model: EDMGPT2ForCausalLM, base: Base, folder: Path) -> None:
     """Write a folder that from_pretrained and AutoModelForCausalLM load, without this repository:
-    weights, configuration, tokenizer and edm_model.py. In generation the window leaves by halves.
+    weights, configuration, tokenizer and carried_source. In generation the window leaves by halves.
     Raises ValueError where it cannot be written."""
     from safetensors import SafetensorError
 
@@ -777,7 +801,7 @@ def save_model(model: EDMGPT2ForCausalLM, base: Base, folder: Path) -> None:
     try:
         model.save_pretrained(folder)
         PreTrainedTokenizerFast(tokenizer_object=base.tokenizer).save_pretrained(folder)
-        shutil.copyfile(edm_model.__file__, folder / "edm_model.py")
+        write_text(carried_source(), folder / "edm_model.py")
     except (OSError, SafetensorError) as error:
         raise ValueError(f"save_dir = {str(folder)!r}: cannot be written ({error}); free some "
                          "space, or name another folder") from None
@@ -814,9 +838,8 @@ def continue_text(model: EDMGPT2ForCausalLM, tokenizer: object, prompt: str, con
     tokens = torch.tensor([ids], device=device())
     continuation, recalls = [], []
     for _ in range(config.new_tokens):
-        h, state, passes = read_tokens(model, tokens, state)
-        logits = (h[0, -1] @ model.transformer.wte.weight.T).cpu()  # (V,)
-        token = pick_token(logits, config.temperature, draw)
+        logits, state, passes = read_logits(model, tokens, state, slice(-1, None))
+        token = pick_token(logits[0, 0].cpu(), config.temperature, draw)
         continuation.append(token)
         recalls.append(recalled(passes[-1], state, tokenizer))
         tokens = torch.tensor([[token]], device=device())

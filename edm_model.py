@@ -1,8 +1,8 @@
 """GPT-2 with a memory for what has left its window: External Differentiable Memory (EDM).
 
 EDM is a notebook of keys and values, RecurrentMemory a rolling summary, EDMGPT2ForCausalLM the
-frozen GPT-2 that reads both. This file needs torch and transformers alone: a saved model carries it
-and loads without this repository, with trust_remote_code. edm_gpt2.py trains and measures.
+frozen GPT-2 that reads both. A saved model carries this file, with Pointer written into it, and so
+loads with torch and transformers alone, with trust_remote_code. edm_gpt2.py trains and measures.
 
 Letters: B rows, T tokens of a call, m tokens of one pass, C hidden width, V vocabulary, W tokens of
 the window, S tokens that leave it at once, N memory slots, M entries of one write, H heads, D key
@@ -23,6 +23,8 @@ from torch import Tensor, nn
 from transformers import GenerationMixin, GPT2Config, GPT2Model, PretrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.pytorch_utils import Conv1D
+
+from dnc_gpt2 import Pointer
 
 Eviction = Literal["fifo", "lru", "usage"]  # what makes room when every slot is taken
 KeyOf = Literal["token", "previous"]  # whose hidden state a stored token is found by
@@ -47,7 +49,7 @@ class EDMTrace(NamedTuple):
     write_gate: Tensor  # (B, T) 1 where a token is stored
     write_slots: Tensor  # (B, T) its slot, -1 where none
     read_slots: Tensor  # (B, H, T, K)
-    read_weights: Tensor  # (B, H, T, K), sum 1, or 0 where nothing could be read
+    read_weights: Tensor  # (B, H, T, K), sum 1 less the empty slot's; 0 where nothing can be read
 
 
 class Entry(NamedTuple):
@@ -61,7 +63,7 @@ class Read(NamedTuple):
     """What a notebook gives to some tokens."""
     added: Tensor  # (B, T, C), to be added to h
     slots: Tensor  # (B, H, T, K)
-    weights: Tensor  # (B, H, T, K)
+    weights: Tensor  # (B, H, T, K), sum at most 1
 
 
 class Candidates(NamedTuple):
@@ -140,10 +142,14 @@ def put_wide(store: Tensor, rows: Tensor, slots: Tensor, new: Tensor) -> Tensor:
     return store
 
 
-def valid_softmax(scores: Tensor, valid: Tensor) -> Tensor:
-    """Softmax over the valid ones of the last dimension; 0 where there is none."""
-    nothing = ~valid.any(-1, keepdim=True)
+def valid_softmax(scores: Tensor, valid: Tensor, empty: Tensor | None) -> Tensor:
+    """Softmax over the valid ones of the last dimension; 0 where there is none. An empty slot of
+    score (..., 1) takes part, and its weight is left out."""
     scores = scores.masked_fill(~valid, -math.inf)
+    if empty is not None:
+        scores = torch.cat([empty, scores], dim=-1)
+        return scores.softmax(-1)[..., 1:]
+    nothing = ~valid.any(-1, keepdim=True)
     scores = scores.masked_fill(nothing, 0.0)  # a softmax of -inf alone is not a number
     return scores.softmax(-1).masked_fill(nothing, 0.0)
 
@@ -151,10 +157,22 @@ def valid_softmax(scores: Tensor, valid: Tensor) -> Tensor:
 DENSE_SLOTS = 2048  # up to so many slots in use a read is computed as products with all of them
 
 
+POINT_SLOPE = 5.0  # of the gate of pointing: one number that has far to go in few steps
+
+
+def open_from_zero(x: Tensor) -> Tensor:
+    """tanh(x), but 0 where x < 0; the gradient is that of tanh everywhere: below 0 a clamp has
+    none, and would never open again."""
+    y = torch.tanh(x)
+    return y + (y.clamp_min(0) - y).detach()
+
+
 class EDM(nn.Module):
     """Key-value notebook: h + tanh(alpha) * W_o read, alpha = 0 at first.
 
-    Every head reads the softmax over its K nearest slots by cosine, at a learned temperature.
+    Every head reads the softmax over its K nearest slots by cosine, at a learned temperature; with
+    `pointing` an empty slot, which reads as zero, takes part, at a cosine that h asks for. What
+    `point` gives then has part in the prediction, through a gate that starts at 0 like alpha.
     `forward` reads and writes by segments, of which the newest `bptt_segments` keep their graph.
 
     key_of token: a token is found by its own h, which holds what came before it only as far as the
@@ -164,7 +182,8 @@ class EDM(nn.Module):
 
     def __init__(self, hidden_size: int, heads: int, width: int, slots: int, top_k: int,
                  eviction: Eviction = "fifo", write_every: int = 1, segment: int = 0,
-                 bptt_segments: int = 4, key_of: KeyOf = "token") -> None:
+                 bptt_segments: int = 4, key_of: KeyOf = "token",
+                 pointing: bool = False) -> None:
         super().__init__()
         self.heads = heads
         self.width = width
@@ -175,6 +194,7 @@ class EDM(nn.Module):
         self.segment = segment
         self.bptt_segments = bptt_segments
         self.key_of = key_of
+        self.pointing = pointing
 
         self.norm = nn.LayerNorm(hidden_size)
         self.query = nn.Linear(hidden_size, heads * width)
@@ -183,12 +203,19 @@ class EDM(nn.Module):
         self.out = nn.Linear(heads * width, hidden_size, bias=False)
         self.log_strength = nn.Parameter(torch.empty(heads))
         self.alpha = nn.Parameter(torch.empty(()))
+        if pointing:
+            self.empty = nn.Linear(hidden_size, heads)
+            self.point_alpha = nn.Parameter(torch.empty(()))
         self.reset_own()
 
     def reset_own(self) -> None:
-        """Set the initial values of what is in no module of PyTorch's."""
+        """Set the initial values that are not PyTorch's."""
         nn.init.constant_(self.log_strength, math.log(16.0))
         nn.init.zeros_(self.alpha)
+        if self.pointing:
+            nn.init.zeros_(self.empty.weight)
+            nn.init.constant_(self.empty.bias, 0.5)
+            nn.init.zeros_(self.point_alpha)
 
     @torch.no_grad()
     def start_from(self, block: nn.Module | None) -> None:
@@ -238,24 +265,43 @@ class EDM(nn.Module):
     # ── reading ──
     def read(self, h: Tensor, state: EDMState, recent: list[Entry]) -> Read:
         """Read for h (B, T, C); what `recent` has stored is read with its graph."""
-        query = self.split(self.query(self.norm(h)))  # (B, H, T, D)
+        z = self.norm(h)
+        query = self.split(self.query(z))  # (B, H, T, D)
         query = F.normalize(query, dim=-1, eps=1e-6)
+        empty = None
+        if self.pointing:
+            cosine = self.empty(z).transpose(1, 2)  # (B, H, T)
+            empty = self.strength * cosine.unsqueeze(-1)
         in_use = (state.position >= 0).any(0)  # (N,), by any row
         used = int(in_use.sum())
         if used == 0:
-            nothing = torch.empty(*query.shape[:3], 0, device=h.device)
+            nothing = h.new_zeros(*query.shape[:3], self.top_k)
             return Read(torch.zeros_like(h), nothing.long(), nothing)
 
         search = self.read_dense if used <= DENSE_SLOTS else self.read_top
-        read, slots, weights = search(query, used, state, recent)
+        read, slots, weights = search(query, empty, used, state, recent)
         read = read.transpose(1, 2).flatten(2)  # (B, T, H * D)
         gate = torch.tanh(self.alpha)
         added = gate * self.out(read)
-        return Read(added, slots, weights)
+        missing = (0, self.top_k - slots.shape[-1])  # all reads are K wide
+        return Read(added, F.pad(slots, missing), F.pad(weights, missing))
 
-    def read_top(self, query: Tensor, used: int, state: EDMState, recent: list[Entry]
-                 ) -> tuple[Tensor, Tensor, Tensor]:
-        """query (B, H, T, D) -> read (B, H, T, D), slots and weights (B, H, T, K).
+    def point(self, slots: Tensor, weights: Tensor, state: EDMState) -> Pointer | None:
+        """What reads of slots with weights (B, H, T, K) point to: the tokens there, (B, T, H * K).
+        None without pointing."""
+        if not self.pointing:
+            return None
+        slots = slots.transpose(1, 2).flatten(2)  # (B, T, H * K)
+        token = state.token.unsqueeze(1)
+        token = token.expand(-1, slots.shape[1], -1)  # (B, T, N)
+        weights = weights.transpose(1, 2).flatten(2)
+        gate = open_from_zero(POINT_SLOPE * self.point_alpha) / self.heads
+        return Pointer(token.gather(2, slots).clamp_min(0), gate * weights)
+
+    def read_top(self, query: Tensor, empty: Tensor | None, used: int, state: EDMState,
+                 recent: list[Entry]) -> tuple[Tensor, Tensor, Tensor]:
+        """query (B, H, T, D), score of the empty slot (B, H, T, 1) -> read (B, H, T, D), slots and
+        weights (B, H, T, K).
 
         The nearest slots are found without a graph; the scores of those K are computed again with
         one, from `recent` where that is where they were written: for stores too large to have a
@@ -265,9 +311,9 @@ class EDM(nn.Module):
         K = min(self.top_k, used)
         with torch.no_grad():
             keys = state.keys[:, :, :used]
-            empty = state.position[:, None, None, :used] < 0
+            is_free = state.position[:, None, None, :used] < 0
             scores = query @ keys.transpose(2, 3)  # (B, H, T, used)
-            scores = scores.masked_fill(empty, -math.inf)
+            scores = scores.masked_fill(is_free, -math.inf)
             slots = scores.topk(K, dim=-1).indices  # (B, H, T, K)
 
         keys, values = self.gather(slots, state, recent)  # (B, H, T, K, D)
@@ -275,7 +321,7 @@ class EDM(nn.Module):
         position = state.position[:, None, None]
         position = position.expand(B, H, T, -1)
         position = position.gather(3, slots)  # (B, H, T, K)
-        weights = valid_softmax(scores, position >= 0)
+        weights = valid_softmax(scores, position >= 0, empty)
         read = torch.einsum("bhtk,bhtkd->bhtd", weights, values)
         return read, slots, weights
 
@@ -309,8 +355,8 @@ class EDM(nn.Module):
         """Repeat slots (B, H, n) for each number of a key: (B, H, n, D)."""
         return slots.unsqueeze(-1).expand(-1, -1, -1, self.width)
 
-    def read_dense(self, query: Tensor, used: int, state: EDMState, recent: list[Entry]
-                   ) -> tuple[Tensor, Tensor, Tensor]:
+    def read_dense(self, query: Tensor, empty: Tensor | None, used: int, state: EDMState,
+                   recent: list[Entry]) -> tuple[Tensor, Tensor, Tensor]:
         """As read_top, by products with every slot: faster where they are few."""
         B, H, T, _ = query.shape
         K = min(self.top_k, used)
@@ -322,7 +368,7 @@ class EDM(nn.Module):
         best = scores.detach().topk(K, dim=-1).indices  # (B, H, T, K)
         chosen = torch.zeros_like(scores, dtype=torch.bool)
         chosen = chosen.scatter(3, best, True)
-        weights = valid_softmax(scores, chosen & valid)  # (B, H, T, n)
+        weights = valid_softmax(scores, chosen & valid, empty)  # (B, H, T, n)
 
         slots = slots[:, None, None]
         slots = slots.expand(B, H, T, -1)
@@ -406,7 +452,7 @@ class EDM(nn.Module):
               state: EDMState) -> EDMState:
         """The state after tokens at position (B, T) have read slots with weights (B, H, T, K): what
         was read ranks higher."""
-        if self.eviction == "fifo" or not slots.shape[-1]:
+        if self.eviction == "fifo":
             return state
         index = slots.transpose(1, 2).flatten(1)  # (B, T * H * K)
         weights = weights.detach().to(state.rank.dtype)
@@ -443,12 +489,11 @@ class EDM(nn.Module):
                 recent = newest_of([*recent, entry], self.bptt_segments)
 
             outputs.append(x + read.added)
-            missing = (0, self.top_k - read.slots.shape[-1])  # all traces are K wide
             traces.append(EDMTrace(
                 write_gate=keep.to(x.dtype),
                 write_slots=entry.slots,
-                read_slots=F.pad(read.slots, missing),
-                read_weights=F.pad(read.weights, missing),
+                read_slots=read.slots,
+                read_weights=read.weights,
             ))
         return torch.cat(outputs, dim=1), state, join_traces(traces)
 
@@ -499,18 +544,25 @@ class EDMGPT2Config(PretrainedConfig):
 
     def __init__(self, base: dict | None = None, window: int = 0, stride: int = 0,
                  read_layer: int = -1, edm: bool = True, early: bool = True, late: bool = True,
-                 edm_heads: int = 0, key_width: int = 0, slots: int = 8192, read_top_k: int = 32,
-                 eviction: Eviction = "fifo", write_every: int = 1, recurrent_width: int = 128,
-                 bptt_segments: int = 4, key_of: KeyOf = "token", document_end: int = -1,
-                 lora: dict | None = None, quantize: bool = False, **kwargs) -> None:
+                 edm_heads: int = 0, key_width: int = 0,
+                 slots: int = 8192,
+                 read_top_k: int = 32,
+                 eviction: Eviction = "fifo",
+                 write_every: int = 1,
+                 recurrent_width: int = 128,
+                 bptt_segments: int = 4,
+                 key_of: KeyOf = "token",
+                 pointing: bool = False,
+                 document_end: int = -1,
+                 lora: dict | None = None,
+                 quantize: bool = False,
+                 **kwargs) -> None:
         # The embedding is the head: one parameter, not two that are tied.
         super().__init__(**{"tie_word_embeddings": False} | kwargs)
         self.base = base or GPT2Config(**TINY_BASE).to_dict()
         gpt2 = GPT2Config(**self.base)
-        self.vocab_size = gpt2.vocab_size
-        self.hidden_size = gpt2.n_embd
-        self.num_hidden_layers = gpt2.n_layer
-        self.num_attention_heads = gpt2.n_head
+        for name in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads"):
+            setattr(self, name, getattr(gpt2, name))
 
         self.window = window or gpt2.n_positions
         self.stride = stride or max(1, self.window // 2)  # tokens that leave a full window
@@ -525,6 +577,7 @@ class EDMGPT2Config(PretrainedConfig):
         self.eviction = eviction
         self.write_every = write_every
         self.key_of = key_of
+        self.pointing = pointing
         self.bptt_segments = bptt_segments
 
         self.early = early
@@ -545,7 +598,8 @@ class EDMGPT2Config(PretrainedConfig):
             self.require(name, getattr(self, name) >= 1, "1 or more")
         for name, choices in (("eviction", EVICTION), ("key_of", KEY_OF)):
             self.require(name, getattr(self, name) in choices, "one of " + ", ".join(choices))
-
+        self.require("pointing", self.key_of == "previous" or not self.pointing,
+                     f"False with key_of {self.key_of}: only key_of previous finds what followed")
         positions = GPT2Config(**self.base).n_positions
         last_layer = self.num_hidden_layers - 1
         self.require("window", 1 <= self.window <= positions,
@@ -593,6 +647,7 @@ class Outputs(NamedTuple):
     kv: list[Tensor]  # of each layer (B, 2, heads, W + 1, d); empty where it is not needed
     slots: Tensor | None  # (B, H, m, K) that were read, None without a notebook
     weights: Tensor | None  # (B, H, m, K), 0 where no memory may be read
+    pointer: Pointer | None  # of (B, m, H * K) weights
 
 
 class Pass(NamedTuple):
@@ -600,6 +655,37 @@ class Pass(NamedTuple):
     place: Tensor  # (B, m) among the tokens of the call; behind them what is masked
     slots: Tensor | None  # (B, H, m, K)
     weights: Tensor | None  # (B, H, m, K)
+    pointer: Pointer | None = None  # of (B, m, H * K) weights
+
+
+def pointer_of(passes: list[Pass], T: int) -> Pointer | None:
+    """What the T tokens of a call point to, of (B, T, H * K) weights; None where nothing does."""
+    if not passes or passes[0].pointer is None:
+        return None
+
+    def join(parts: list[Tensor]) -> Tensor:
+        """Put parts (B, m, H * K) of all passes where their tokens stand: (B, T, H * K)."""
+        whole = parts[0].new_zeros(len(parts[0]), T + 1, parts[0].shape[2])
+        for part, seen in zip(parts, passes, strict=True):
+            index = seen.place.unsqueeze(2).expand_as(part)
+            whole = whole.scatter(1, index, part)
+        return whole[:, :T]
+
+    tokens, weights = zip(*(seen.pointer for seen in passes), strict=True)
+    return Pointer(join(tokens), join(weights))
+
+
+def head_logits(h: Tensor, weight: Tensor, pointer: Pointer | None) -> Tensor:
+    """h (B, T, C), the embedding (V, C) and what the tokens point to -> log p (B, T, V); but where
+    no weight is, the base's logits, bit for bit, with the gradient of log p."""
+    logits = h @ weight.T
+    if pointer is None:
+        return logits
+    dtype = torch.promote_types(logits.dtype, torch.float32)
+    log_p = pointer.mix(logits.log_softmax(-1, dtype=dtype))
+    is_closed = (pointer.weights == 0).all(-1, keepdim=True)
+    as_it_was = logits.detach() + (log_p - log_p.detach())
+    return torch.where(is_closed, as_it_was, log_p)
 
 
 def next_tokens(tokens: Tensor, done: Tensor, take: Tensor) -> tuple[Tensor, Tensor]:
@@ -746,7 +832,7 @@ class EDMGPT2ForCausalLM(PreTrainedModel, GenerationMixin):
         if config.edm:
             self.edm = EDM(C, config.edm_heads, config.key_width, config.slots, config.read_top_k,
                            eviction=config.eviction, write_every=config.write_every,
-                           key_of=config.key_of)
+                           key_of=config.key_of, pointing=config.pointing)
         if config.early:
             self.early = RecurrentMemory(C, config.recurrent_width)
         if config.late:
@@ -909,7 +995,7 @@ class EDMGPT2ForCausalLM(PreTrainedModel, GenerationMixin):
         if self.early is not None:
             h = self.early(h, chunk.visible, state.early)
 
-        before, slots, weights, kv = h, None, None, []
+        before, slots, weights, pointer, kv = h, None, None, None, []
         for layer in range(len(gpt2.h)):
             if layer == self.config.read_layer:
                 before = h
@@ -917,8 +1003,9 @@ class EDMGPT2ForCausalLM(PreTrainedModel, GenerationMixin):
                     added, slots, weights = self.edm.read(h, state.memory, recent)
                     h = h + added * chunk.visible.unsqueeze(2)
                     weights = weights * chunk.visible[:, None, :, None]
+                    pointer = self.edm.point(slots, weights, state.memory)
             h = self.run_block(layer, h, chunk, state.kv, kv)
-        return Outputs(before, gpt2.ln_f(h), kv, slots, weights)
+        return Outputs(before, gpt2.ln_f(h), kv, slots, weights, pointer)
 
     def run_block(self, layer: int, h: Tensor, chunk: Chunk, old_kv: Tensor, kv: list[Tensor]
                   ) -> Tensor:
@@ -1052,6 +1139,8 @@ class EDMGPT2ForCausalLM(PreTrainedModel, GenerationMixin):
         packed = tokens.gather(1, order)
         out, state, passes = self.advance_packed(packed, mask.sum(1), state, read_only)
         back = order.argsort(dim=1).unsqueeze(2)
+        place = F.pad(order, (0, 1), value=tokens.shape[1])
+        passes = [seen._replace(place=place.gather(1, seen.place)) for seen in passes]
         return out.gather(1, back.expand_as(out)), state, passes
 
     def advance_packed(self, tokens: Tensor, count: Tensor, state: EDMGPT2State, read_only: bool
@@ -1074,7 +1163,7 @@ class EDMGPT2ForCausalLM(PreTrainedModel, GenerationMixin):
                                             read_only=read_only)
             index = place.unsqueeze(2).expand_as(h)
             out = out.scatter(1, index, h)
-            passes.append(Pass(place, outputs.slots, outputs.weights))
+            passes.append(Pass(place, outputs.slots, outputs.weights, outputs.pointer))
             unread = unread - take
         return out[:, :T], state, passes
 
@@ -1085,7 +1174,7 @@ class EDMGPT2ForCausalLM(PreTrainedModel, GenerationMixin):
                 return_dict: bool | None = None, past_key_values: EDMCache | None = None,
                 **kwargs: object) -> CausalLMOutputWithPast:
         """input_ids (B, T), attention_mask (B, T) or of all columns so far, 0 = padding -> logits
-        (B, T, V), loss (labels shifted here, -100 not scored), cache.
+        (B, T, V) of the mixture, loss (labels shifted here, -100 not scored), cache.
 
         The cache is called past_key_values before transformers 5.24. Raises ValueError for an
         argument that it would not use, such as position_ids.
@@ -1100,11 +1189,13 @@ class EDMGPT2ForCausalLM(PreTrainedModel, GenerationMixin):
             mask = attention_mask[:, -T:]
         cache = cache or past_key_values or EDMCache(self.init_state(B))
 
-        h, state, _ = self.advance(input_ids, mask.bool(), cache.state, read_only)
+        h, state, passes = self.advance(input_ids, mask.bool(), cache.state, read_only)
+        pointer = pointer_of(passes, T)
         state = map_state(Tensor.detach, state)
         cache = EDMCache(state, cache.seen + T)
-        h = h[:, -logits_to_keep:]  # all for 0
-        logits = h @ self.transformer.wte.weight.T  # (B, T or fewer, V)
+        kept = (slice(None), slice(-logits_to_keep, None))  # all for 0
+        pointer = pointer and pointer.rows(kept)
+        logits = head_logits(h[kept], self.transformer.wte.weight, pointer)
         loss = None
         if labels is not None:
             targets = labels[:, 1:].flatten()

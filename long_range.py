@@ -1026,8 +1026,11 @@ def add_slots(state: tuple, more: int) -> tuple:
     pads = {"memory": (0, 0, 0, more), "link": (0, more, 0, more)}
     padded = {}
     for name, tensor in state._asdict().items():
+        padded[name] = tensor
         is_used = 0 not in tensor.shape  # the links are not, where the DNC has none
-        padded[name] = F.pad(tensor, pads.get(name, (0, more))) if is_used else tensor
+        if is_used and name != "last":
+            empty = -1 if name == "tokens" else 0
+            padded[name] = F.pad(tensor, pads.get(name, (0, more)), value=empty)
     return type(state)(**padded)
 
 

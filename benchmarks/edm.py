@@ -39,7 +39,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from transformers import GPT2Config
 
-from edm_gpt2 import FLAGS, read_tokens
+from edm_gpt2 import FLAGS, read_logits
 from edm_model import EDMGPT2Config, EDMGPT2ForCausalLM, EDMGPT2State
 
 SIZES = {
@@ -62,12 +62,16 @@ def make_model(args: argparse.Namespace, arm: str, device: torch.device) -> EDMG
         early=has_recurrent,
         late=has_recurrent,
         slots=args.slots,
+        key_of="previous",
+        pointing=True,
         bos_token_id=None,
         eos_token_id=None,
     ))
     for memory in (model.edm, model.early, model.late):
         if memory is not None:
             memory.alpha.data.fill_(0.1)
+    if model.edm is not None:
+        model.edm.point_alpha.data.fill_(0.1)
     return model.eval().to(device)
 
 
@@ -75,9 +79,8 @@ def generate(model: EDMGPT2ForCausalLM, tokens: torch.Tensor, state: EDMGPT2Stat
              ) -> tuple[torch.Tensor, EDMGPT2State]:
     """Go on greedily behind tokens (1, T) -> the last of so many tokens (1, 1), state."""
     for _ in range(count):
-        h, state, _ = read_tokens(model, tokens, state)
-        logits = h[:, -1] @ model.transformer.wte.weight.T  # (1, V)
-        tokens = logits.argmax(-1, keepdim=True)
+        logits, state, _ = read_logits(model, tokens, state, slice(-1, None))  # (1, 1, V)
+        tokens = logits.argmax(-1)
     return tokens, state
 
 

@@ -70,7 +70,8 @@ def read_all(model, tokens, mask=None, state=None, **options):
     state = model.init_state(len(tokens)) if state is None else state
     with torch.no_grad():
         h, state, passes = model.advance(tokens, mask.bool(), state, **options)
-        return h @ model.transformer.wte.weight.T, state, passes
+        pointer = edm_model.pointer_of(passes, tokens.shape[1])
+        return edm_model.head_logits(h, model.transformer.wte.weight, pointer), state, passes
 
 
 def memories(model) -> dict[str, torch.nn.Parameter]:

@@ -9,6 +9,8 @@
 Two checkouts that print the same lines compute the same, bit for bit, on this machine. A line is:
 command, digest of the weights it wrote, of its measurements (JSON), of its stdout with times,
 speeds, sizes and paths masked. What depends on the machine or the hour is left out of the JSON.
+
+A command runs in a fork of this process, which has imported torch and transformers once for all.
 """
 
 from __future__ import annotations
@@ -18,20 +20,25 @@ import hashlib
 import json
 import os
 import re
+import runpy
 import shutil
-import signal
-import socket
-import subprocess
 import sys
 import tempfile
+import traceback
 from pathlib import Path
 
+# No hub and one thread: sums are then added in one order. Read when torch is first imported.
+os.environ |= {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false",
+               "MPLBACKEND": "Agg", "PYTHONUNBUFFERED": "1"}
+
+import matplotlib.figure  # noqa: F401, as transformers' classes: for the commands
 import numpy as np
 import torch
+from transformers import AutoTokenizer, GPT2LMHeadModel  # noqa: F401
 
 ROOT = Path(__file__).resolve().parents[1]
 ORDER = ("dnc_gpt2", "inspect", "edm_gpt2", "edm_lora", "edm_generate", "long_range",
-         "memory_decoder", "app")
+         "memory_decoder")
 
 # Fields of JSON that tell of the machine, of the hour or of settings, not of what was computed.
 VOLATILE = {
@@ -63,7 +70,7 @@ def flags(**fields: object) -> list[str]:
 
 
 def command_lines(work: Path) -> dict[str, list[str]]:
-    """The words of every command but the page."""
+    """The words of every command."""
     base = work / "checkpoints" / "GPT2_Baseline_FINAL_step6.pt"
     memory = work / "checkpoints" / "GPT2_+_DNC_FINAL_step6.pt"
     common = flags(dataset=work / "text", plot_dir=work / "plots")
@@ -88,59 +95,59 @@ def command_lines(work: Path) -> dict[str, list[str]]:
             generate="The old bridge", new_tokens=40, save_dir=work / "edm",
             memory_file=work / "notebook.pt")],
         "long_range": ["long_range.py", "--full", *flags(
-            tasks="copy,mqar,brackets,repeats", seeds=0, lr_grid=0.01, mqar_symbols=256,
-            train_rows=64, test_rows=4, steps=2, mqar_steps=2, edm_base_steps=2,
-            lengths="32,64,288", mqar_test="64:4", data_dir=work / "data",
-            save_dir=work / "long_range",
-            plot_dir=work / "plots")],
+            tasks="copy,mqar", seeds=0, lr_grid=0.01, mqar_symbols=256,
+            train_rows=16, valid_rows=4, test_rows=4, steps=2, mqar_steps=2, edm_base_steps=2,
+            batch_tokens=512, train="64:4,32,64", mqar_train="64:4", lengths="32,64,160",
+            mqar_test="64:4", edm_slots=256, workers=1,
+            data_dir=work / "data", save_dir=work / "long_range", plot_dir=work / "plots")],
         "memory_decoder": ["memory_decoder.py", *decoder],
     }
 
 
-def environment() -> dict[str, str]:
-    """No hub and one thread: sums are then added in one order."""
-    quiet = {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false",
-             "MPLBACKEND": "Agg", "PYTHONUNBUFFERED": "1", "GRADIO_ANALYTICS_ENABLED": "False"}
-    return os.environ | quiet
+def become(repo: Path, words: list[str], cwd: Path) -> int:
+    """Run a script in this process as Python runs a file -> its exit code."""
+    os.chdir(cwd)
+    sys.argv = [str(repo / words[0]), *words[1:]]
+    sys.path[0] = str(repo)
+    try:
+        runpy.run_path(sys.argv[0], run_name="__main__")
+    except SystemExit as end:
+        return end.code or 0
+    except BaseException:
+        traceback.print_exc()
+        return 1
+    return 0
 
 
 def run_command(repo: Path, words: list[str], cwd: Path) -> str:
     """Run one command to its end -> stdout. Raises SystemExit where it fails."""
-    done = subprocess.run([sys.executable, str(repo / words[0]), *words[1:]], cwd=cwd,
-                          env=environment(), capture_output=True, text=True)
-    if done.returncode:
-        raise SystemExit(f"{' '.join(words)}\nexit code {done.returncode}\n{done.stdout[-2000:]}\n"
-                         f"{done.stderr[-4000:]}")
-    return done.stdout
+    with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
+        sys.stdout.flush()
+        child = os.fork()
+        if child == 0:
+            os.dup2(out.fileno(), 1)
+            os.dup2(err.fileno(), 2)
+            code = become(repo, words, cwd)
+            sys.stdout.flush()
+            os._exit(code)
 
-
-def run_page(repo: Path, work: Path) -> str:
-    """Start the page, send one message, stop it -> its stdout and the answer, greedy."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    words = ["app.py", *flags(model_dir=work / "trained", port=port)]
-    page = subprocess.Popen([sys.executable, str(repo / words[0]), *words[1:]], cwd=work,
-                            env=environment(), text=True, stdout=subprocess.PIPE,
-                            stderr=subprocess.PIPE)
-    lines = []
-    for line in page.stdout:
-        lines.append(line)
-        if "the chat is at" in line:
-            break
-    else:
-        raise SystemExit(f"app.py did not start:\n{page.stderr.read()[-4000:]}")
-    page.send_signal(signal.SIGTERM)
-    rest, _ = page.communicate(timeout=60)
-    return "".join(lines) + rest + f"exit code {page.returncode}\n"
+        code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        out.seek(0)
+        err.seek(0)
+        printed, complained = out.read(), err.read()
+    if code:
+        raise SystemExit(f"{' '.join(words)}\nexit code {code}\n{printed[-2000:]}\n"
+                         f"{complained[-4000:]}")
+    return printed
 
 
 def mask(text: str, work: Path) -> str:
-    """Mask paths, the port, times, speeds and sizes in memory."""
+    """Mask paths, times, speeds and sizes in memory."""
     text = text.replace(str(work), "WORK")
     text = re.sub(r"(  config    ).*\n( {12}.*\n)*", r"\1#\n", text)  # wraps with the paths' length
-    text = re.sub(r"127\.0\.0\.1:\d+", "127.0.0.1:PORT", text)
     text = re.sub(r"\d[\d.,]*(?= *(s\b|s,|MiB|tok/s|ms|it/s))", "#", text)
+    tokens_per_s = r"(?m)^(  (?:base|full|recurrent|edm|both)\b.* )[\d,]+$"  # the last column
+    text = re.sub(tokens_per_s, r"\1#", text)
     lines = []
     for line in text.splitlines():
         if re.search(r"tokens/s|Peak memory|config  |times the base's latency", line):
@@ -215,8 +222,7 @@ def digest_of_json(files: list[Path], work: Path) -> str:
 def run_one(name: str, repo: Path, work: Path) -> str:
     """Run one command and return its line; the masked stdout goes into WORK/stdout."""
     before = {path: path.stat().st_mtime_ns for path in work.rglob("*") if path.is_file()}
-    stdout = (run_page(repo, work) if name == "app" else
-              run_command(repo, command_lines(work)[name], work))
+    stdout = run_command(repo, command_lines(work)[name], work)
     written = [path for path in sorted(work.rglob("*")) if path.is_file()
                and before.get(path) != path.stat().st_mtime_ns]
     weights = [path for path in written if path.suffix in (".pt", ".npy", ".safetensors")]

@@ -15,7 +15,6 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROOT
 from edm_oracle import C, V, W, close, draw, make, read_all, same_bits, same_memory
 
 import edm_gpt2 as eg
@@ -642,7 +641,7 @@ def test_saved_model_and_memory_go_on_elsewhere_bit_for_bit(edm_base, tmp_path):
     eg.save_model(model, edm_base, tmp_path / "model")
     assert model.config.stride == W and torch.equal(read_all(model, tokens)[0], before)
     carried = tmp_path / "model" / "edm_model.py"
-    assert carried.read_bytes() == (ROOT / "edm_model.py").read_bytes()
+    assert carried.read_text(encoding="utf-8") == eg.carried_source()
 
     model.config.stride = W // 2  # as generation has it
     logits, state, _ = read_all(model, tokens)

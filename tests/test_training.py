@@ -119,11 +119,7 @@ def test_matched_arm_has_as_many_parameters_as_the_dnc_arm(start):
         assert counts["baseline"] < counts["matched"]
         memory = start("dnc", **fields).model.memory
         assert counts["dnc"] - counts["baseline"] == dnc_gpt2.count_parameters(memory)
-
-
-def test_matched_arm_has_no_memory(start):
-    run = start("matched")
-    assert run.model.memory is None and run.config.memory == "none" and run.arm == "GPT2 Matched"
+    assert start("matched").model.memory is None
 
 
 def test_head_is_tied_to_the_embedding_and_attention_is_sdpa(start):
@@ -369,7 +365,7 @@ def numpy_entropy(weights: np.ndarray) -> np.ndarray:
 
 
 @pytest.mark.parametrize("arm", ["baseline", "dnc"])
-@pytest.mark.parametrize("lambdas", [(0.0, 0.0), (0.3, 0.0), (0.0, 0.2), (0.3, 0.2)])
+@pytest.mark.parametrize("lambdas", [(0.0, 0.2), (0.3, 0.2)])
 def test_loss_is_the_sum_of_its_three_parts(start, arm, lambdas):
     names = dict(zip(("lambda_routing", "lambda_entropy"), lambdas, strict=True))
     run = start(arm, speaking=True, lambda_vocabulary=0.0, **names)
@@ -493,17 +489,6 @@ def test_evaluate_equals_a_slow_second_computation(start, corpus, arm, fields, o
         assert 0.05 < slow["write_rate"] < 0.95 and slow["mem_kl"] > 0.01  # they had to be measured
 
 
-def test_evaluate_perplexity_is_the_exponential_of_the_token_weighted_mean(start, corpus):
-    run = start("dnc", speaking=True, eval_rows=3)
-    found = evaluate(run, corpus.valid[:100])  # windows of 16, 16 and 1 tokens
-    per_window = found["sums"][..., 0] / found["counts"]
-    assert found["counts"].unique().numel() > 1
-    weighted = (per_window * found["counts"]).sum() / found["counts"].sum()
-    assert found["metrics"]["ppl"] == pytest.approx(math.exp(weighted), rel=1e-9)
-    assert found["metrics"]["ppl"] != pytest.approx(math.exp(per_window.mean()), rel=1e-4)
-    assert found["metrics"]["bpt"] == pytest.approx(math.log2(found["metrics"]["ppl"]), rel=1e-9)
-
-
 def test_evaluate_is_repeatable_and_leaves_training_as_it_was(start, corpus):
     run = start("dnc", speaking=True, dropout=0.4)
     rows = dnc_gpt2.training_rows(corpus.train, run.config.rows, run.config.step_len)
@@ -521,38 +506,6 @@ def test_evaluate_is_repeatable_and_leaves_training_as_it_was(start, corpus):
     assert torch.equal(first["sums"], second["sums"])
 
 
-def test_evaluate_loss_without_memory_is_what_zeroed_reads_give(start, corpus):
-    """Zeroed: nothing is added to h and nothing is pointed at, as the empty slot has all."""
-    run = start("dnc", speaking=True)
-    found = evaluate(run, corpus.valid)["metrics"]
-    with torch.no_grad():
-        run.model.memory.read_proj.weight.zero_()
-        run.model.memory.interface.empty.bias.fill_(1e4)
-    zeroed = evaluate(run, corpus.valid)["metrics"]
-    assert zeroed["loss"] == found["loss_without"] != found["loss"]
-    assert zeroed["mem_kl"] == 0
-
-
-def test_evaluate_swapped_moves_the_state_by_one_row(start, corpus):
-    """What a row reads in its second window is what the row before it had written."""
-    run = start("dnc", speaking=True, eval_rows=3)
-    model, T = run.model.eval(), run.config.seq_len
-    stream = corpus.valid[: 3 * 2 * T + 1]  # two windows a row
-    plain, swapped = (evaluate(run, stream, swap=swap) for swap in (False, True))
-    assert plain["metrics"]["loss"] != swapped["metrics"]["loss"]
-    assert torch.equal(plain["sums"][0], swapped["sums"][0])  # first windows: empty either way
-    inputs, targets = stream[:-1].view(3, 2 * T), stream[1:].view(3, 2 * T)
-    with torch.no_grad():
-        states = [model(inputs[r, None, :T], targets[r, None, :T], model.init_state(1)).state
-                  for r in range(3)]
-        model.eval()
-        for row in range(3):
-            before = states[(row - 1) % 3]
-            expected, _ = model.measure(inputs[row, None, T:], targets[row, None, T:], before)
-            torch.testing.assert_close(
-                swapped["sums"][1, row], expected[0].double().sum(0), rtol=1e-4, atol=1e-4)
-
-
 def test_token_statistics_count_ties_against_the_model():
     weight = torch.eye(8)
     h = torch.tensor([[0.0] * 8,  # all equal
@@ -564,13 +517,6 @@ def test_token_statistics_count_ties_against_the_model():
     stats = dnc_gpt2.token_statistics(h, h, targets, weight, None, brief=False)[0]
     column = {name: stats[:, STATS.index(name)].tolist() for name in ("top1", "top5", "rank")}
     assert column == {"top1": [0, 0, 0, 0, 1], "top5": [0, 1, 1, 0, 1], "rank": [1, 1, 3, 3, 1]}
-
-
-def test_token_statistics_leave_out_what_is_not_a_target():
-    h, weight = torch.randn(1, 4, 8), torch.randn(20, 8)
-    targets = torch.tensor([[3, -100, 5, -100]])
-    stats = dnc_gpt2.token_statistics(h, h, targets, weight, None, brief=False)[0]
-    assert not stats[1].any() and not stats[3].any() and stats[0, 0] > 0 and stats[2, 0] > 0
 
 
 def evaluation_of(nll: np.ndarray, counts: np.ndarray) -> dict:
@@ -767,11 +713,9 @@ def test_command_that_diverges_says_where_and_exits_1(main, capfd, tiny_argv, tm
 
 
 @pytest.mark.parametrize("fields, visible, gpus", [
-    ({}, 0, 0), ({}, 1, 1), ({}, 2, 2), ({}, 8, 2),
+    ({}, 0, 0), ({}, 1, 1), ({}, 8, 2), ({"num_gpus": 0}, 2, 0), ({"num_gpus": 1}, 2, 1),
     ({"bptt_segments": 4}, 2, 1),  # one row: one GPU
-    ({"num_gpus": 0}, 2, 0), ({"num_gpus": 1}, 2, 1), ({"num_gpus": 2}, 2, 2),
-    ({"use_compile": True, "num_gpus": 1}, 2, 1), ({"use_compile": True}, 1, 1),
-    ({"use_compile": True}, 0, 0), ({"use_compile": True, "bptt_segments": 4}, 2, 1)])
+    ({"use_compile": True}, 1, 1), ({"use_compile": True, "bptt_segments": 4}, 2, 1)])
 def test_choose_hardware_takes_up_to_two_gpus_and_one_a_row(fields, visible, gpus, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *a, **k: (9, 0))
     config = tiny_config(**{"num_gpus": "auto", "precision": "auto", **fields})
@@ -827,7 +771,7 @@ def two_devices(monkeypatch):
 
 
 @pytest.mark.parametrize("arm, fields", [
-    ("baseline", {}), ("dnc", {}), ("dnc", {"use_links": True}), ("dnc", {"lambda_routing": 0.0}),
+    ("baseline", {}), ("dnc", {"use_links": True}), ("dnc", {"lambda_routing": 0.0}),
     ("dnc", {"carry_memory": False}), ("dnc", {"batch_size": 6})])  # 6 / 2 = 3 rows on two devices
 def test_data_parallel_scatters_and_gathers_by_row(start, two_devices, arm, fields):
     run = start(arm, speaking=True, **fields)
@@ -868,13 +812,14 @@ def test_use_compile_trains_on_the_cpu_and_saves_a_plain_checkpoint(start, corpu
         for _ in range(2):
             dnc_gpt2.train_step(run, run.model, rows)
     torch.testing.assert_close(compiled.meter["loss"], plain.meter["loss"], rtol=1e-4, atol=1e-4)
-    found = evaluate(compiled, corpus.valid[:120])["metrics"]["loss"]
+    stream = corpus.valid[:129]  # windows of one shape, each of which would be compiled
+    found = evaluate(compiled, stream)["metrics"]["loss"]
     dnc_gpt2.save_checkpoint(compiled, corpus)
     fresh = start("dnc", **fields | {"use_compile": False})
     path = tmp_path / "GPT2_+_DNC_step2.pt"
     dnc_gpt2.restore(fresh, dnc_gpt2.load_checkpoint(path), path, corpus)
     assert fresh.step == 2
-    again = evaluate(fresh, corpus.valid[:120])["metrics"]["loss"]
+    again = evaluate(fresh, stream)["metrics"]["loss"]
     assert again == pytest.approx(found, rel=1e-5)
     assert not any("_orig_mod" in name for name in compiled.model.state_dict())
 
