@@ -58,7 +58,7 @@ def token_nll(model: dnc_gpt2.GPT2WithMemory, stream: Tensor) -> Tensor:
 @torch.no_grad()
 def cache_probability(model: dnc_gpt2.GPT2WithMemory, stream: Tensor, slots: int
                       ) -> dict[float, Tensor]:
-    """By theta, what the cache gives every target of a stream, (ROWS, length)."""
+    """By theta, what the cache gives every target of a stream, (ROWS, length); 0 while empty."""
     inputs, targets = evaluation_rows(stream, ROWS)
     length = model.config.seq_len
     past = torch.zeros(ROWS, 0, model.config.hidden_size)  # unit states of the windows before
