@@ -21,9 +21,12 @@ except ImportError as error:
     numba = None
     MISSING = f"numba cannot be imported ({error}); pip install numba"
 
-# Plain loops, which LLVM vectorises. Numbers in them are `one` and `eps`, in the arrays' type:
-# a literal would turn float32 arithmetic into float64. Reassociated sums vectorise; NaN and
-# infinity keep their meaning, because the training loop looks for them.
+# Plain loops, which LLVM vectorises. Numbers in them are `one` and `eps`, in the arrays' type: a
+# literal would turn float32 arithmetic into float64. Reassociated sums vectorise; NaN and infinity
+# keep their meaning, because the training loop looks for them. A column that begins at an offset is
+# unsigned: of a signed sum numba asks at every element whether it is negative, and such a loop does
+# not vectorise. The kernels allocate nothing, and so need none of numba's reference counts (_nrt):
+# with counts they take twice as long to compile.
 FAST = {"reassoc", "contract", "nsz", "arcp"}
 
 def compiled(fastmath, inlined=True):
@@ -38,12 +41,36 @@ def compiled(fastmath, inlined=True):
         if numba is None:
             return function
         options = {"nogil": True, "fastmath": fastmath, "forceinline": inlined,
-                   "error_model": "numpy"}
+                   "error_model": "numpy", "_nrt": False}
         try:
             return numba.njit(cache=True, **options)(function)
         except RuntimeError:  # no folder can be written
             return numba.njit(**options)(function)
     return decorate
+
+@compiled(FAST)
+def fill(out, value):
+    """Set all elements of a vector."""
+    for i in range(out.shape[0]):
+        out[i] = value
+
+@compiled(FAST)
+def fill_rows(out, value):
+    """Set all elements of a matrix."""
+    for i in range(out.shape[0]):
+        for j in range(out.shape[1]):
+            out[i, j] = value
+
+@compiled(FAST)
+def copy(source, out):
+    for i in range(out.shape[0]):
+        out[i] = source[i]
+
+@compiled(FAST)
+def copy_rows(source, out):
+    for i in range(out.shape[0]):
+        for j in range(out.shape[1]):
+            out[i, j] = source[i, j]
 
 @compiled(FAST)
 def dot(x, y, one):
@@ -56,28 +83,30 @@ def dot(x, y, one):
 def row_dots(vector, matrix, first, out, one):
     """out_i = matrix_i . vector, over the columns of matrix (N, W) from `first`, as many as the
     vector has."""
+    column = np.uint64(first)
     for i in range(matrix.shape[0]):
         total = one - one
-        for j in range(vector.shape[0]):
-            total += matrix[i, first + j] * vector[j]
+        for j in range(np.uint64(vector.shape[0])):
+            total += matrix[i, column + j] * vector[j]
         out[i] = total
 
 @compiled(FAST)
 def add_product(weights, rows, rows_from, out, out_from):
     """out (A, ...) += weights (A, Q) @ rows (Q, ...), four rows in one pass: a third of the stores.
     Columns begin at rows_from and out_from, and end with the narrower of the two."""
-    width = min(rows.shape[1] - rows_from, out.shape[1] - out_from)
+    width = np.uint64(min(rows.shape[1] - rows_from, out.shape[1] - out_from))
+    x, y = np.uint64(rows_from), np.uint64(out_from)
     whole = rows.shape[0] - rows.shape[0] % 4
     for i in range(out.shape[0]):
         for q in range(0, whole, 4):
             a, b, c, d = weights[i, q], weights[i, q + 1], weights[i, q + 2], weights[i, q + 3]
             for j in range(width):
-                out[i, out_from + j] += (
-                    a * rows[q, rows_from + j] + b * rows[q + 1, rows_from + j]
-                    + c * rows[q + 2, rows_from + j] + d * rows[q + 3, rows_from + j])
+                out[i, y + j] += (
+                    a * rows[q, x + j] + b * rows[q + 1, x + j]
+                    + c * rows[q + 2, x + j] + d * rows[q + 3, x + j])
         for q in range(whole, rows.shape[0]):
             for j in range(width):
-                out[i, out_from + j] += weights[i, q] * rows[q, rows_from + j]
+                out[i, y + j] += weights[i, q] * rows[q, x + j]
 
 @compiled(FAST)
 def inverse_norm(vector, one, eps):
@@ -144,12 +173,10 @@ def write_step(memory, kept, weights, erase, vector, key_width, norms, one, eps)
     first key_width columns."""
     for i in range(memory.shape[0]):
         total, keep, weight = one - one, kept[i], weights[i]
-        for j in range(key_width):
-            x = keep * memory[i, j] * (one - weight * erase[j]) + weight * vector[j]
-            memory[i, j] = x
-            total += x * x
-        for j in range(key_width, memory.shape[1]):
+        for j in range(memory.shape[1]):
             memory[i, j] = keep * memory[i, j] * (one - weight * erase[j]) + weight * vector[j]
+        for j in range(key_width):
+            total += memory[i, j] * memory[i, j]
         norms[i] = one / math.sqrt(total + eps)
 
 @compiled(FAST)
@@ -164,44 +191,49 @@ def link_step(link, precedence, weights, one):
 @compiled(FAST)
 def follow_links(link, weights, forward, backward, one):
     """forward_r = L wr_r and backward_r = L^T wr_r, all (R, N)."""
-    backward[:] = one - one
+    fill_rows(backward, one - one)
     add_product(weights, link, 0, backward, 0)
     for r in range(weights.shape[0]):
         row_dots(weights[r], link, 0, forward[r], one)
 
 @compiled(FAST, inlined=False)
 def forward_rows(
-        begin, end, every, wipe, links, record, decay, one, eps,
+        begin, end, every, wipe, links, record, decay, one, eps, nothing, order, slots, heads,
         write_key, write_strength, erase, write_vector, write_gate, allocation_gate,
         read_keys, read_strengths, free_gates, read_modes, empty,
         memory0, usage0, write_weights0, read_weights0, link0, precedence0,
         reads, write_weights, read_weights, memory, usage, link, precedence,
         usages, cosines, inverse_norms, precedences, memories, link_states):
     """Rows begin to end of the recurrence: the activated interface (B, T, ...) and the state ..0 ->
-    reads to precedence, dnc_loop's results, and (record) usages to link_states, the tape."""
+    reads to precedence, dnc_loop's results, and (record) usages to link_states, the tape.
+    links: True, or None, for which numba compiles none of their code. `nothing` is -inf, the logit
+    of a slot that is not there; order, slots and heads are scratch, as are backward_rows' own."""
     T, K = write_key.shape[1:]
     R, N = read_weights.shape[2:]
     first = memory.shape[2] - reads.shape[3]  # column of what reads return
-    nothing = np.full(1, -np.inf, write_key.dtype)[0]  # the logit of a slot that is not there
-    new_usage, retention, kept, used, before = np.empty((5, N), write_key.dtype)
-    content, norms = np.empty((2, N), write_key.dtype)
-    forward, backward = np.empty((2, R, N), write_key.dtype)
-    cosine = np.empty((R + 1, N), write_key.dtype)
-    kept[:] = one
+    new_usage, retention, kept, used, before, content, norms = slots
+    forward, backward, cosine = heads[0, :R], heads[1, :R], heads[2]
+    fill(kept, one)
     for b in range(begin, end):
         M, L, p, u = memory[b], link[b], precedence[b], usage[b]
-        M[:], L[:], p[:], u[:] = memory0[b], link0[b], precedence0[b], usage0[b]
-        order = np.arange(N)
+        copy_rows(memory0[b], M)
+        if links is not None:
+            copy_rows(link0[b], L)
+            copy(precedence0[b], p)
+        copy(usage0[b], u)
         for i in range(N):
+            order[i] = i
             norms[i] = inverse_norm(M[i][:K], one, eps)
         for t in range(T):
             if record and t % every == 0:
-                memories[b, t // every], link_states[b, t // every] = M, L
+                copy_rows(M, memories[b, t // every])
+                if links is not None:
+                    copy_rows(L, link_states[b, t // every])
             w_before = write_weights[b, t - 1] if t > 0 else write_weights0[b]
             wr_before = read_weights[b, t - 1] if t > 0 else read_weights0[b]
             w, wr = write_weights[b, t], read_weights[b, t]
             usage_step(u, w_before, wr_before, free_gates[b, t], decay, new_usage, retention, one)
-            u[:] = new_usage
+            copy(new_usage, u)
             allocation_step(u, order, used, before, one, eps)
             content_step(write_key[b, t], write_strength[b, t], nothing, M, norms, cosine[0],
                          content, one, eps)
@@ -209,27 +241,33 @@ def forward_rows(
             for i in range(N):
                 w[i] = gate * (mix * (one - used[i]) * before[i] + (one - mix) * content[i])
             if wipe:
-                kept[:] = retention
+                copy(retention, kept)
             write_step(M, kept, w, erase[b, t], write_vector[b, t], K, norms, one, eps)
-            if links:
+            if links is not None:
                 link_step(L, p, w, one)
-                p *= one - w.sum()
-                p += w
+                total = one - one
+                for i in range(N):
+                    total += w[i]
+                for i in range(N):
+                    p[i] = p[i] * (one - total) + w[i]
                 follow_links(L, wr_before, forward, backward, one)
             for r in range(R):
                 no_slot = empty[b, t, r] if empty.shape[2] > 0 else nothing
                 content_step(read_keys[b, t, r], read_strengths[b, t, r], no_slot, M, norms,
                              cosine[r + 1], wr[r], one, eps)
-                if links:
+                if links is not None:
                     modes = read_modes[b, t, r]
                     for i in range(N):
                         wr[r, i] = (modes[0] * backward[r, i] + modes[1] * wr[r, i]
                                     + modes[2] * forward[r, i])
-            reads[b, t] = one - one
+            fill_rows(reads[b, t], one - one)
             add_product(wr, M, first, reads[b, t], 0)
             if record:
-                usages[b, t], cosines[b, t], inverse_norms[b, t] = u, cosine, norms
-                precedences[b, t] = p
+                copy(u, usages[b, t])
+                copy(norms, inverse_norms[b, t])
+                if links is not None:
+                    copy(p, precedences[b, t])
+                copy_rows(cosine, cosines[b, t])
 
 @compiled(FAST, inlined=False)  # its sums, which both of its forms round alike, would change
 def content_backward(strength, key_norm, norms, cosine, content, d_content, d_dots, shrink, one):
@@ -302,7 +340,7 @@ def usage_backward(usage, write_weights, read_weights, free_gates, decay, retent
         d_write_weights[i] = d_usage[i] * (one - u)
         d_usage[i] *= one - w
     for r in range(free_gates.shape[0]):
-        others[:] = d_retention  # times the product over the other heads: no division by zero
+        copy(d_retention, others)  # times the product over the other heads: no division by zero
         for q in range(free_gates.shape[0]):
             if q != r:
                 for i in range(usage.shape[0]):
@@ -331,7 +369,8 @@ def follow_backward(link, weights, d_forward, d_backward, d_link, d_weights, scr
     add_product(d_forward, link, 0, d_weights, 0)
     for r in range(weights.shape[0]):
         row_dots(d_backward[r], link, 0, scratch, one)
-        d_weights[r] += scratch
+        for i in range(link.shape[0]):
+            d_weights[r, i] += scratch[i]
 
 @compiled(FAST)
 def link_backward(link, precedence, weights, d_link, d_precedence, d_weights, column, one):
@@ -339,12 +378,14 @@ def link_backward(link, precedence, weights, d_link, d_precedence, d_weights, co
     step; d_link and d_precedence go from after it to before it, in place; d_weights is added to;
     `column` (N,) is scratch."""
     N = weights.shape[0]
-    d_total, kept = dot(d_precedence, precedence, one), one - weights.sum()
+    d_total, kept = dot(d_precedence, precedence, one), one
+    for i in range(N):
+        kept -= weights[i]
     for i in range(N):
         d_weights[i] += d_precedence[i] - d_total
         d_precedence[i] *= kept
         d_link[i, i] = one - one
-    column[:] = one - one
+    fill(column, one - one)
     for i in range(N):
         total = one - one
         for j in range(N):
@@ -354,7 +395,8 @@ def link_backward(link, precedence, weights, d_link, d_precedence, d_weights, co
             d_precedence[j] += d * weights[i]
             d_link[i, j] = d * (one - weights[i] - weights[j])
         d_weights[i] += total
-    d_weights -= column
+    for i in range(N):
+        d_weights[i] -= column[i]
 
 @compiled(FAST)
 def replay(start, end, wipe, links, one, eps, erase, write_vector, free_gates, write_weights,
@@ -363,22 +405,23 @@ def replay(start, end, wipe, links, one, eps, erase, write_vector, free_gates, w
     """Recompute memory and links after each step of a chunk: history[0] is given."""
     for t in range(start, end):
         now, p = t - start + 1, precedences[t - 1] if t > 0 else precedence0
-        history[now] = history[now - 1]
+        copy_rows(history[now - 1], history[now])
         if wipe:
             wr_before = read_weights[t - 1] if t > 0 else read_weights0
-            kept[:] = one
+            fill(kept, one)
             for r in range(free_gates.shape[1]):
                 for i in range(kept.shape[0]):
                     kept[i] *= one - free_gates[t, r] * wr_before[r, i]
         write_step(history[now], kept, write_weights[t], erase[t], write_vector[t], 0, norms, one,
                    eps)
-        if links:
-            link_history[now] = link_history[now - 1]
+        if links is not None:
+            copy_rows(link_history[now - 1], link_history[now])
             link_step(link_history[now], p, write_weights[t], one)
 
 @compiled(FAST, inlined=False)
 def backward_rows(
-        begin, end, every, wipe, links, decay, one, eps,
+        begin, end, every, wipe, links, decay, one, eps, nothing, order, slots, heads, history,
+        link_history,
         write_key, write_strength, erase, write_vector, write_gate, allocation_gate,
         read_keys, read_strengths, free_gates, read_modes, empty,
         usage0, write_weights0, read_weights0, precedence0,
@@ -394,31 +437,32 @@ def backward_rows(
     R, N = read_weights.shape[2:]
     W = memories.shape[3]
     first = W - g_reads.shape[3]
-    nothing = np.full(1, -np.inf, write_key.dtype)[0]
-    linked = precedence0.shape[1]
-    history = np.empty((every + 1, N, W), write_key.dtype)
-    link_history = np.empty((every + 1, linked, linked), write_key.dtype)
-    new_usage, retention, kept, used, before = np.empty((5, N), write_key.dtype)
-    norms0, content, d_content, d_w, d_kept = np.empty((5, N), write_key.dtype)
-    shrink, scratch = np.empty((2, N), write_key.dtype)
-    forward, backward = np.empty((2, R, N), write_key.dtype)
-    d_wr, d_dots, d_forward, d_backward = np.empty((4, R, N), write_key.dtype)
-    kept[:] = one
+    (new_usage, retention, kept, used, before, norms0,
+     content, d_content, d_w, d_kept, shrink, spare) = slots
+    forward, backward, d_wr, d_dots, d_forward, d_backward = heads
+    fill(kept, one)
     for b in range(begin, end):
         dM, du, dL, dp = d_memory[b], d_usage[b], d_link[b], d_precedence[b]
         dw_before, dwr_before = d_write_weights[b], d_read_weights[b]
-        dM[:], du[:], dL[:], dp[:] = g_memory[b], g_usage[b], g_link[b], g_precedence[b]
-        dw_before[:], dwr_before[:] = one - one, one - one
+        copy_rows(g_memory[b], dM)
+        if links is not None:
+            copy_rows(g_link[b], dL)
+            copy(g_precedence[b], dp)
+        copy(g_usage[b], du)
+        fill(dw_before, one - one)
+        fill_rows(dwr_before, one - one)
         for i in range(N):
+            order[i] = i
             norms0[i] = inverse_norm(memories[b, 0, i][:K], one, eps)
-        order = np.arange(N)
         for t in range(T - 1, -1, -1):
             start, now = t - t % every, t % every + 1  # history[now] is the memory after step t
             if t == T - 1 or now == every:
-                history[0], link_history[0] = memories[b, t // every], link_states[b, t // every]
+                copy_rows(memories[b, t // every], history[0])
+                if links is not None:
+                    copy_rows(link_states[b, t // every], link_history[0])
                 replay(start, t + 1, wipe, links, one, eps, erase[b], write_vector[b],
                        free_gates[b], write_weights[b], read_weights[b], read_weights0[b],
-                       precedences[b], precedence0[b], kept, scratch, history, link_history)
+                       precedences[b], precedence0[b], kept, spare, history, link_history)
             M, new_M, new_L = history[now - 1], history[now], link_history[now]
             w, wr, keys = write_weights[b, t], read_weights[b, t], read_keys[b, t]
             u_before = usages[b, t - 1] if t > 0 else usage0[b]
@@ -427,18 +471,21 @@ def backward_rows(
             norms_before = inverse_norms[b, t - 1] if t > 0 else norms0
 
             # read vectors, read weightings
-            d_w[:] = g_write_weights[b, t] + dw_before
-            shrink[:] = one - one
+            for i in range(N):
+                d_w[i] = g_write_weights[b, t, i] + dw_before[i]
+            fill(shrink, one - one)
             add_product(wr.T, g_reads[b, t], 0, dM, first)
-            if links:
+            if links is not None:
                 follow_links(new_L, wr_before, forward, backward, one)
             for r in range(R):
                 strength, cosine = read_strengths[b, t, r], cosines[b, t, r + 1]
                 no_slot = empty[b, t, r] if empty.shape[2] > 0 else nothing
                 row_dots(g_reads[b, t, r], new_M, first, d_wr[r], one)
-                d_wr[r] += g_read_weights[b, t, r] + dwr_before[r]
-                content[:], d_content[:] = wr[r], d_wr[r]
-                if links:
+                for i in range(N):
+                    d_wr[r, i] += g_read_weights[b, t, r, i] + dwr_before[r, i]
+                copy(wr[r], content)
+                copy(d_wr[r], d_content)
+                if links is not None:
                     softmax(strength, cosine, no_slot, content)
                     mode_backward(read_modes[b, t, r], d_wr[r], content, forward[r], backward[r],
                                   d_read_modes[b, t, r], d_content, d_forward[r], d_backward[r],
@@ -446,25 +493,28 @@ def backward_rows(
                 d_read_strengths[b, t, r], key_shrink, d_no_slot = content_backward(
                     strength, inverse_norm(keys[r], one, eps), inverse_norms[b, t], cosine, content,
                     d_content, d_dots[r], shrink, one)
-                d_read_keys[b, t, r] = -key_shrink * keys[r]
+                for j in range(K):
+                    d_read_keys[b, t, r, j] = -key_shrink * keys[r, j]
                 if empty.shape[2] > 0:
                     d_empty[b, t, r] = d_no_slot
             add_product(d_dots, new_M, 0, d_read_keys[b, t], 0)
             add_product(d_dots.T, keys, 0, dM, 0)
             shrink_rows(shrink, new_M, K, dM)
-            dwr_before[:] = one - one
-            if links:
+            fill_rows(dwr_before, one - one)
+            if links is not None:
                 p_before = precedences[b, t - 1] if t > 0 else precedence0[b]
-                follow_backward(new_L, wr_before, d_forward, d_backward, dL, dwr_before, scratch,
+                follow_backward(new_L, wr_before, d_forward, d_backward, dL, dwr_before, spare,
                                 one)
-                link_backward(link_history[now - 1], p_before, w, dL, dp, d_w, scratch, one)
+                link_backward(link_history[now - 1], p_before, w, dL, dp, d_w, spare, one)
 
             # write
             usage_step(u_before, w_before, wr_before, free_gates[b, t], decay, new_usage, retention,
                        one)
             if wipe:
-                kept[:] = retention
-            d_erase[b, t], d_write_vector[b, t], d_kept[:] = one - one, one - one, one - one
+                copy(retention, kept)
+            fill(d_erase[b, t], one - one)
+            fill(d_write_vector[b, t], one - one)
+            fill(d_kept, one - one)
             write_backward(M, kept, w, erase[b, t], write_vector[b, t], dM, d_w, d_erase[b, t],
                            d_write_vector[b, t], one)
             if wipe:
@@ -482,29 +532,34 @@ def backward_rows(
                 d_content[i] = gate * (one - mix) * d_w[i]
                 d_w[i] *= gate * mix  # from here on that of the allocation
             d_write_gate[b, t], d_allocation_gate[b, t] = d_gate, d_mix
-            shrink[:] = one - one
+            fill(shrink, one - one)
             d_write_strength[b, t], key_shrink, _ = content_backward(
                 strength, inverse_norm(key, one, eps), norms_before, cosine, content, d_content,
                 d_dots[0], shrink, one)
-            d_write_key[b, t] = -key_shrink * key
+            for j in range(K):
+                d_write_key[b, t, j] = -key_shrink * key[j]
             add_product(d_dots[:1], M, 0, d_write_key[b, t : t + 1], 0)
             add_product(d_dots[:1].T, write_key[b, t : t + 1], 0, dM, 0)
             shrink_rows(shrink, M, K, dM)
             allocation_backward(order, used, before, d_w, du, one, eps)
             usage_backward(u_before, w_before, wr_before, free_gates[b, t], decay, retention,
-                           d_kept, scratch, du, dw_before, dwr_before, d_free_gates[b, t], one)
+                           d_kept, spare, du, dw_before, dwr_before, d_free_gates[b, t], one)
 
-def run_rows(kernel, flags: tuple, decay: float, tensors: list[torch.Tensor]) -> None:
+def run_rows(kernel, flags: tuple, decay: float, scratch: list[tuple],
+             tensors: list[torch.Tensor]) -> None:
     """Run a numba kernel over all batch rows on torch's number of threads: it releases Python's
-    lock. Rows are independent, so the result does not depend on that number."""
+    lock. Rows are independent, so the result does not depend on that number. Every thread gets
+    arrays of the shapes in `scratch` for itself, the free list's (N,) first, of whole numbers."""
     number, rows = tensors[-1].numpy().dtype.type, len(tensors[0])
     arrays, errors = [tensor.numpy() for tensor in tensors], []
+    numbers = [number(decay), number(1), number(EPS), number(-math.inf)]
     workers = max(1, min(rows, torch.get_num_threads()))
 
     def work(worker: int) -> None:
+        own = [np.empty(shape, number if i else np.int64) for i, shape in enumerate(scratch)]
         try:
-            kernel(rows * worker // workers, rows * (worker + 1) // workers, *flags,
-                   number(decay), number(1), number(EPS), *arrays)
+            kernel(rows * worker // workers, rows * (worker + 1) // workers, *flags, *numbers,
+                   *own, *arrays)
         except BaseException as error:  # raised again below: a thread's own would be lost
             errors.append(error)
 
@@ -520,14 +575,19 @@ def run_rows(kernel, flags: tuple, decay: float, tensors: list[torch.Tensor]) ->
 def numba_forward(parts, state, wipe: bool, decay: float, every: int, record: bool
                   ) -> list[torch.Tensor]:
     results = empty_results(parts, state, every, record)
-    links = state[4].shape[1] > 0
-    run_rows(forward_rows, (every, wipe, links, record), decay, [*parts, *state, *results])
+    R, N = state[3].shape[1:]
+    links = True if state[4].shape[1] else None
+    run_rows(forward_rows, (every, wipe, links, record), decay,
+             [(N,), (7, N), (3, R + 1, N)], [*parts, *state, *results])
     return results
 
 def numba_backward(grads, parts, state, traces, wipe: bool, decay: float, every: int
                    ) -> list[torch.Tensor]:
-    _, usage, write_weights, read_weights, link, precedence = state
+    memory, usage, write_weights, read_weights, link, precedence = state
+    R, N = read_weights.shape[1:]
+    W, linked = memory.shape[2], link.shape[1]
     gradients = [torch.empty_like(tensor) for tensor in (*parts, *state)]
-    run_rows(backward_rows, (every, wipe, link.shape[1] > 0), decay, [
-        *parts, usage, write_weights, read_weights, precedence, *traces, *grads, *gradients])
+    run_rows(backward_rows, (every, wipe, True if linked else None), decay,
+             [(N,), (12, N), (6, R, N), (every + 1, N, W), (every + 1, linked, linked)],
+             [*parts, usage, write_weights, read_weights, precedence, *traces, *grads, *gradients])
     return gradients
