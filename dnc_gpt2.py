@@ -22,6 +22,8 @@ import contextlib
 import dataclasses
 import functools
 import hashlib
+import io
+import itertools
 import json
 import math
 import os
@@ -54,6 +56,17 @@ class Bound(NamedTuple):
     """What a number in a Config has to be, besides its type: words for people, and a test."""
     words: str
     holds: Callable[[float], bool]
+
+
+def rates_of(text: str) -> bool:
+    """Whether a text is empty or a comma-separated list of different numbers above 0."""
+    if not text:
+        return True
+    try:
+        rates = [float(word) for word in text.split(",")]
+    except ValueError:
+        return False
+    return len(set(rates)) == len(rates) and all(0 < rate < math.inf for rate in rates)
 
 
 Count = Annotated[int, Bound("above 0", lambda x: x > 0)]
@@ -110,6 +123,8 @@ class Config:
     routing: Literal["benefit", "kl"] = "benefit"  # reward the gate where memory helps | changes
     routing_fraction: Share = 0.125  # share of positions at which routing is computed, 1 = all
     seed: Seed = 0  # weights, dropout and routing positions
+    seeds: str = "1"  # how often every arm is trained, from seed on; or a list of seeds: 0,1,2
+    lr_grid: str = ""  # peak rates such as 3e-4,1e-3: every arm takes its best on validation
     arms: str = "baseline,dnc"  # of baseline, matched (as many parameters as dnc), dnc; in order
     # data
     dataset: str = "auto"  # auto | hub id, id:configuration | folder with train, valid, test.txt
@@ -149,10 +164,32 @@ class Config:
         """The arms in order."""
         return self.arms.replace(" ", "").split(",")
 
+    @property
+    def seed_list(self) -> list[int]:
+        """The seeds of every arm, in order."""
+        if "," in self.seeds:
+            return [int(word) for word in self.seeds.split(",")]
+        return [*range(self.seed, self.seed + int(self.seeds))]
+
+    @property
+    def rates(self) -> list[float]:
+        """The peak learning rates that every arm tries."""
+        return [float(word) for word in self.lr_grid.split(",")] if self.lr_grid else [self.lr]
+
+    def check_repeats(self, rule: Callable) -> None:
+        """Raise ValueError where seeds or lr_grid cannot be read."""
+        counted = re.fullmatch(r"[1-9]\d?", self.seeds)
+        listed = re.fullmatch(r"\d{1,9}(, ?\d{1,9})+", self.seeds)
+        rule("seeds", counted or listed, "1 to 99, or a list of whole numbers such as 0,1,2")
+        rule("seeds", len(set(self.seed_list)) == len(self.seed_list), "a list with each once")
+        rule("lr_grid", rates_of(self.lr_grid), "empty, or a list of different numbers above 0, "
+             "such as 3e-4,1e-3")
+
     def __post_init__(self) -> None:
         check_fields(self)
         arms, heads, batch = self.arm_list, self.num_heads, self.batch_size
         rule = functools.partial(require_field, self)
+        self.check_repeats(rule)
         rule("arms", set(arms) <= set(ARMS) and len(set(arms)) == len(arms),
              "a comma-separated choice of " + ", ".join(ARMS) + ", each once")
         rule("arms", "matched" not in arms or self.init_from == "scratch",
@@ -822,13 +859,20 @@ class Run:
     optimizer: torch.optim.Optimizer
     total_steps: int
     steps_per_epoch: int
+    tag: str = ""  # in file names, what tells it from other runs of its arm: seed, rate
     step: int = 0
     state: DNCState | None = None
     history: list[dict] = dataclasses.field(default_factory=list)  # rows of metrics.jsonl
     meter: dict = dataclasses.field(default_factory=lambda: dict(  # speed; means since the last row
-        seconds=0.0, tokens=0, peak_mb=0.0, steps=0, loss=0.0, top1=0.0, gate=0.0))
+        seconds=0.0, tokens=0, peak_mb=0.0, steps=0, loss=0.0, top1=0.0, gate=0.0,
+        validated=[]))  # seconds and loss of every validation
     results: dict = dataclasses.field(default_factory=dict)  # of the finished arm
     last_saved: str = ""
+
+    @property
+    def stem(self) -> str:
+        """How the names of its checkpoints begin."""
+        return self.arm.replace(" ", "_") + self.tag
 
     @property
     def tokens_per_s(self) -> float:
@@ -927,12 +971,19 @@ def set_rates(run: Run) -> None:
         group["lr"] = rate * group["scale"]
 
 
+METRICS_FILE = "metrics.jsonl"
+
+
 def log_row(run: Run, split: str, metrics: dict) -> None:
     """Append one row to the history and to metrics.jsonl."""
-    row = {"arm": run.arm, "step": run.step, "split": split, **metrics}
+    row = {"arm": run.arm, "seed": run.config.seed, "step": run.step, "split": split, **metrics}
     run.history.append(row)
-    path = Path(run.config.plot_dir) / "metrics.jsonl"
-    with open(path, "a", encoding="utf-8") as file:
+    append_metrics(row, run.config.plot_dir)
+
+
+def append_metrics(row: dict, folder: str) -> None:
+    """Append one row to metrics.jsonl."""
+    with open(Path(folder) / METRICS_FILE, "a", encoding="utf-8") as file:
         file.write(json.dumps(row) + "\n")
 
 
@@ -962,7 +1013,9 @@ def validate(run: Run, corpus: "Corpus", stop: "StopSignal") -> None:
     """Log the metrics of the first eval_tokens of validation; save, unless the arm is about to be
     saved as finished."""
     stream = corpus.valid[: run.config.eval_tokens + 1]
-    log_row(run, "validation", evaluate(run.model, stream, run.config, stop)["metrics"])
+    metrics = evaluate(run.model, stream, run.config, stop)["metrics"]
+    log_row(run, "validation", metrics)
+    run.meter["validated"].append([run.meter["seconds"], metrics["loss"]])
     if run.step < run.total_steps:
         save_checkpoint(run, corpus)
 
@@ -971,15 +1024,22 @@ def finish(run: Run, corpus: "Corpus", stop: "StopSignal") -> None:
     """Score validation and test, and save the finished arm."""
     run.meter["peak_mb"] = max(peak_memory_mb(run.device), run.meter["peak_mb"])
     print(f"{run.arm}: evaluating on validation and test", flush=True)
-    end = run.config.final_eval_tokens + 1 if run.config.final_eval_tokens else None
+    config = run.config
+    end = config.final_eval_tokens + 1 if config.final_eval_tokens else None
+    valid, test = corpus.valid[:end], corpus.test[:end]
     run.results = {
-        "valid": evaluate(run.model, corpus.valid[:end], run.config, stop),
-        "test": evaluate(run.model, corpus.test[:end], run.config, stop, brief=True),
+        "valid": evaluate(run.model, valid, config, stop) | text_size(corpus.tokenizer, valid),
+        "test": evaluate(run.model, test, config, stop, brief=True)
+        | text_size(corpus.tokenizer, test),
+        "sees_ahead": sees_ahead(run.model, valid, config),
         "steps": run.step,
+        "seconds": run.meter["seconds"],
         "parameters": count_parameters(run.model),
         "peak_mb": run.meter["peak_mb"],
         "tokens_per_s": run.tokens_per_s,
     }
+    if run.state is not None and config.carry_memory:
+        run.results["swapped"] = evaluate(run.model, valid, config, stop, brief=True, swap=True)
     save_checkpoint(run, corpus, final=True)
 
 
@@ -1046,6 +1106,7 @@ def count_parameters(module: nn.Module | None) -> int:
 STATS = ("nll", "top1", "top5", "confidence", "rank", "pred_entropy",
          "nll_without", "kl", "gate", "gate_squared", "write_rate", "sparsity")
 MEMORY_STATS = STATS[6:]
+BIN = 64  # tokens of a row whose statistics are kept as one sum
 
 
 class Metric(NamedTuple):
@@ -1086,30 +1147,30 @@ METRICS = (
 )
 
 
-def prediction_columns(log_p: Tensor, target: Tensor) -> list[Tensor]:
-    """The first six STATS of log-probabilities (M, V) and targets (M, 1), each (M, 1). Ties count
-    against the model in top-k, and for it in rank."""
+def prediction_columns(log_p: Tensor, p: Tensor, target: Tensor) -> list[Tensor]:
+    """The first six STATS of log-probabilities (M, V), their exponentials p and targets (M, 1),
+    each (M, 1). Ties count against the model in top-k, and for it in rank."""
     log_p_target = log_p.gather(1, target)  # (M, 1)
-    p = log_p.exp()
-    best = log_p.topk(6).values  # in the top k: above the k + 1st best
-    larger = (log_p > log_p_target).sum(-1, keepdim=True, dtype=torch.int32)
+    count = functools.partial(torch.sum, dim=-1, keepdim=True, dtype=torch.int32)
+    larger = count(log_p > log_p_target)
+    no_smaller = count(log_p >= log_p_target)  # the target among them
     minus_entropy = (p.unsqueeze(1) @ log_p.unsqueeze(2))[:, 0]  # (M, 1)
     return [
         -log_p_target,
-        log_p_target > best[:, 1:2],
-        log_p_target > best[:, 5:],
+        no_smaller <= 1,
+        no_smaller <= 5,
         log_p_target.exp(),
         1 + larger,
         -minus_entropy,
     ]
 
 
-def memory_columns(log_p: Tensor, log_q: Tensor, target: Tensor,
+def memory_columns(p: Tensor, log_q: Tensor, target: Tensor,
                    minus_entropy: Tensor, gate: Tensor, write_weights: Tensor
                    ) -> list[Tensor]:
-    """MEMORY_STATS of log-probabilities with and without memory (M, V), targets, -H(p) and gates
-    (M, 1), write_weights (M, N); each (M, 1)."""
-    cross = (log_p.exp().unsqueeze(1) @ log_q.unsqueeze(2))[:, 0]  # (M, 1)
+    """MEMORY_STATS of probabilities p with memory and log-probabilities without (M, V), targets,
+    -H(p) and gates (M, 1), write_weights (M, N); each (M, 1)."""
+    cross = (p.unsqueeze(1) @ log_q.unsqueeze(2))[:, 0]  # (M, 1)
     spread = weight_entropy(write_weights).unsqueeze(1)  # (M, 1)
     return [
         -log_q.gather(1, target),
@@ -1145,10 +1206,11 @@ def token_statistics(h: Tensor, h_out: Tensor, targets: Tensor,
         if brief:
             columns = [-log_p.gather(1, target)]
         else:
-            columns = prediction_columns(log_p, target)
+            p = log_p.exp()
+            columns = prediction_columns(log_p, p, target)
         if not brief and trace is not None:
             log_q = (h[rows] @ weight.T).log_softmax(-1)  # (M, V)
-            columns += memory_columns(log_p, log_q, target, -columns[-1], *gates_of(trace, rows))
+            columns += memory_columns(p, log_q, target, -columns[-1], *gates_of(trace, rows))
         taken = torch.cat([column.float() for column in columns], dim=1)
         out[rows, : taken.shape[1]] = taken
     out = out * (at != -100)
@@ -1161,25 +1223,56 @@ def evaluate(model: GPT2WithMemory, stream: Tensor, config: Config, stop: "StopS
     """Score every token of a stream but the first, memory carried along each row from an empty
     state; with `swap`, at each window start every row gets the state of the row before it.
 
-    Returns `metrics` (means over tokens; brief: of the loss alone), and by window, so that arms can
-    be compared, `sums` (windows, rows, K) of STATS and `counts` (windows, rows) of scored tokens.
+    Returns `metrics` (means over tokens; brief: of the loss alone), `nll` (rows, length) of every
+    token, and `sums` (bins, rows, K) of STATS and `counts` (bins, rows) of scored tokens: a bin is
+    BIN tokens of a row, whatever the window, so that arms can be compared.
     """
     device = model.head_weight().device
-    state, sums, counts = model.init_state(config.eval_rows), [], []
-    inputs, targets = (rows.split(config.seq_len, 1)
-                       for rows in evaluation_rows(stream, config.eval_rows))
+    state, taken = model.init_state(config.eval_rows), []
+    inputs, targets = evaluation_rows(stream, config.eval_rows)
+    windows = (rows.split(config.seq_len, 1) for rows in (inputs, targets))
     model.eval()
-    for x, y in zip(inputs, targets, strict=True):  # (rows, T) each
+    for x, y in zip(*windows, strict=True):  # (rows, T) each
         stop.check()
         if swap:
             state = map_state(lambda tensor: tensor.roll(1, 0), state)
         stats, state = model.measure(x.to(device), y.to(device), state, brief)
-        sums.append(stats.double().sum(1).cpu())  # (rows, K)
-        counts.append((y != -100).sum(1))
+        taken.append(stats.cpu())
     model.train()
-    sums, counts = torch.stack(sums), torch.stack(counts)
+    stats = torch.cat(taken, dim=1)  # (rows, length, K)
+    sums = torch.stack([part.double().sum(1) for part in stats.split(BIN, 1)])
+    counts = torch.stack([(part != -100).sum(1) for part in targets.split(BIN, 1)])
     metrics = means(sums, counts, has_memory=model.memory is not None, brief=brief)
-    return {"metrics": metrics, "sums": sums, "counts": counts}
+    return {"metrics": metrics, "sums": sums, "counts": counts, "nll": stats[..., 0].clone()}
+
+
+def text_size(tokenizer: object, stream: Tensor) -> dict[str, int]:
+    """Words, between white space, and bytes, in UTF-8, of what a stream scores: all but its first
+    token. With them figures are comparable across tokenizers."""
+    text = tokenizer.decode(stream[1:].tolist(), skip_special_tokens=False)
+    return {"words": len(text.split()), "bytes": len(text.encode(errors="replace"))}
+
+
+@torch.no_grad()
+def sees_ahead(model: GPT2WithMemory, stream: Tensor, config: Config) -> float:
+    """By how many nats predictions of a stream's first windows move when tokens that come later are
+    exchanged: 0 but for rounding, or the arm sees what it is to predict."""
+    length = min(2 * config.seq_len, len(stream) - 1)
+    device, at = model.head_weight().device, length - max(1, config.seq_len // 2)
+    tokens, targets = stream[:length].to(device), stream[1 : length + 1].to(device)
+    changed = tokens.clone()
+    changed[at:] = (targets[at:] + 1) % model.head_weight().shape[0]
+    model.eval()
+    scores = []
+    for version in (tokens, changed):
+        state, nll = model.init_state(1), []
+        windows = (part.unsqueeze(0).split(config.seq_len, 1) for part in (version, targets))
+        for x, y in zip(*windows, strict=True):
+            stats, state = model.measure(x, y, state, brief=True)
+            nll.append(stats[0, :, 0])
+        scores.append(torch.cat(nll)[:at])  # of the inputs before those that were exchanged
+    model.train()
+    return (scores[1] - scores[0]).abs().max().item()
 
 
 def means(sums: Tensor, counts: Tensor, has_memory: bool, brief: bool
@@ -1199,29 +1292,65 @@ def means(sums: Tensor, counts: Tensor, has_memory: bool, brief: bool
 
 
 # ══ Comparison: table, memory controls, write inspection, plots ══════════════════════════════════
-def paired_sign(reference: dict, other: dict, column: str) -> int:
-    """+1 / -1 where the mean of a STATS column is surely higher / lower in `other` than in
-    `reference`: the 95 % interval of the paired difference excludes zero; else 0. Neighbouring
-    windows are alike, so the independent units are long stretches, an eighth of a row each."""
+class Paired(NamedTuple):
+    """By how much the mean of a STATS column is higher in one arm than in another, of the same
+    seeds and text."""
+    mean: float
+    half: float  # of the 95 % interval
+    p: float  # of no difference, two-sided
+
+    @property
+    def sign(self) -> int:
+        """+1 / -1 where the interval lies above / below zero; else 0."""
+        if abs(self.mean) <= self.half:
+            return 0
+        return 1 if self.mean > 0 else -1
+
+
+def paired(reference: list[dict], other: list[dict], column: str) -> Paired:
+    """Compare evaluations of the same text, one a seed, `other` minus `reference`.
+
+    Neighbouring windows are alike, so the independent units of text are long stretches, an eighth
+    of a row each. The variance is that between stretches (of the mean over seeds) plus that between
+    seeds (of the mean over text): together no less than that of two crossed random effects, text
+    and seed. Student's t has the degrees of freedom of the seeds where there are several: those of
+    both variances together (Satterthwaite) call two identical arms different 11 times in 100.
+    """
     at = STATS.index(column)
-    difference = (other["sums"] - reference["sums"])[..., at]  # (windows, rows)
-    counts = reference["counts"].double()
-    mean = difference.sum() / counts.sum()
-    stretches = (difference - mean * counts).tensor_split(min(8, len(counts)))  # ratio estimator
-    residual = torch.cat([stretch.sum(0) for stretch in stretches])  # (stretches * rows,)
-    few = math.sqrt(1 + 1 / (len(residual) - 1))
-    error = residual.square().sum().sqrt() / counts.sum() * few
-    if abs(mean) <= 2 * error:
-        return 0
-    return 1 if mean > 0 else -1
+    pairs = zip(reference, other, strict=True)
+    differences = torch.stack([(b["sums"] - a["sums"])[..., at] for a, b in pairs])
+    counts = reference[0]["counts"].double()  # (bins, rows), as of every seed
+    by_seed = differences.sum((1, 2)) / counts.sum()  # (seeds,)
+    mean = by_seed.mean().item()
+
+    residual = differences.mean(0) - mean * counts  # (bins, rows): a ratio estimator
+    parts = residual.tensor_split(min(8, len(counts)))
+    stretches = torch.cat([part.sum(0) for part in parts]) / counts.sum()
+    units, seeds = len(stretches), len(by_seed)
+    variance = (stretches.square().sum() * units / (units - 1)).item()
+    if seeds == 1:
+        return student_interval(mean, variance, units - 1)
+    return student_interval(mean, variance + by_seed.var().item() / seeds, seeds - 1)
 
 
-def print_row(label: str, old: float | None, new: float | None, form: str, mark: str = "") -> None:
-    """One line of a table: two values and the relative change; an em dash for what is not known."""
+def student_interval(mean: float, variance: float, freedom: int) -> Paired:
+    """A mean of that variance, estimated with so many degrees of freedom."""
+    from scipy.special import stdtr, stdtrit
+
+    if variance == 0:
+        return Paired(mean, 0.0, float(mean == 0))
+    error = math.sqrt(variance)
+    p = 2 * stdtr(freedom, -abs(mean) / error)
+    return Paired(mean, float(stdtrit(freedom, 0.975)) * error, float(p))
+
+
+def print_row(label: str, old: list[float], new: list[float], form: str, mark: str = "") -> None:
+    """One line of a table: two arms' values, one a seed, and the relative change of their means; an
+    em dash for what is not known."""
     before, after = cell(old, form, 15), cell(new, form, 15)
     delta = "—"
-    if old and "—" not in before + after:
-        ratio = new / old - 1
+    if "—" not in before + after and sum(old):
+        ratio = sum(new) / sum(old) - 1
         arrow = "="
         if ratio:
             arrow = "▲" if ratio > 0 else "▼"
@@ -1229,62 +1358,453 @@ def print_row(label: str, old: float | None, new: float | None, form: str, mark:
     print(f"  {label:<21} {before} {after}     {delta}".rstrip())
 
 
-def print_metric(metric: Metric, old: dict, new: dict) -> None:
+def print_metric(metric: Metric, old: list[dict], new: list[dict]) -> None:
     """The row of a metric, marked where both arms have it and `new` is really better or worse."""
-    values = [result["metrics"].get(metric.key) for result in (old, new)]
+    values = [[result["metrics"].get(metric.key) for result in arm] for arm in (old, new)]
     mark = ""
-    if metric.better and None not in values:
-        mark = MARKS[metric.better * paired_sign(old, new, metric.column)]
+    if metric.better and None not in values[0] + values[1]:
+        mark = MARKS[metric.better * paired(old, new, metric.column).sign]
     print_row(metric.label, *values, metric.form, mark)
 
 
-def print_comparison(reference: Run, other: Run, corpus: "Corpus") -> None:
-    """Print the final table; ✓ and ✗ stand only where `other` is really better or worse."""
-    old, new, config = reference.results, other.results, other.config
-    tokens = new["steps"] * config.batch_size * config.seq_len
+def per_word(result: dict) -> float:
+    """Perplexity per word: the same nats, over the words that they are of."""
+    return perplexity(total_nats(result) / max(1, result["words"]))
+
+
+def bits_per_byte(result: dict) -> float:
+    """The same nats in bits, over the bytes of the text."""
+    return total_nats(result) / math.log(2) / max(1, result["bytes"])
+
+
+def total_nats(result: dict) -> float:
+    """The nats of a whole evaluation."""
+    return result["sums"][..., STATS.index("nll")].sum().item()
+
+
+def split_of(runs: list[Run], split: str) -> list[dict]:
+    """The evaluations of an arm on a split, one a seed."""
+    return [run.results[split] for run in runs]
+
+
+def values_of(runs: list[Run], key: str) -> list[float]:
+    """A figure of an arm's results, one a seed."""
+    return [run.results[key] for run in runs]
+
+
+# Rows of the comparison besides METRICS: label, value of a validation result, format.
+TEXT_ROWS = (("Word perplexity ↓", per_word, ",.2f"), ("Bits per byte ↓", bits_per_byte, ".4f"))
+# Label, key of an arm's results, format.
+COST_ROWS = (("Parameters", "parameters", ",.0f"), ("Training tokens/s ↑", "tokens_per_s", ",.0f"),
+             ("Peak memory MiB ↓", "peak_mb", ",.0f"))
+
+
+def print_comparison(reference: list[Run], other: list[Run], corpus: "Corpus") -> None:
+    """Print the table of two arms; ✓ and ✗ stand only where `other` is really better or worse."""
+    config = other[0].config
+    old, new = split_of(reference, "valid"), split_of(other, "valid")
+    left, right = reference[0].arm, other[0].arm
     print()
-    print_heading(f"FINAL COMPARISON — {reference.arm[5:]} GPT2 vs {other.arm}")
-    print(f"  {corpus.name}\n"
-          f"  {tokens:,} training tokens in {new['steps']:,} steps, seed {config.seed}; scored on "
-          f"{new['valid']['counts'].sum():,} of the {len(corpus.valid) - 1:,} of validation\n\n"
-          f"  {'Metric':<21} {reference.arm:>15} {other.arm:>15}     Δ\n{LINE}")
+    print_heading(f"FINAL COMPARISON — {left[5:]} GPT2 vs {right}")
+    print(f"  {corpus.name}\n  {what_was_run(other, corpus)}\n")
+    print(f"  {'Metric':<21} {left:>15} {right:>15}     Δ\n{LINE}")
     for metric in METRICS:
         if metric.label:
-            print_metric(metric, old["valid"], new["valid"])
-    print_metric(METRICS[0]._replace(label="Test perplexity ↓"), old["test"], new["test"])
-    print_row("Parameters", old["parameters"], new["parameters"], ",d")
-    print_row("Training tokens/s ↑", old["tokens_per_s"], new["tokens_per_s"], ",.0f")
-    print_row("Peak memory MiB ↓", old["peak_mb"], new["peak_mb"], ",.0f")
-    print(f"{LINE}\n  ✓ better, ✗ worse: the paired 95 % interval over stretches of text excludes\n"
-          "  zero; ≈ it does not. One seed: it covers the choice of text, not of initial weights.")
+            print_metric(metric, old, new)
+
+    mark = MARKS[-paired(old, new, "nll").sign]
+    for label, value, form in TEXT_ROWS:
+        print_row(label, [*map(value, old)], [*map(value, new)], form, mark)
+    test_perplexity = METRICS[0]._replace(label="Test perplexity ↓")
+    print_metric(test_perplexity, split_of(reference, "test"), split_of(other, "test"))
+    before, after = at_equal_time([reference, other])
+    print_row("At equal time ↓", before, after, ",.2f")
+    for label, key, form in COST_ROWS:
+        print_row(label, values_of(reference, key), values_of(other, key), form)
+    print(f"{LINE}\n{explanation(config)}")
 
 
-def print_controls(run: Run, baseline: Run | None, corpus: "Corpus", stop: "StopSignal") -> None:
+def what_was_run(runs: list[Run], corpus: "Corpus") -> str:
+    """Training and scored tokens and the seeds of an arm, in one line."""
+    run, scored = runs[0], int(runs[0].results["valid"]["counts"].sum())
+    steps, seeds = run.results["steps"], [str(run.config.seed) for run in runs]
+    tokens = steps * run.config.batch_size * run.config.seq_len
+    return (f"{tokens:,} training tokens in {steps:,} steps, seed{'s' * (len(seeds) > 1)} "
+            f"{', '.join(seeds)}; scored on {scored:,} of the {len(corpus.valid) - 1:,} of "
+            "validation")
+
+
+def explanation(config: Config) -> str:
+    """What the marks of a table mean."""
+    if len(config.seed_list) == 1:
+        return ("  ✓ better, ✗ worse: the paired 95 % interval over stretches of text excludes\n"
+                "  zero; ≈ it does not. One seed: it covers the choice of text, not of initial "
+                "weights.")
+    return ("  ± is half the 95 % interval of the mean over seeds. ✓ better, ✗ worse: the 95 %\n"
+            "  interval of the difference, paired over seeds and stretches of text, excludes\n"
+            "  zero; ≈ it does not.")
+
+
+def at_equal_time(arms: list[list[Run]]) -> list[list[float | None]]:
+    """Validation perplexity of every arm, one a seed, at the moment at which the fastest of them
+    ended, by seconds in training steps; between two validations, on the straight line of the loss.
+    None where nothing was validated until then."""
+    table = [[] for _ in arms]
+    for of_seed in zip(*arms, strict=True):
+        ends = [run.results["seconds"] for run in of_seed if run.results["seconds"]]
+        for values, run in zip(table, of_seed, strict=True):
+            values.append(perplexity_after(run, min(ends, default=math.nan)))
+    return table
+
+
+def perplexity_after(run: Run, seconds: float) -> float | None:
+    """Validation perplexity of a run after so many seconds of training."""
+    before = [point for point in run.meter["validated"] if point[0] <= seconds]
+    after = [point for point in run.meter["validated"] if point[0] > seconds]
+    if not before:
+        return None
+    clock, loss = before[-1]
+    if after:
+        later, next_loss = after[0]
+        loss += (next_loss - loss) * (seconds - clock) / (later - clock)
+    return perplexity(loss)
+
+
+# ── Many arms: one table, whatever their number ──────────────────────────────────────────────────
+LEAK = 1e-3  # nats, far above what rounding moves
+
+
+def reference_of(runs: dict[str, list[Run]]) -> str:
+    """The arm that the others are compared with: the baseline where there is one."""
+    return "baseline" if "baseline" in runs else next(iter(runs))
+
+
+def print_tables(runs: dict[str, list[Run]], config: Config, corpus: "Corpus") -> None:
+    """Print the comparison of all arms, of the DNC with its baseline, and the memory controls."""
+    first = reference_of(runs)
+    if len(runs) > 2 or len(config.seed_list) > 1:
+        print_arms(runs, config, corpus)
+    if "dnc" in runs and first != "dnc":
+        print_comparison(runs[first], runs["dnc"], corpus)
+    if "dnc" in runs:
+        print_controls(runs["dnc"], runs.get("baseline"))
+    for of_arm in runs.values():
+        leak = max(values_of(of_arm, "sees_ahead"))
+        if not leak < LEAK:
+            print(f"\n  ✗ {of_arm[0].arm} SEES AHEAD: exchanging later tokens moved its earlier "
+                  f"predictions by\n  up to {leak:.3g} nats. Its figures are not those of a "
+                  "language model.")
+
+
+def print_arms(runs: dict[str, list[Run]], config: Config, corpus: "Corpus") -> None:
+    """Print every arm's perplexities, then the differences with their intervals, then costs."""
+    print()
+    print_heading(f"ALL ARMS — {len(runs)} arms, seeds {', '.join(map(str, config.seed_list))}")
+    print(f"  {corpus.name}\n  {what_was_run(runs[reference_of(runs)], corpus)}\n")
+    print_perplexities(runs)
+    print_changes(runs)
+    print_costs(runs)
+    print(f"{LINE}\n{explanation(config)}")
+    print(f"  At equal time: perplexity of the first {config.eval_tokens:,} tokens of validation "
+          "when the\n  fastest arm had ended.")
+
+
+def print_perplexities(runs: dict[str, list[Run]]) -> None:
+    """Print an arm a row: its perplexities, one a seed or their mean and interval."""
+    print(f"  {'Arm':<18}{'Validation ↓':>17}{'Test ↓':>17}{'Per word ↓':>16}{'Bits/byte ↓':>16}")
+    print(LINE)
+    for of_arm in runs.values():
+        row = f"  {of_arm[0].arm:<18}"
+        test = split_of(of_arm, "test")
+        for results in (split_of(of_arm, "valid"), test):
+            row += cell([result["metrics"]["ppl"] for result in results], ",.2f", 17)
+        row += cell([per_word(result) for result in test], ",.2f", 16)
+        row += cell([bits_per_byte(result) for result in test], ".4f", 16)
+        print(row)
+    print("  Per word and bits per byte are of test.\n")
+
+
+def print_changes(runs: dict[str, list[Run]]) -> None:
+    """Print how perplexity changes from the reference to every arm, and from each to the DNC."""
+    first = reference_of(runs)
+    pairs = [(first, name) for name in runs if name != first]
+    if "dnc" in runs and first != "dnc":
+        pairs += [(name, "dnc") for name in runs if name not in (first, "dnc")]
+    print(f"  {'Perplexity, change of':<34}{'Validation':>34}{'Test':>34}\n{LINE}")
+    for old, new in pairs:
+        row = f"  {runs[old][0].arm + ' → ' + runs[new][0].arm:<34}"
+        for split in ("valid", "test"):
+            row += change(split_of(runs[old], split), split_of(runs[new], split)).rjust(34)
+        print(row)
+    print("  In brackets the 95 % interval; p of no difference.\n")
+
+
+def print_costs(runs: dict[str, list[Run]]) -> None:
+    """Print an arm a row: parameters, its rate, speed, memory, what it is worth at equal time."""
+    print(f"  {'Arm':<18}{'Parameters':>13}{'Peak rate':>11}{'Tokens/s ↑':>16}{'MiB ↓':>14}"
+          f"{'At equal time ↓':>18}\n{LINE}")
+    equal_times = at_equal_time([*runs.values()])
+    for of_arm, equal in zip(runs.values(), equal_times, strict=True):
+        run = of_arm[0]
+        row = f"  {run.arm:<18}{run.results['parameters']:>13,}{run.config.lr:>11g}"
+        row += cell(values_of(of_arm, "tokens_per_s"), ",.0f", 16)
+        row += cell(values_of(of_arm, "peak_mb"), ",.0f", 14)
+        row += cell(equal, ",.2f", 18)
+        print(row)
+
+
+def change(old: list[dict], new: list[dict]) -> str:
+    """The relative change of perplexity, its interval, p and mark."""
+    difference = paired(old, new, "nll")
+    mean, half, p = difference
+    low, middle, high = (math.expm1(min(700, x)) for x in (mean - half, mean, mean + half))
+    shown = "p<.001" if p < 0.001 else f"p={p:.3f}"
+    return f"{middle:+.1%} [{low:+.1%}, {high:+.1%}] {shown} {MARKS[-difference.sign]}"
+
+
+def print_controls(dnc: list[Run], baseline: list[Run] | None) -> None:
     """Print validation perplexity as it is, with reads zeroed, with every row's memory swapped."""
-    as_is = run.results["valid"]
+    as_is = split_of(dnc, "valid")
     # read_proj has no bias: zeroed reads give the logits without memory, which are measured too.
     nll, nll_without = STATS.index("nll"), STATS.index("nll_without")
-    sums = as_is["sums"].clone()
-    sums[..., nll] = sums[..., nll_without]
-    zeroed = {**as_is, "sums": sums}
-    scored = int(as_is["counts"].sum())
-    stream = corpus.valid[: scored + 1]
-    swapped = evaluate(run.model, stream, run.config, stop, brief=True, swap=True)
-    controls = {"reads zeroed": zeroed, "memory swapped": swapped}
+    zeroed = []
+    for result in as_is:
+        sums = result["sums"].clone()
+        sums[..., nll] = sums[..., nll_without]
+        zeroed.append({**result, "sums": sums})
+    controls = {"reads zeroed": zeroed}
+    if "swapped" in dnc[0].results:
+        controls["memory swapped"] = values_of(dnc, "swapped")
     if baseline is not None:
-        controls[baseline.arm] = baseline.results["valid"]
+        controls[baseline[0].arm] = split_of(baseline, "valid")
 
     print()
-    print_heading(f"Does the gain come from memory?   {run.arm}, validation")
+    print_heading(f"Does the gain come from memory?   {dnc[0].arm}, validation")
     print(f"  {'Perplexity ↓':<21} {'as it is':>15} {'changed':>15}     Δ\n{LINE}")
     for label, changed in controls.items():
-        losses = [result["sums"][..., nll].sum() / result["counts"].sum()
-                  for result in (as_is, changed)]
-        old, new = map(perplexity, losses)
-        mark = MARKS[-paired_sign(as_is, changed, "nll")]
+        old, new = ([perplexity(total_nats(result) / int(result["counts"].sum()))
+                     for result in results] for results in (as_is, changed))
+        mark = MARKS[-paired(as_is, changed, "nll").sign]
         print_row(label, old, new, ",.2f", mark)
     print("  Zeroed: h + 0 into the head. Swapped: at each window start a row gets the state of\n"
           "  the row before it; what that loses is what memory carried over from its own text.")
+
+
+# ── Where the gain is ────────────────────────────────────────────────────────────────────────────
+# Classes of tokens: the least value of each, and its name.
+SINCE_USE = ((-1, "never before"), (0, "in the window"), (1, "1 window back"),
+             (2, "2-3 windows back"), (4, "4-7 windows back"), (8, "8-15 windows back"),
+             (16, "16 or more windows back"))
+IN_TRAINING = ((0, "below 10 times"), (10, "10 to 99"), (100, "100 to 999"),
+               (1_000, "1,000 to 9,999"), (10_000, "10,000 and more"))
+HELPED = 0.01  # nats that a token has to change by to count as helped or hurt
+
+
+class Gain(NamedTuple):
+    """What an arm saves on one class of tokens, against the reference."""
+    label: str
+    share: float  # of all scored tokens
+    nats: float  # saved on them, over all scored tokens: the classes add up to the whole gain
+
+
+class Gains(NamedTuple):
+    """Where an arm's gain over the reference is, on validation; the mean over seeds."""
+    total: float  # nats a token
+    since_use: list[Gain]  # by how long ago the token was last used in its row
+    in_training: list[Gain]  # by how often it stands in the training split
+    helped: float  # share of tokens
+    hurt: float
+
+
+def windows_since_use(inputs: Tensor, targets: Tensor, length: int) -> Tensor:
+    """Of every target, how many windows of that length ago its token was last an input of its row,
+    the current one at the latest; -1 where it never was. All (rows, L)."""
+    since = torch.full_like(targets, -1)
+    for row, (given, wanted) in enumerate(zip(inputs.tolist(), targets.tolist(), strict=True)):
+        last = {}
+        for place, (token, target) in enumerate(zip(given, wanted, strict=True)):
+            last[token] = place
+            if target in last:
+                since[row, place] = place // length - last[target] // length
+    return since
+
+
+def by_class(value: Tensor, saved: Tensor, classes: tuple) -> list[Gain]:
+    """Sum what was saved (tokens,) by the class that a value (tokens,) falls into."""
+    edges = torch.tensor([least for least, _ in classes[1:]])
+    which = torch.bucketize(value, edges, right=True)
+    gains = []
+    for number, (_, label) in enumerate(classes):
+        chosen = which == number
+        gains.append(Gain(label, chosen.double().mean().item(),
+                          (saved * chosen).mean().item()))
+    return gains
+
+
+def gains_of(reference: list[Run], other: list[Run], corpus: "Corpus", config: Config) -> Gains:
+    """Where an arm's gain over the reference is."""
+    nll = [torch.stack([result["nll"] for result in split_of(runs, "valid")]).double().mean(0)
+           for runs in (reference, other)]
+    scored_tokens = int(reference[0].results["valid"]["counts"].sum())
+    inputs, targets = evaluation_rows(corpus.valid[: scored_tokens + 1], config.eval_rows)
+    scored = targets != -100
+    saved = (nll[0] - nll[1])[scored]  # (tokens,)
+    since = windows_since_use(inputs, targets, config.seq_len)[scored]
+    times = torch.bincount(corpus.train, minlength=corpus.vocab_size)[targets[scored]]
+    return Gains(
+        total=saved.mean().item(),
+        since_use=by_class(since, saved, SINCE_USE),
+        in_training=by_class(times, saved, IN_TRAINING),
+        helped=(saved > HELPED).double().mean().item(),
+        hurt=(saved < -HELPED).double().mean().item(),
+    )
+
+
+def print_gains(runs: dict[str, list[Run]], config: Config, corpus: "Corpus") -> dict[str, Gains]:
+    """Print where every arm's gain over the reference is -> the gains by arm."""
+    first = reference_of(runs)
+    gains = {}
+    for name, of_arm in runs.items():
+        if name != first:
+            gains[name] = gains_of(runs[first], of_arm, corpus, config)
+    print()
+    print_heading(f"Where the gain over {runs[first][0].arm} is: nats saved a token, validation")
+    names = [runs[name][0].arm.removeprefix("GPT2 ").removeprefix("+ ") for name in gains]
+    heads = "".join(f"{name:>11}" for name in names)
+    print(f"  {'The token was last used':<26}{'of tokens':>10}{heads}\n{LINE}")
+    print_classes([of_arm.since_use for of_arm in gains.values()])
+    print(f"{LINE}\n  The token stands in the training split")
+    print_classes([of_arm.in_training for of_arm in gains.values()])
+    print(LINE)
+    for label, key, form in (("All", "total", "+11.4f"), ("Tokens helped", "helped", "11.1%"),
+                             ("Tokens hurt", "hurt", "11.1%")):
+        cells = [format(getattr(of_arm, key), form) for of_arm in gains.values()]
+        print(f"  {label:<36}" + "".join(cells))
+    print(f"  Either block adds up to all. Helped, hurt: by more than {HELPED} nats.")
+    return gains
+
+
+def print_classes(arms: list[list[Gain]]) -> None:
+    """Print one block: a class of tokens a row, an arm a column."""
+    for of_class in zip(*arms, strict=True):
+        cells = "".join(f"{gain.nats:+11.4f}" for gain in of_class)
+        print(f"  {of_class[0].label:<26}{of_class[0].share:>10.1%}{cells}")
+
+
+def plot_gains(gains: dict[str, Gains], runs: dict[str, list[Run]], path: Path, corpus: str
+               ) -> None:
+    """Bars from zero: what the DNC (else the last arm) saves by class; they add up to its gain."""
+    name = "dnc" if "dnc" in gains else [*gains][-1]
+    gain, first = gains[name], runs[reference_of(runs)][0].arm
+    panels = {"the token was last used": gain.since_use,
+              "times the token stands in training": gain.in_training}
+    with dark_figure(path, 1, 2, (13, 4.6)) as (figure, axes):
+        for axis, (title, rows) in zip(axes, panels.items(), strict=True):
+            nats = [row.nats for row in rows]
+            colors = [PALETTE[1] if value >= 0 else PALETTE[2] for value in nats]
+            axis.barh([f"{row.label}\n{row.share:.0%} of tokens" for row in rows], nats,
+                      color=colors)
+            axis.axvline(0, color="white", lw=0.8)
+            axis.bar_label(axis.containers[0], [f" {value:+.3f} " for value in nats], fontsize=9)
+            axis.invert_yaxis()
+            axis.margins(x=0.18)
+            axis.set_title(title, fontsize=10)
+            axis.set_xlabel("nats saved, over all tokens")
+        figure.suptitle(
+            f"Where {runs[name][0].arm} helps: the bars of a panel add up to {gain.total:+.3f} "
+            f"nats a token over {first}\n({gain.helped:.0%} of tokens helped, {gain.hurt:.0%} "
+            f"hurt)   {plain(corpus)}", fontsize=11)
+
+
+# ── What is kept of a comparison ─────────────────────────────────────────────────────────────────
+class Echo(io.StringIO):
+    """Keeps what is printed, and prints it."""
+
+    def __init__(self, screen) -> None:
+        super().__init__()
+        self.screen = screen
+
+    def write(self, text: str) -> int:
+        self.screen.write(text)
+        return super().write(text)
+
+    def flush(self) -> None:
+        self.screen.flush()
+
+
+@contextlib.contextmanager
+def recorded() -> Iterator[io.StringIO]:
+    """Keep what is printed inside the block, besides printing it."""
+    echo = Echo(sys.stdout)
+    with contextlib.redirect_stdout(echo):
+        yield echo
+
+
+def kept_of(result: dict) -> dict:
+    """What results.json has of an evaluation: figures, not the tensors they come from."""
+    kept = {key: result[key] for key in ("metrics", "words", "bytes") if key in result}
+    return kept | {"tokens": int(result["counts"].sum())}
+
+
+def kept_of_run(run: Run) -> dict:
+    """What results.json has of a run."""
+    figures = {key: value for key, value in run.results.items() if not isinstance(value, dict)}
+    splits = {key: kept_of(value) for key, value in run.results.items() if isinstance(value, dict)}
+    history = [row for row in run.history if row["split"] == "validation"]
+    return {"seed": run.config.seed, "lr": run.config.lr, **figures, **splits,
+            "validations": history}
+
+
+def differences_of(runs: dict[str, list[Run]]) -> list[dict]:
+    """Every pair of arms on both splits: the difference of their mean nats, paired."""
+    rows = []
+    for split in ("valid", "test"):
+        for old, new in itertools.combinations(runs, 2):
+            difference = paired(split_of(runs[old], split), split_of(runs[new], split), "nll")
+            rows.append({"split": split, "from": old, "to": new, **difference._asdict()})
+    return rows
+
+
+def write_report(runs: dict[str, list[Run]], gains: dict[str, Gains], printed: str,
+                 config: Config, corpus: "Corpus", hardware: "Hardware") -> None:
+    """Write report.md, for people, and results.json, for programs, beside the pictures."""
+    facts, folder = run_facts(hardware.named), Path(config.plot_dir)
+    write_json({
+        "run": facts,
+        "corpus": corpus.name,
+        "fingerprint": corpus.fingerprint,
+        "config": dataclasses.asdict(config),
+        "arms": {name: [kept_of_run(run) for run in of_arm] for name, of_arm in runs.items()},
+        "differences": differences_of(runs),
+        "gains": {name: kept_of_gains(of_arm) for name, of_arm in gains.items()},
+    }, folder / "results.json")
+
+    versions = ", ".join(f"{name} {version}" for name, version in facts["versions"].items())
+    fields = [f"{name} = {value!r}" for name, value in vars(config).items()]
+    lines = [
+        "# " + " vs ".join(of_arm[0].arm for of_arm in runs.values()),
+        "",
+        f"- command: `{facts['command']}`",
+        f"- corpus: {corpus.name}, sha256 of its tokens {corpus.fingerprint}",
+        f"- device: {facts['device']}, {config.precision}; {versions}",
+        f"- source: dnc_gpt2.py, sha256 {facts['source']}",
+        f"- every figure again, for programs: results.json; every logged step: {METRICS_FILE}",
+        "", "```text", printed.strip("\n"), "```", "",
+        "![training curves](training_curves.png)",
+    ]
+    if gains:
+        lines.append("![where memory helps](where_memory_helps.png)")
+    lines += ["", "## Config", "", "```text", *fields, "```", ""]
+    write_text("\n".join(lines), folder / "report.md")
+    print(f"wrote {folder / 'report.md'} and results.json")
+
+
+def kept_of_gains(gains: Gains) -> dict:
+    """What results.json has of where an arm's gain is."""
+    kept = gains._asdict()
+    for name in ("since_use", "in_training"):
+        kept[name] = [gain._asdict() for gain in kept[name]]
+    return kept
 
 
 @torch.no_grad()
@@ -1423,6 +1943,7 @@ def plot_curves(runs: list[Run], path: Path, corpus: str) -> None:
     styles = {"train": dict(lw=0.9, alpha=0.8),
               "validation": dict(lw=1.8, ls="--", marker="o", ms=5)}
     panels = {"loss": "CE loss (nats/token)", "top1_acc": "top-1 accuracy"}
+    first = {run.arm: run for run in reversed(runs)}
     with dark_figure(path, 1, 2, (13, 5)) as (figure, axes):
         for axis, (key, label) in zip(axes, panels.items(), strict=True):
             for run in runs:
@@ -1430,12 +1951,13 @@ def plot_curves(runs: list[Run], path: Path, corpus: str) -> None:
                     rows = [row for row in run.history if row["split"] == split]
                     steps = [row["step"] for row in rows]
                     values = [row[key] for row in rows]
-                    label_of_curve = f"{run.arm}, {split}"
-                    axis.plot(steps, values, color=colors[run.arm], label=label_of_curve, **style)
+                    line, = axis.plot(steps, values, color=colors[run.arm], **style)
+                    if run is first[run.arm]:  # other seeds have the same colour
+                        line.set_label(f"{run.arm}, {split}")
             axis.set(xlabel="step", ylabel=label)
             axis.grid(alpha=0.2)
             axis.legend(fontsize=9)
-        title = " vs ".join(run.arm for run in runs)
+        title = " vs ".join(reversed(first))
         figure.suptitle(f"{title}\n{plain(corpus)}", fontsize=11)
 
 
@@ -1811,8 +2333,8 @@ PAYLOAD = (
 # Fields that may differ between the run that saved and the run that resumes.
 FREE_FIELDS = {
     "dataset", "tokenizer", "preset", "log_every_steps", "save_every_steps", "save_dir", "plot_dir",
-    "arms", "use_compile", "compile_mode", "num_gpus", "resume", "inspect", "text", "eval_tokens",
-    "scan",
+    "arms", "seeds", "lr_grid", "use_compile", "compile_mode", "num_gpus", "resume", "inspect",
+    "text", "eval_tokens", "scan",
 }
 # What checkpoints say that are older than these fields: the plain DNC.
 OLDER_FIELDS = {
@@ -1861,7 +2383,7 @@ def checkpoint_payload(run: Run, corpus: Corpus) -> dict:
 def save_checkpoint(run: Run, corpus: Corpus, final: bool = False) -> None:
     """Write `{arm}_[FINAL_]step{N}.pt`, whole or not at all. Raises ValueError, saying what the
     last good checkpoint is."""
-    name = f"{run.arm.replace(' ', '_')}_{'FINAL_' if final else ''}step{run.step}.pt"
+    name = f"{run.stem}_{'FINAL_' if final else ''}step{run.step}.pt"
     path = Path(run.config.save_dir) / name
     remedy = (f"the last good checkpoint is {run.last_saved or 'none yet'}; free some space, then "
               "continue with --resume auto")
@@ -1909,8 +2431,10 @@ def restore(run: Run, payload: dict, path: str | Path, corpus: Corpus) -> None:
     run.model.load_state_dict(payload["model_state_dict"])
     run.step = payload["global_step"]
     run.history = payload["history"]
-    run.meter = payload["meter"]
+    run.meter = {"validated": [], **payload["meter"]}
     run.results = payload["results"]
+    if run.results and "nll" not in run.results["valid"]:
+        run.results = {}  # of an older version, which kept less: it is scored again
     run.last_saved = str(path)
     if payload["memory_state"] is not None:
         saved = payload["memory_state"]
@@ -1923,7 +2447,7 @@ def restore(run: Run, payload: dict, path: str | Path, corpus: Corpus) -> None:
 
 def newest_checkpoints(run: Run) -> list[Path]:
     """The checkpoints of an arm in save_dir, the newest first, of one moment the furthest first."""
-    pattern = re.compile(re.escape(run.arm.replace(" ", "_")) + r"_(FINAL_)?step(\d+)\.pt")
+    pattern = re.compile(re.escape(run.stem) + r"_(FINAL_)?step(\d+)\.pt")
     dated = []
     for path in Path(run.config.save_dir).iterdir():
         match = pattern.fullmatch(path.name)
@@ -1941,7 +2465,7 @@ def resume_run(run: Run, corpus: Corpus) -> None:
         arms = [ARMS[name] for name in run.config.arm_list]
         require_field(run.config, "resume", payload["arm"] in arms,
                       f"of an arm of this run ({payload['arm']} is not); set --arms")
-        if payload["arm"] == run.arm:
+        if payload["arm"] == run.arm and payload["config"]["seed"] == run.config.seed:
             restore(run, payload, run.config.resume, corpus)
             print(f"{run.arm}: resumed from {run.config.resume}")
             return
@@ -2234,7 +2758,7 @@ def train_baseline(**fields: object) -> Path:
 # ── What a reader is told: facts of a run, tables, figures ───────────────────────────────────────
 RULE, LINE = "═" * 78, "  " + "─" * 74
 MARKS = {1: "✓", -1: "✗", 0: "≈"}  # better, worse, undecided
-PALETTE = ("#4fc3f7", "#aed581", "#ff8a65", "#fff176", "#ce93d8", "#ffb347")
+PALETTE = ("#4fc3f7", "#aed581", "#ff8a65", "#fff176", "#ce93d8", "#ffb347", "#f48fb1", "#b0bec5")
 say_once = functools.cache(functools.partial(print, flush=True))
 
 
@@ -2251,7 +2775,9 @@ def run_facts(device: str) -> dict:
 
     versions = {"python": platform.python_version(), "torch": str(torch.__version__),
                 "transformers": transformers.__version__}
-    return {"versions": versions, "device": device, "command": shlex.join(sys.argv)}
+    source = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
+    return {"versions": versions, "device": device, "command": shlex.join(sys.argv),
+            "source": source}
 
 
 def print_heading(title: str) -> None:
@@ -2272,10 +2798,6 @@ def print_banner(title: str, lines: dict[str, str], config: object) -> None:
                         subsequent_indent=" " * 12, break_long_words=False), flush=True)
 
 
-# 97.5 % points of Student's t for 1 to 9 degrees of freedom; beyond, the last, which is too wide.
-STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
-
-
 def mean_and_half(values: list[float]) -> tuple[float, float]:
     """Mean and half the width of its 95 % interval over seeds; NaN where there is one seed."""
     count = len(values)
@@ -2283,8 +2805,7 @@ def mean_and_half(values: list[float]) -> tuple[float, float]:
     if count == 1:
         return mean, math.nan
     variance = sum((x - mean) ** 2 for x in values) / (count - 1)
-    student = STUDENT[min(count - 1, len(STUDENT)) - 1]
-    return mean, math.sqrt(variance / count) * student
+    return mean, student_interval(mean, variance / count, count - 1).half
 
 
 def cell(values: float | None | list[float | None], form: str, width: int = 0) -> str:
@@ -2419,7 +2940,8 @@ def matched_width(config: Config) -> int:
     return width + wider
 
 
-def start_run(name: str, config: Config, corpus: Corpus, device: torch.device) -> Run:
+def start_run(name: str, config: Config, corpus: Corpus, device: torch.device, tag: str = ""
+              ) -> Run:
     """Build one arm (a dataclasses.replace of Config) ready to train, resumed if Config says so."""
     config = dataclasses.replace(config, memory="dnc" if name == "dnc" else "none")
     if name == "matched":
@@ -2429,10 +2951,17 @@ def start_run(name: str, config: Config, corpus: Corpus, device: torch.device) -
         model.controller.compile(mode=config.compile_mode)
     per_epoch = (len(corpus.train) - 1) // (config.rows * config.step_len)
     total = config.max_steps or config.epochs * per_epoch
-    run = Run(ARMS[name], config, model, make_optimizer(model, config), total, per_epoch)
+    run = Run(ARMS[name], config, model, make_optimizer(model, config), total, per_epoch, tag)
     if config.resume:
         resume_run(run, corpus)
     return run
+
+
+class Hardware(NamedTuple):
+    """Where a job runs."""
+    device: torch.device
+    gpus: int  # of which 2 share a step's rows, by nn.DataParallel
+    named: str  # for people
 
 
 def choose_hardware(config: Config, visible: int) -> tuple[Config, int]:
@@ -2484,47 +3013,88 @@ def run_inspection(config: Config) -> None:
     inspect_writes(model, tokenizer, config.text, config.plot_dir, payload["corpus"])
 
 
-def start_metrics_file(runs: Iterable[Run], device: str, folder: str) -> None:
-    """Write metrics.jsonl anew: the facts of the run, then the rows that its arms have so far."""
-    rows = [{"run": run_facts(device)}]
-    for run in runs:
-        rows += run.history
-    text = "".join(json.dumps(row) + "\n" for row in rows)
-    write_text(text, Path(folder) / "metrics.jsonl")
+def train_arm(name: str, config: Config, corpus: Corpus, hardware: "Hardware", tag: str,
+              stop: StopSignal) -> Run:
+    """Train one arm, or what is left of it -> the finished run, without its optimizer."""
+    run = start_run(name, config, corpus, hardware.device, tag)
+    total, memory = count_parameters(run.model), count_parameters(run.model.memory)
+    which = f", seed {config.seed}, peak rate {config.lr:g}" if tag else ""
+    of_memory = f", {memory:,} of memory" if memory else ""
+    print(f"\n{run.arm}{which}: {total:,} parameters{of_memory}")
+    for row in run.history:  # a resumed arm brings the rows that it has
+        append_metrics(row, config.plot_dir)
+    if not run.results:
+        checkpoint_mb = 12 * total / 2**20 + 16  # weights and two moments
+        check_folder(config.save_dir, "save_dir", checkpoint_mb)
+        forward = run.model
+        if hardware.gpus == 2:
+            forward = nn.DataParallel(run.model, device_ids=[0, 1])
+        train(run, corpus, forward, stop)
+    run.optimizer = None  # frees memory
+    run.model = run.model.cpu()
+    return run
 
 
-def train_arms(config: Config, corpus: Corpus, device: torch.device, gpus: int, named: str,
-               stop: StopSignal) -> dict[str, Run]:
-    """Train every arm in turn -> the finished runs by name. Only the DNC's keeps its model."""
-    runs = {}
-    for name in config.arm_list:
-        run = runs[name] = start_run(name, config, corpus, device)
-        start_metrics_file(runs.values(), named, config.plot_dir)
-        total, memory = count_parameters(run.model), count_parameters(run.model.memory)
-        print(f"\n{run.arm}: {total:,} parameters" + (f", {memory:,} of memory" if memory else ""))
-        if not run.results:
-            checkpoint_mb = 12 * total / 2**20 + 16  # weights and two moments
-            check_folder(config.save_dir, "save_dir", checkpoint_mb)
-            forward = nn.DataParallel(run.model, device_ids=[0, 1]) if gpus == 2 else run.model
-            train(run, corpus, forward, stop)
-        run.optimizer = None  # frees memory
-        run.model = run.model.cpu() if name == "dnc" else None
+def best_of(candidates: list[Run]) -> Run:
+    """The run of the lowest validation loss; the others give their models up."""
+    best = min(candidates, key=lambda run: run.results["valid"]["metrics"]["loss"])
+    for run in candidates:
+        if run is not best:
+            run.model = None
+    if len(candidates) > 1:
+        print(f"{best.arm}: of {len(candidates)} rates {best.config.lr:g} is best on validation")
+    return best
+
+
+def try_rates(name: str, config: Config, seed: int, rates: list[float], corpus: Corpus,
+              hardware: "Hardware", stop: StopSignal) -> Run:
+    """Train an arm of a seed at every rate -> the best on validation. Raises Diverged if all do."""
+    candidates = []
+    for number, rate in enumerate(rates):
+        tag = "" if seed == config.seed_list[0] else f"_seed{seed}"
+        if config.lr_grid:
+            tag += f"_lr{rate:g}"
+        variant = dataclasses.replace(config, seed=seed, lr=rate)
+        try:
+            candidates.append(train_arm(name, variant, corpus, hardware, tag, stop))
+        except Diverged as error:
+            if not candidates and number + 1 == len(rates):
+                raise
+            print(f"left out: {error}")
+    return best_of(candidates)
+
+
+def train_arms(config: Config, corpus: Corpus, hardware: "Hardware", stop: StopSignal
+               ) -> dict[str, list[Run]]:
+    """Train every arm of every seed in turn -> the finished runs by name, one a seed. The first
+    seed chooses an arm's rate where there are several. Only the first DNC keeps its model."""
+    runs, rates = {name: [] for name in config.arm_list}, {}
+    for seed in config.seed_list:
+        for name in config.arm_list:
+            tried = rates.get(name, config.rates)
+            run = try_rates(name, config, seed, tried, corpus, hardware, stop)
+            rates[name] = [run.config.lr]
+            runs[name].append(run)
+            if name != "dnc" or len(runs[name]) > 1:
+                run.model = None
     return runs
 
 
-def report(runs: dict[str, Run], config: Config, corpus: Corpus, device: torch.device,
+def report(runs: dict[str, list[Run]], config: Config, corpus: Corpus, hardware: "Hardware",
            stop: StopSignal) -> None:
-    """Print the tables and the gates of the sample, then draw the pictures."""
-    dnc = runs.get("dnc")
-    others = [run for name, run in runs.items() if name != "dnc"]
+    """Print the tables and the gates of the sample, draw the pictures, and write both down."""
+    folder, dnc = Path(config.plot_dir), runs.get("dnc")
+    with recorded() as printed:
+        print_tables(runs, config, corpus)
+        gains = print_gains(runs, config, corpus) if len(runs) > 1 else {}
+    curves = [run for of_arm in runs.values() for run in of_arm]
+    plot_curves(curves, folder / "training_curves.png", corpus.name)
+    if gains:
+        plot_gains(gains, runs, folder / "where_memory_helps.png", corpus.name)
+    write_report(runs, gains, printed.getvalue(), config, corpus, hardware)
     if dnc is not None:
-        for run in others:
-            print_comparison(run, dnc, corpus)
-        dnc.model.to(device)
-        print_controls(dnc, runs.get("baseline"), corpus, stop)
-    plot_curves([*runs.values()], Path(config.plot_dir) / "training_curves.png", corpus.name)
-    if dnc is not None:
-        inspect_writes(dnc.model, corpus.tokenizer, config.text, config.plot_dir, corpus.name)
+        dnc[0].model.to(hardware.device)
+        inspect_writes(dnc[0].model, corpus.tokenizer, config.text, config.plot_dir, corpus.name)
 
 
 def run_comparison(config: Config, preset: str, stop: StopSignal) -> None:
@@ -2549,12 +3119,14 @@ def compare_arms(config: Config, gpus: int, preset: str, stop: StopSignal) -> No
 
     device = torch.device("cuda" if gpus else "cpu")
     named = device_name(device) + (" x 2, DataParallel" if gpus == 2 else "")
+    hardware = Hardware(device, gpus, named)
     announce(config, corpus, named, preset)
     if "dnc" in config.arm_list:  # what cannot run is said before the first arm trains
         memory = build_memory(config).to(device)
         pick_scan(config.scan, memory.init_state(1), memory.options)
-    runs = train_arms(config, corpus, device, gpus, named, stop)
-    report(runs, config, corpus, device, stop)
+    write_text(json.dumps({"run": run_facts(named)}) + "\n", Path(config.plot_dir) / METRICS_FILE)
+    runs = train_arms(config, corpus, hardware, stop)
+    report(runs, config, corpus, hardware, stop)
 
 
 def main(argv: list[str]) -> int:

@@ -150,7 +150,7 @@ def mask(text: str, work: Path) -> str:
     text = re.sub(tokens_per_s, r"\1#", text)
     lines = []
     for line in text.splitlines():
-        if re.search(r"tokens/s|Peak memory|config  |times the base's latency", line):
+        if re.search(r"tokens/s|Peak memory|At equal time|config  |times the base's latency", line):
             line = re.sub(r"[\d.,]+|[▲▼=]|%|—", "#", line)
         lines.append(re.sub(r" +", " ", line.rstrip()) if "#" in line else line.rstrip())
     return "\n".join(lines) + "\n"

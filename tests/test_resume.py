@@ -56,7 +56,7 @@ def report(stdout: str) -> list[str]:
     """What is printed from the table on, without the two rows that measure the machine."""
     lines = stdout[stdout.index("FINAL COMPARISON") :].splitlines()
     return [line for line in lines
-            if not re.match(r"  (Training tokens/s|Peak memory)|wrote ", line)]
+            if not re.match(r"  (Training tokens/s|Peak memory|At equal time)|wrote ", line)]
 
 
 def assert_same_run(finished: Finished, folder: Path, stdout: str) -> None:
@@ -102,8 +102,9 @@ def test_finished_run_leaves_its_checkpoints_measurements_and_pictures(finished)
     steps = range(EVERY, STEPS, EVERY)
     expected = {f"{stem}_step{step}.pt" for stem in STEMS.values() for step in steps}
     assert {path.name for path in finished.save_dir.glob("*.pt")} == expected | set(FINALS.values())
-    pictures = "training_curves.png", "memory_trace.png"
-    assert {path.name for path in finished.plot_dir.iterdir()} == {*pictures, "metrics.jsonl"}
+    pictures = "training_curves.png", "memory_trace.png", "where_memory_helps.png"
+    assert {path.name for path in finished.plot_dir.iterdir()} == {
+        *pictures, "metrics.jsonl", "report.md", "results.json"}
     for name in pictures:
         content = (finished.plot_dir / name).read_bytes()
         assert content.startswith(b"\x89PNG") and len(content) > 10_000
@@ -165,7 +166,7 @@ def test_table_marks_what_is_really_better_and_turns_round_with_the_arms(finishe
         runs[arm].results = load(finished.save_dir / name)["results"]
 
     def marks(reference: str, other: str) -> dict[str, str]:
-        dnc_gpt2.print_comparison(runs[reference], runs[other], corpus)
+        dnc_gpt2.print_comparison([runs[reference]], [runs[other]], corpus)
         rows = capfd.readouterr().out.splitlines()
         return {row[2:22].strip(): row[-1] for row in rows if row[-1:] in tuple("✓✗≈")}
 
@@ -180,7 +181,8 @@ def test_table_marks_what_is_really_better_and_turns_round_with_the_arms(finishe
     assert there == {
         "Perplexity ↓": "✓", "Top-1 accuracy ↑": "≈", "Loss (nats) ↓": "✓",
         "Bits per token ↓": "✓", "Top-5 accuracy ↑": "✓", "Confidence ↑": "✗",
-        "Mean rank ↓": "✗", "Test perplexity ↓": "✓"}
+        "Mean rank ↓": "✗", "Test perplexity ↓": "✓", "Word perplexity ↓": "✓",
+        "Bits per byte ↓": "✓"}
     turned = {"✓": "✗", "✗": "✓", "≈": "≈"}
     assert back == {label: turned[mark] for label, mark in there.items()}
     ppl = [runs[arm].results["valid"]["metrics"]["ppl"] for arm in ("baseline", "dnc")]
@@ -223,8 +225,8 @@ def test_inspect_prints_a_gate_for_every_token_and_draws_the_trace(finished, mai
     # the gates are those of the trained model, as the job printed them for its own sample
     assert main(flags({"inspect": path, "plot_dir": tmp_path / "p"})) == 0
     again = capfd.readouterr().out
-    assert again.split("  Token")[1].split("wrote")[0] == (
-        finished.stdout.split("  Token")[1].split("wrote")[0])
+    assert again.split("Write inspection")[1].split("wrote")[0] == (
+        finished.stdout.split("Write inspection")[1].split("wrote")[0])
 
 
 def test_inspect_refuses_a_checkpoint_that_is_broken_or_without_memory(finished, main, capfd,
@@ -312,7 +314,7 @@ def test_killed_run_resumes_to_the_same_weights_and_table(finished, tmp_path, ma
 
     saves = draw.randrange(2, STEPS // EVERY)
     print("killed while writing checkpoint number", saves)
-    out = die("mid-write", saves + 1)  # the first file that this arm writes is metrics.jsonl
+    out = die("mid-write", saves)
     assert re.search(r"GPT2 Baseline: (resumed from|no valid checkpoint)", out)
     folder = tmp_path / "checkpoints"
     assert (folder / f"GPT2_+_DNC_step{saves * EVERY}.pt.tmp").exists()

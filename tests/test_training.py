@@ -526,6 +526,11 @@ def evaluation_of(nll: np.ndarray, counts: np.ndarray) -> dict:
     return {"sums": sums, "counts": torch.tensor(counts)}
 
 
+def sign_of(reference: dict, other: dict) -> int:
+    """What one seed says of two evaluations."""
+    return dnc_gpt2.paired([reference], [other], "nll").sign
+
+
 def test_paired_sign_needs_the_interval_to_exclude_zero():
     draw, shape = np.random.default_rng(0), (50, 4)
     counts = draw.integers(3, 17, shape)
@@ -533,8 +538,8 @@ def test_paired_sign_needs_the_interval_to_exclude_zero():
     reference = evaluation_of(level, counts)
     for shift, sign in ((-0.05, -1), (0.05, 1)):
         other = evaluation_of(level + shift + draw.normal(0, 0.1, shape), counts)
-        assert dnc_gpt2.paired_sign(reference, other, "nll") == sign
-    assert dnc_gpt2.paired_sign(reference, reference, "nll") == 0
+        assert sign_of(reference, other) == sign
+    assert sign_of(reference, reference) == 0
 
 
 def test_paired_sign_weighs_windows_by_their_tokens():
@@ -542,9 +547,9 @@ def test_paired_sign_weighs_windows_by_their_tokens():
     counts = np.array([[1, 1], [2, 90]])
     level = np.array([[4.0, 9.0], [6.0, 5.0]])
     reference, other = (evaluation_of(level + shift, counts) for shift in (0, -0.01))
-    assert dnc_gpt2.paired_sign(reference, other, "nll") == -1
+    assert sign_of(reference, other) == -1
     only_one = evaluation_of(level - np.array([[3.0, 0], [0, 0]]), counts)
-    assert dnc_gpt2.paired_sign(reference, only_one, "nll") == 0
+    assert sign_of(reference, only_one) == 0
 
 
 @pytest.mark.parametrize("correlation", [0.0, 0.5, 0.8])
@@ -559,7 +564,7 @@ def test_paired_sign_is_right_about_noise_in_95_of_100_cases(correlation):
         counts = draw.integers(3, 17, shape)
         level = draw.normal(5, 2, shape)
         reference, other = evaluation_of(level, counts), evaluation_of(level + noise, counts)
-        called += dnc_gpt2.paired_sign(reference, other, "nll") != 0
+        called += sign_of(reference, other) != 0
     assert 6 <= called <= 40  # 20 expected
 
 

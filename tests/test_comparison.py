@@ -1,0 +1,274 @@
+"""The instrument: several seeds, paired intervals, where the gain is, a leak, rates, the report."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+from conftest import TINY, flags, tiny_config
+
+import dnc_gpt2
+from dnc_gpt2 import BIN, STATS, Gain, paired
+
+NLL = STATS.index("nll")
+
+
+def evaluation_of(nll: np.ndarray) -> dict:
+    """An evaluation with these nats, (bins, rows), of bins of BIN tokens each."""
+    sums = torch.zeros(*nll.shape, len(STATS), dtype=torch.float64)
+    sums[..., NLL] = torch.tensor(nll * BIN)
+    return {"sums": sums, "counts": torch.full(nll.shape, BIN)}
+
+
+def random_arm(draw: np.random.Generator, level: np.ndarray, seeds: int) -> list[dict]:
+    """An arm's evaluations, one a seed: the text's level, an effect of the seed, and noise that is
+    alike in neighbouring bins."""
+    arm = []
+    for _ in range(seeds):
+        noise = draw.normal(0, 0.3, level.shape)
+        for t in range(1, len(noise)):
+            noise[t] += 0.6 * noise[t - 1]
+        arm.append(evaluation_of(level + draw.normal(0, 0.05) + noise))
+    return arm
+
+
+# ── intervals ───────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("seeds", [1, 3, 5])
+def test_two_identical_arms_differ_by_nothing_in_95_of_100_resamplings(seeds):
+    """Two arms of one distribution: text, initial weights and noise are drawn anew each time. With
+    one seed the effect of the seed is left out, as the table says."""
+    draw, called = np.random.default_rng(seeds), 0
+    for _ in range(100):
+        level = draw.normal(5, 1, (96, 8))
+        arms = [random_arm(draw, level, seeds) for _ in range(2)]
+        if seeds == 1:
+            for arm in arms:
+                nats = arm[0]["sums"][..., NLL]
+                nats -= nats.mean() - 5 * BIN
+        called += paired(*arms, "nll").sign != 0
+    assert called <= 5
+
+
+def test_an_arm_that_is_better_by_more_than_its_noise_is_called_better():
+    draw = np.random.default_rng(0)
+    level = draw.normal(5, 1, (96, 8))
+    plain, better = (random_arm(draw, level - gain, 3) for gain in (0, 0.4))
+    difference = paired(plain, better, "nll")
+    assert difference.sign == -1 and difference.p < 0.05
+    assert difference.mean == pytest.approx(-0.4, abs=0.15)
+    assert paired(better, plain, "nll").mean == pytest.approx(-difference.mean)
+
+
+def test_an_arm_beside_itself_has_no_difference_and_no_interval():
+    arm = random_arm(np.random.default_rng(0), np.full((20, 4), 5.0), 3)
+    assert paired(arm, arm, "nll") == (0, 0, 1)
+
+
+def test_one_lucky_seed_of_three_is_no_proof():
+    """A gain of one seed alone: the interval over text would exclude zero, that over seeds not."""
+    draw = np.random.default_rng(0)
+    level = draw.normal(5, 1, (96, 8))
+    plain = [evaluation_of(level) for _ in range(3)]
+    lucky = [evaluation_of(level - gain + draw.normal(0, 0.01, level.shape))
+             for gain in (0.3, 0.0, 0.0)]
+    assert paired(plain[:1], lucky[:1], "nll").sign == -1
+    assert paired(plain, lucky, "nll").sign == 0
+
+
+def test_interval_of_seeds_alone_is_students():
+    """Where text adds nothing, the interval is that of a paired t test over seeds."""
+    gains = np.array([0.10, 0.13, 0.09, 0.16])
+    level = np.full((16, 4), 5.0)
+    plain = [evaluation_of(level) for _ in gains]
+    other = [evaluation_of(level - gain) for gain in gains]
+    mean, half, p = paired(plain, other, "nll")
+    error = gains.std(ddof=1) / 2
+    assert mean == pytest.approx(-gains.mean())
+    assert half == pytest.approx(3.182446 * error, rel=1e-5)  # t of 3 degrees of freedom
+    assert p == pytest.approx(0.00448, rel=0.1)  # t = 7.42
+
+
+# ── a leak ──────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.fixture
+def start(corpus, tmp_path):
+    """start(arm, **fields) -> a tiny run that has not trained."""
+    def begin(arm: str, **fields) -> dnc_gpt2.Run:
+        config = tiny_config(save_dir=str(tmp_path), plot_dir=str(tmp_path), **fields)
+        return dnc_gpt2.start_run(arm, config, corpus, torch.device("cpu"))
+    return begin
+
+
+@pytest.mark.parametrize("arm", ["baseline", "dnc"])
+def test_an_arm_that_sees_the_next_token_is_flagged(start, corpus, arm):
+    run = start(arm)
+    assert dnc_gpt2.sees_ahead(run.model, corpus.valid, run.config) < 1e-5
+    hidden = run.model.hidden
+
+    def peeking(tokens, state):
+        h, h_out, *rest = hidden(tokens, state)
+        return h, h_out + 0.1 * h_out.roll(-1, 1), *rest
+
+    run.model.hidden = peeking
+    assert dnc_gpt2.sees_ahead(run.model, corpus.valid, run.config) > dnc_gpt2.LEAK
+
+
+def test_a_flagged_arm_is_named_below_the_table(finished_arms, corpus, capfd):
+    runs, config = finished_arms
+    dnc_gpt2.print_tables(runs, config, corpus)
+    assert "SEES AHEAD" not in capfd.readouterr().out
+    runs["dnc"][0].results["sees_ahead"] = 0.3
+    dnc_gpt2.print_tables(runs, config, corpus)
+    assert "GPT2 + DNC SEES AHEAD" in capfd.readouterr().out
+
+
+# ── where the gain is ───────────────────────────────────────────────────────────────────────────
+
+
+def test_windows_since_use_equals_a_slow_search():
+    draw = np.random.default_rng(0)
+    stream = torch.tensor(draw.integers(0, 9, 200))
+    inputs, targets = dnc_gpt2.evaluation_rows(stream, 3)
+    found = dnc_gpt2.windows_since_use(inputs, targets, 7)
+    for row in range(3):
+        for at in range(targets.shape[1]):
+            uses = [i for i in range(at + 1) if inputs[row, i] == targets[row, at]]
+            want = at // 7 - uses[-1] // 7 if uses else -1
+            assert found[row, at] == want
+
+
+def test_classes_of_tokens_share_out_the_whole_gain():
+    value = torch.tensor([-1, 0, 1, 2, 3, 4, 15, 16, 900])
+    saved = torch.arange(9.0).double()
+    gains = dnc_gpt2.by_class(value, saved, dnc_gpt2.SINCE_USE)
+    assert gains[0] == Gain("never before", pytest.approx(1 / 9), 0)
+    assert gains[3] == Gain("2-3 windows back", pytest.approx(2 / 9), pytest.approx((3 + 4) / 9))
+    assert gains[-1].nats == pytest.approx((7 + 8) / 9)
+    assert sum(gain.share for gain in gains) == pytest.approx(1)
+    assert sum(gain.nats for gain in gains) == pytest.approx(saved.mean().item())
+
+
+# ── figures ─────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_figures_of_words_and_bytes_are_of_the_same_nats():
+    result = evaluation_of(np.full((4, 2), 2.0)) | {"words": 128, "bytes": 1024}
+    nats = 4 * 2 * BIN * 2.0
+    assert dnc_gpt2.per_word(result) == pytest.approx(math.exp(nats / 128))
+    assert dnc_gpt2.bits_per_byte(result) == pytest.approx(nats / math.log(2) / 1024)
+
+
+def test_text_size_counts_what_is_scored(corpus):
+    text = corpus.tokenizer.decode(corpus.valid[1:].tolist())
+    assert dnc_gpt2.text_size(corpus.tokenizer, corpus.valid) == {
+        "words": len(text.split()), "bytes": len(text.encode())}
+
+
+def test_equal_time_reads_every_curve_where_the_fastest_arm_ended(start):
+    fast, slow = start("baseline"), start("dnc")
+    fast.meter["validated"] = [[5.0, 4.0], [10.0, 3.0]]
+    slow.meter["validated"] = [[8.0, 3.5], [16.0, 2.5]]
+    fast.results, slow.results = {"seconds": 10.0}, {"seconds": 16.0}
+    table = dnc_gpt2.at_equal_time([[fast], [slow]])
+    assert table == [[pytest.approx(math.exp(3.0))], [pytest.approx(math.exp(3.25))]]
+    slow.meter["validated"] = [[16.0, 2.5]]
+    assert dnc_gpt2.at_equal_time([[fast], [slow]])[1] == [None]
+
+
+# ── seeds and rates, as a user runs them ────────────────────────────────────────────────────────
+
+
+SHORT = {**TINY, "max_steps": 6, "save_every_steps": 3, "dropout": 0.0}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("seeds")
+
+
+@pytest.fixture(scope="module")
+def argv(data_folder, tokenizer_folder, folder) -> list[str]:
+    return flags({**SHORT, "dataset": data_folder, "tokenizer": tokenizer_folder, "seeds": 2,
+                  "lr_grid": "1e-3,3e-3,1e30", "save_dir": folder / "c", "plot_dir": folder / "p"})
+
+
+@pytest.fixture(scope="module")
+def printed(argv) -> str:
+    """What a job of two arms, two seeds and three rates prints; one of the rates diverges."""
+    with dnc_gpt2.recorded() as echo:
+        assert dnc_gpt2.main(argv) == 0
+    return echo.getvalue()
+
+
+@pytest.fixture
+def finished_arms(printed, argv, corpus):
+    """The finished runs of that job, as `report` takes them, and its Config."""
+    config = dnc_gpt2.read_config(dnc_gpt2.Config, [*argv, "--resume=auto"], "", {})
+    hardware = dnc_gpt2.Hardware(torch.device("cpu"), 0, "CPU")
+    config, _ = dnc_gpt2.choose_hardware(config, 0)
+    return dnc_gpt2.train_arms(config, corpus, hardware, dnc_gpt2.StopSignal()), config
+
+
+def test_every_seed_of_every_arm_is_trained_and_the_first_chooses_the_rate(printed, folder):
+    names = {path.name for path in (folder / "c").glob("*FINAL*.pt")}
+    for stem in ("GPT2_Baseline", "GPT2_+_DNC"):
+        first = {f"{stem}_lr{rate}_FINAL_step6.pt" for rate in ("0.001", "0.003")}
+        assert first <= names
+        assert len([name for name in names if name.startswith(f"{stem}_seed1_lr")]) == 1
+    assert len(names) == 6
+    assert printed.count("left out: ") == 2  # the rate of 1e30, of either arm
+    kept = json.loads((folder / "p" / "results.json").read_text())
+    for arm in kept["arms"].values():
+        assert [run["seed"] for run in arm] == [0, 1]
+        assert arm[0]["lr"] == arm[1]["lr"]  # what the first seed chose
+    for stem, arm in (("GPT2_Baseline", "baseline"), ("GPT2_+_DNC", "dnc")):
+        losses = {}
+        for rate in (0.001, 0.003):
+            path = folder / "c" / f"{stem}_lr{rate:g}_FINAL_step6.pt"
+            results = torch.load(path, weights_only=True)["results"]
+            losses[rate] = results["valid"]["metrics"]["loss"]
+        assert kept["arms"][arm][0]["lr"] == min(losses, key=losses.get)
+
+
+def test_table_of_seeds_shows_intervals_and_what_the_report_keeps(printed, folder):
+    assert "ALL ARMS — 2 arms, seeds 0, 1" in printed
+    assert "GPT2 Baseline → GPT2 + DNC" in printed and "±" in printed
+    report = (folder / "p" / "report.md").read_text()
+    table = printed[printed.index("  ALL ARMS") : printed.index("  Either block adds up")]
+    assert table in report
+    for said in ("sha256", "torch", "where_memory_helps.png", "lr_grid = '1e-3,3e-3,1e30'"):
+        assert said in report
+    kept = json.loads((folder / "p" / "results.json").read_text())
+    gains = kept["gains"]["dnc"]
+    nats = [run["valid"]["metrics"]["loss"] for arm in kept["arms"].values() for run in arm]
+    assert gains["total"] == pytest.approx(sum(nats[:2]) / 2 - sum(nats[2:]) / 2, abs=1e-5)
+    for block in ("since_use", "in_training"):
+        assert sum(row["nats"] for row in gains[block]) == pytest.approx(gains["total"])
+
+
+def test_finished_job_of_seeds_is_told_again_without_training(printed, argv, capfd, monkeypatch):
+    monkeypatch.setattr(dnc_gpt2, "train", None)
+    # what diverged is tried again, as no checkpoint of it is finished
+    again = [word.replace("1e-3,3e-3,1e30", "1e-3,3e-3") for word in argv]
+    assert dnc_gpt2.main([*again, "--resume=auto"]) == 0
+    out = capfd.readouterr().out
+    assert out.count("finished in") == 6
+    tables = [text[text.index("  ALL ARMS") : text.index("  Either block adds up")]
+              for text in (printed, out)]
+    assert tables[0] == tables[1]
+
+
+@pytest.mark.parametrize("fields, said", [
+    ({"seeds": "0"}, "seeds"), ({"seeds": "three"}, "seeds"), ({"seeds": "1,1"}, "seeds"),
+    ({"seeds": "9" * 300}, "seeds"), ({"lr_grid": "1e-3,fast"}, "lr_grid"),
+    ({"lr_grid": "1e-3,1e-3"}, "lr_grid"), ({"lr_grid": "-1,1"}, "lr_grid")])
+def test_seeds_and_rates_that_cannot_be_read_are_refused_in_one_line(fields, said, capfd):
+    assert dnc_gpt2.main(flags(fields)) == 2
+    err = capfd.readouterr().err
+    assert err.count("\n") == 1 and said in err
