@@ -48,7 +48,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 EPS = 1e-6  # the epsilon of every equation; float32 resolves 1 - 1e-6, bfloat16 does not
-ARMS = {"baseline": "GPT2 Baseline", "matched": "GPT2 Matched", "dnc": "GPT2 + DNC"}
+ARMS = {
+    "baseline": "GPT2 Baseline",  # no memory
+    "matched": "GPT2 Matched",  # no memory, as many parameters as the DNC arm
+    "wide": "GPT2 Wide",  # no memory, twice the window
+    "cache": "GPT2 + Cache",  # the baseline and a neural cache, which has no parameters
+    "gru": "GPT2 + GRU",  # a vector as large as the DNC's matrix
+    "delta": "GPT2 + Delta",  # a matrix of the DNC's shape under the gated delta rule
+    "dnc_reset": "GPT2 + DNC Reset",  # the DNC, emptied at every window
+    "dnc": "GPT2 + DNC",
+}
 
 
 # ══ Config ═══════════════════════════════════════════════════════════════════════════════════════
@@ -90,7 +99,7 @@ class Config:
     mlp_width: Whole = 0  # feed-forward width, 0 = 4 * hidden_size
     init_from: str = "scratch"  # or hub name or folder of a pretrained GPT-2: its sizes are used
     # memory
-    memory: Literal["dnc", "none"] = "dnc"  # set by every arm: choose with arms
+    memory: Literal["dnc", "gru", "delta", "cache", "none"] = "dnc"  # set by every arm, see arms
     mem_slots: Count = 64  # N, rows of the memory matrix
     mem_width: Count = 128  # W, width of one row
     num_reads: Count = 4  # R, read heads
@@ -125,7 +134,7 @@ class Config:
     seed: Seed = 0  # weights, dropout and routing positions
     seeds: str = "1"  # how often every arm is trained, from seed on; or a list of seeds: 0,1,2
     lr_grid: str = ""  # peak rates such as 3e-4,1e-3: every arm takes its best on validation
-    arms: str = "baseline,dnc"  # of baseline, matched (as many parameters as dnc), dnc; in order
+    arms: str = "baseline,dnc"  # of baseline matched wide cache gru delta dnc_reset dnc; in order
     # data
     dataset: str = "auto"  # auto | hub id, id:configuration | folder with train, valid, test.txt
     tokenizer: str = "auto"  # auto (gpt2 from the hub) | hub name | folder
@@ -194,6 +203,8 @@ class Config:
              "a comma-separated choice of " + ", ".join(ARMS) + ", each once")
         rule("arms", "matched" not in arms or self.init_from == "scratch",
              "without matched where init_from names a model, whose sizes are given")
+        rule("arms", "cache" not in arms or "baseline" in arms[: arms.index("cache")],
+             "with baseline before cache, which takes the weights of the trained baseline")
         rule("hidden_size", self.hidden_size % heads == 0, f"divisible by num_heads ({heads})")
         rule("bptt_segments", batch % self.bptt_segments == 0, f"a divisor of batch_size ({batch})")
         rule("routing_fraction", self.routing_fraction > 0, "above 0; without it: lambda_routing 0")
@@ -575,8 +586,8 @@ class Output(NamedTuple):
     nll: Tensor  # (B, L) next-token cross-entropy in nats; 0 where the target is -100
     top1: Tensor  # (B, L) 1 where the most likely token is the target
     effect: Tensor  # (B, P) KL or benefit at the sampled positions, no gradient
-    trace: DNCTrace | None
-    state: DNCState | None
+    trace: DNCTrace | None  # None as well of a memory without write gates
+    state: tuple | None
 
 
 LOGITS_AT_ONCE = 2**25  # elements of one chunk of logits (128 MiB in float32)
@@ -640,7 +651,7 @@ class Pointer(NamedTuple):
         return torch.where(p > share * p_best, held, best)
 
 
-def point(trace: DNCTrace) -> Pointer:
+def point(trace: "DNCTrace | CacheTrace") -> Pointer:
     """The pointer of a trace, its B * T rows in one."""
     tokens = trace.tokens.flatten(0, 1)  # (B*T, N)
     weights = trace.read_weights.mean(2)
@@ -696,8 +707,14 @@ def head_loss(h: Tensor, weight: Tensor, targets: Tensor, dtype: torch.dtype,
     return fast(h, weight, targets, dtype, slices, pointer, lambda_vocabulary)
 
 
-def build_memory(config: Config) -> DNCMemory:
-    """The memory that Config describes."""
+def next_token_log_p(h: Tensor, weight: Tensor, pointer: Pointer | None) -> Tensor:
+    """log p of every token of the vocabulary (M, V): h (M, C), weight (V, C), pointer of M rows."""
+    log_p = (h @ weight.T).log_softmax(-1)
+    return log_p if pointer is None else pointer.mix(log_p)
+
+
+def build_dnc(config: Config) -> DNCMemory:
+    """The DNC that Config describes."""
     decay = config.usage_decay
     if decay == "auto":
         decay = max(0.0, 1 - 1.28 / config.mem_slots)
@@ -715,17 +732,17 @@ def build_memory(config: Config) -> DNCMemory:
 
 
 class GPT2WithMemory(nn.Module):
-    """GPT2Model, then (with config.memory "dnc") DNCMemory, then the LM head tied to the embedding.
-    Every arm is this class, built from the same seed: the controllers start equal."""
+    """GPT2Model, then the memory of `build_memory`, if any, then the LM head tied to the embedding.
+    Every arm is this class, built from the same seed: controllers of one shape start equal."""
 
     def __init__(self, config: Config, controller: nn.Module) -> None:
         super().__init__()
         self.config, self.controller = config, controller
         torch.manual_seed(config.seed + 1)
-        self.memory = build_memory(config) if config.memory == "dnc" else None
+        self.memory = build_memory(config)
         torch.manual_seed(config.seed + 2)  # dropout: the same stream in every arm
 
-    def init_state(self, rows: int) -> DNCState | None:
+    def init_state(self, rows: int) -> tuple | None:
         return None if self.memory is None else self.memory.init_state(rows)
 
     def head_weight(self) -> Tensor:
@@ -737,7 +754,7 @@ class GPT2WithMemory(nn.Module):
         enabled = self.config.precision == "bf16"
         return torch.autocast(device.type, dtype=torch.bfloat16, enabled=enabled)
 
-    def hidden(self, tokens: Tensor, state: DNCState | None):
+    def hidden(self, tokens: Tensor, state: tuple | None):
         """tokens (B, L) -> h without and with memory (B, L, C), state, trace. The controller sees
         L / seq_len independent windows in one call, the memory the whole length if carried."""
         if self.config.use_compile:
@@ -754,10 +771,11 @@ class GPT2WithMemory(nn.Module):
             return h, *self.memory(h, state, tokens, embed(tokens))
         empty = self.memory.init_state(len(windows))
         h_out, _, trace = self.memory(h, empty, windows, embed(windows))
-        trace = DNCTrace(*(part.reshape(B, L, *part.shape[2:]) for part in trace))
+        if trace is not None:
+            trace = type(trace)(*(part.reshape(B, L, *part.shape[2:]) for part in trace))
         return h.reshape(B, L, -1), h_out.reshape(B, L, -1), state, trace
 
-    def forward(self, tokens: Tensor, targets: Tensor, state: DNCState | None,
+    def forward(self, tokens: Tensor, targets: Tensor, state: tuple | None,
                 positions: Tensor | None = None) -> Output:
         """One training pass. tokens, targets (B, L), one window or a multiple of seq_len (target
         -100 = not scored), state of B rows, positions (B, P) of the routing effect or None."""
@@ -798,13 +816,24 @@ class GPT2WithMemory(nn.Module):
                 effect[rows] = nll_without - nll[rows]
         return effect.view(positions.shape)
 
-    def pointer(self, trace: DNCTrace | None) -> Pointer | None:
+    def pointer(self, trace: "DNCTrace | CacheTrace | None") -> Pointer | None:
         """The pointer of a trace, None where there is no memory or it does not point."""
         return point(trace) if self.config.pointing and trace is not None else None
 
     @torch.no_grad()
-    def measure(self, tokens: Tensor, targets: Tensor, state: DNCState | None,
-                brief: bool = False) -> tuple[Tensor, DNCState | None]:
+    def log_probabilities(self, tokens: Tensor, state: tuple | None) -> Tensor:
+        """log p of every token of the vocabulary after each of tokens (B, L) -> (B, L, V), all of
+        it at once; logits as of `measure`."""
+        with self.autocast(tokens.device):
+            _, h_out, _, trace = self.hidden(tokens, state)
+        h_out = h_out.flatten(0, 1).float()
+        weight = self.head_weight().float()
+        log_p = next_token_log_p(h_out, weight, self.pointer(trace))  # (B * L, V)
+        return log_p.view(*tokens.shape, -1)
+
+    @torch.no_grad()
+    def measure(self, tokens: Tensor, targets: Tensor, state: tuple | None,
+                brief: bool = False) -> tuple[Tensor, tuple | None]:
         """STATS of every token (B, L, K) (brief: the nll, the rest 0) and the state behind them;
         arguments as of `forward`. Logits are float32, without autocast."""
         with self.autocast(tokens.device):
@@ -832,7 +861,7 @@ def total_loss(output: Output, positions: Tensor | None, config: Config) -> Tens
     if positions is not None:
         gates = output.trace.write_gate.gather(1, positions)  # (B, P)
         loss = loss - config.lambda_routing * (gates * output.effect).mean()
-    if output.trace is not None and config.lambda_entropy > 0:
+    if isinstance(output.trace, DNCTrace) and config.lambda_entropy > 0:
         loss = loss + config.lambda_entropy * weight_entropy(output.trace.write_weights).mean()
     return loss
 
@@ -841,7 +870,7 @@ def routing_positions(config: Config, step: int, device: torch.device | str = "c
                       ) -> Tensor | None:
     """Positions (rows, P) at which L_routing is computed, drawn from seed and step alone; None
     where there is no such loss: a step without it computes no logits without memory."""
-    if config.memory == "none" or config.lambda_routing == 0:
+    if config.memory != "dnc" or config.lambda_routing == 0:
         return None
     count = max(1, round(config.routing_fraction * config.step_len))
     generator = torch.Generator().manual_seed(config.seed * 1_000_003 + step)
@@ -861,7 +890,7 @@ class Run:
     steps_per_epoch: int
     tag: str = ""  # in file names, what tells it from other runs of its arm: seed, rate
     step: int = 0
-    state: DNCState | None = None
+    state: tuple | None = None  # of the memory
     history: list[dict] = dataclasses.field(default_factory=list)  # rows of metrics.jsonl
     meter: dict = dataclasses.field(default_factory=lambda: dict(  # speed; means since the last row
         seconds=0.0, tokens=0, peak_mb=0.0, steps=0, loss=0.0, top1=0.0, gate=0.0,
@@ -908,7 +937,7 @@ def train_step(run: Run, forward: nn.Module, rows: Tensor) -> None:
     run.step += 1
 
 
-def empty_some_rows(state: DNCState | None, config: Config, step: int) -> DNCState | None:
+def empty_some_rows(state: tuple | None, config: Config, step: int) -> tuple | None:
     """Empty the memory of a random empty_share of the rows, drawn from seed and step alone: an
     evaluation and a generation start from an empty memory, so training has to meet one often."""
     if state is None or config.empty_share == 0:
@@ -924,13 +953,13 @@ def empty_some_rows(state: DNCState | None, config: Config, step: int) -> DNCSta
         while mask.dim() < tensor.dim():
             mask = mask.unsqueeze(-1)
         new.append(tensor.masked_fill(mask, fill))
-    return DNCState(*new)
+    return type(state)(*new)
 
 
 def check_and_count(run: Run, output: Output, loss: Tensor, norm: Tensor) -> None:
     """Add a step to the meter. Raises Diverged where its loss or gradient norm is not finite."""
     gate = loss.new_zeros(())
-    if output.trace is not None:
+    if isinstance(output.trace, DNCTrace):
         gate = output.trace.write_gate.mean()
     # One transfer a step: the loss must be looked at before the weights change.
     scalars = torch.stack([loss, norm, output.nll.mean(), output.top1.mean(), gate]).detach()
@@ -993,7 +1022,7 @@ def log_train(run: Run) -> str:
     loss, top1, gate = (meter[name] / meter["steps"] for name in ("loss", "top1", "gate"))
     row = {"loss": loss, "ppl": perplexity(loss), "top1_acc": top1,
            "lr": run.optimizer.param_groups[0]["lr"]}
-    if run.model.memory is not None:
+    if run.config.memory == "dnc":
         row["avg_gate"] = gate
     log_row(run, "train", row)
     meter.update(steps=0, loss=0.0, top1=0.0, gate=0.0)
@@ -1038,7 +1067,7 @@ def finish(run: Run, corpus: "Corpus", stop: "StopSignal") -> None:
         "peak_mb": run.meter["peak_mb"],
         "tokens_per_s": run.tokens_per_s,
     }
-    if run.state is not None and config.carry_memory:
+    if run.model.memory is not None and config.carry_memory:
         run.results["swapped"] = evaluate(run.model, valid, config, stop, brief=True, swap=True)
     save_checkpoint(run, corpus, final=True)
 
@@ -1102,10 +1131,11 @@ def count_parameters(module: nn.Module | None) -> int:
 
 
 # ══ Evaluation: statistics of every token, and their means ═══════════════════════════════════════
-# Columns of the statistics that evaluation takes of every token; the second line needs a memory.
-STATS = ("nll", "top1", "top5", "confidence", "rank", "pred_entropy",
-         "nll_without", "kl", "gate", "gate_squared", "write_rate", "sparsity")
-MEMORY_STATS = STATS[6:]
+# Columns of the statistics that evaluation takes of every token: of a prediction, of what a memory
+# does to it, and of the gates with which a DNC writes.
+MEMORY_STATS = ("nll_without", "kl")
+GATE_STATS = ("gate", "gate_squared", "write_rate", "sparsity")
+STATS = ("nll", "top1", "top5", "confidence", "rank", "pred_entropy", *MEMORY_STATS, *GATE_STATS)
 BIN = 64  # tokens of a row whose statistics are kept as one sum
 
 
@@ -1165,28 +1195,30 @@ def prediction_columns(log_p: Tensor, p: Tensor, target: Tensor) -> list[Tensor]
     ]
 
 
-def memory_columns(p: Tensor, log_q: Tensor, target: Tensor,
-                   minus_entropy: Tensor, gate: Tensor, write_weights: Tensor
+def memory_columns(p: Tensor, log_q: Tensor, target: Tensor, minus_entropy: Tensor
                    ) -> list[Tensor]:
-    """MEMORY_STATS of probabilities p with memory and log-probabilities without (M, V), targets,
-    -H(p) and gates (M, 1), write_weights (M, N); each (M, 1)."""
+    """MEMORY_STATS of probabilities p with memory and log-probabilities without (M, V), targets
+    and -H(p) (M, 1); each (M, 1)."""
     cross = (p.unsqueeze(1) @ log_q.unsqueeze(2))[:, 0]  # (M, 1)
-    spread = weight_entropy(write_weights).unsqueeze(1)  # (M, 1)
     return [
         -log_q.gather(1, target),
         minus_entropy - cross,
+    ]
+
+
+def gate_columns(trace: tuple | None, rows: slice) -> list[Tensor]:
+    """GATE_STATS of M of the B * T rows of a trace, each (M, 1); [] where it has no gates."""
+    if not isinstance(trace, DNCTrace):
+        return []
+    gate = trace.write_gate.reshape(-1, 1)[rows]  # (M, 1)
+    write_weights = trace.write_weights.flatten(0, 1)[rows]  # (M, N)
+    spread = weight_entropy(write_weights).unsqueeze(1)  # (M, 1)
+    return [
         gate,
         gate * gate,
         gate > 0.7,
         1 - spread,
     ]
-
-
-def gates_of(trace: DNCTrace, rows: slice) -> tuple[Tensor, Tensor]:
-    """Write gates (M, 1) and write weights (M, N) of some of the B * T rows of a trace."""
-    write_gate = trace.write_gate.reshape(-1, 1)
-    write_weights = trace.write_weights.flatten(0, 1)
-    return write_gate[rows], write_weights[rows]
 
 
 def token_statistics(h: Tensor, h_out: Tensor, targets: Tensor,
@@ -1196,21 +1228,22 @@ def token_statistics(h: Tensor, h_out: Tensor, targets: Tensor,
     weight (V, C) -> (B, L, K). Logits in float32 and in chunks: ties among bfloat16 logits would
     flatter rank and accuracy."""
     out = torch.zeros(targets.numel(), len(STATS), device=h.device)  # (B*L, K)
+    has_memory = trace is not None or h_out is not h  # without one they are the same tensor
     h, h_out = h.flatten(0, 1).float(), h_out.flatten(0, 1).float()  # (B*L, C)
     at, weight = targets.reshape(-1, 1), weight.float()
     for rows in logit_chunks(len(out), weight):
         target = at[rows].clamp_min(0)  # (M, 1)
-        log_p = (h_out[rows] @ weight.T).log_softmax(-1)  # (M, V)
-        if pointer is not None:
-            log_p = pointer.rows(rows).mix(log_p)
+        held = None if pointer is None else pointer.rows(rows)
+        log_p = next_token_log_p(h_out[rows], weight, held)  # (M, V)
         if brief:
             columns = [-log_p.gather(1, target)]
         else:
             p = log_p.exp()
             columns = prediction_columns(log_p, p, target)
-        if not brief and trace is not None:
-            log_q = (h[rows] @ weight.T).log_softmax(-1)  # (M, V)
-            columns += memory_columns(p, log_q, target, -columns[-1], *gates_of(trace, rows))
+        if not brief and has_memory:
+            log_q = next_token_log_p(h[rows], weight, None)  # (M, V)
+            columns += memory_columns(p, log_q, target, -columns[-1])
+            columns += gate_columns(trace, rows)
         taken = torch.cat([column.float() for column in columns], dim=1)
         out[rows, : taken.shape[1]] = taken
     out = out * (at != -100)
@@ -1242,7 +1275,7 @@ def evaluate(model: GPT2WithMemory, stream: Tensor, config: Config, stop: "StopS
     stats = torch.cat(taken, dim=1)  # (rows, length, K)
     sums = torch.stack([part.double().sum(1) for part in stats.split(BIN, 1)])
     counts = torch.stack([(part != -100).sum(1) for part in targets.split(BIN, 1)])
-    metrics = means(sums, counts, has_memory=model.memory is not None, brief=brief)
+    metrics = means(sums, counts, lacking_stats(config), brief=brief)
     return {"metrics": metrics, "sums": sums, "counts": counts, "nll": stats[..., 0].clone()}
 
 
@@ -1275,17 +1308,24 @@ def sees_ahead(model: GPT2WithMemory, stream: Tensor, config: Config) -> float:
     return (scores[1] - scores[0]).abs().max().item()
 
 
-def means(sums: Tensor, counts: Tensor, has_memory: bool, brief: bool
+def lacking_stats(config: Config) -> tuple[str, ...]:
+    """The STATS that an arm does not have: without a memory, or with one that has no gates."""
+    if config.memory == "dnc":
+        return ()
+    return GATE_STATS if config.memory != "none" else MEMORY_STATS + GATE_STATS
+
+
+def means(sums: Tensor, counts: Tensor, lacking: tuple[str, ...], brief: bool
           ) -> dict[str, float]:
-    """METRICS of evaluate's sums and counts; of the loss alone if brief, without those of a memory
-    where there is none."""
+    """METRICS of evaluate's sums and counts; of the loss alone if brief, without those of the STATS
+    that are lacking."""
     mean_of_columns = sums.sum((0, 1)) / counts.sum()  # (K,)
     mean = dict(zip(STATS, mean_of_columns.tolist(), strict=True))
     metrics = {}
     for metric in METRICS:
         if brief and metric.column != "nll":
             continue
-        if metric.column in MEMORY_STATS and not has_memory:
+        if metric.column in lacking:
             continue
         metrics[metric.key] = metric.value(mean) if metric.value else mean[metric.column]
     return metrics
@@ -2074,6 +2114,397 @@ def sharpen(weights: Tensor, strengths: Tensor) -> Tensor:
     return powered / powered.sum(-1, keepdim=True)
 
 
+# ══ Other memories: what a DNC has to be better than ═════════════════════════════════════════════
+def build_memory(config: Config) -> nn.Module | None:
+    """The memory that Config describes, None for "none". Each has init_state(batch) -> a NamedTuple
+    of tensors, batch first, and forward(h, state, tokens, embedding) -> h_out, state, trace or
+    None; h, h_out and the tokens' embedding are (B, T, C), tokens (B, T)."""
+    C, N, W = config.hidden_size, config.mem_slots, config.mem_width
+    build = {
+        "none": lambda: None,
+        "dnc": lambda: build_dnc(config),
+        "gru": lambda: GRUMemory(C, N, W),
+        "delta": lambda: DeltaMemory(C, N, W, config.scan),
+        "cache": lambda: CacheMemory(C, N),
+    }
+    return build[config.memory]()
+
+
+def zeros_beside(parameter: Tensor, *shape: int) -> Tensor:
+    """Zeros for a state on a parameter's device, of float32 at least."""
+    dtype = torch.promote_types(parameter.dtype, torch.float32)
+    return parameter.new_zeros(shape, dtype=dtype)
+
+
+class GRUState(NamedTuple):
+    """What one step of a GRUMemory hands to the next."""
+    cells: Tensor  # (B, N * W) in (-1, 1)
+
+
+class GRUMemory(nn.Module):
+    """A GRU whose state has as many numbers as the DNC's matrix, N * W: is it the matrix that
+    helps, or any state that crosses windows? Cho et al. 2014, arXiv 1406.1078, the reset gate
+    inside as in torch.nn.GRU:
+
+    r, z = sigmoid(x_rz + U_rz s), n = tanh(x_n + r * (U_n s)), s = (1 - z) n + z s,
+    x = A B [LN(h_t), embedding of token t] + b of rank RANK, h_out = h + read_proj(D LN(s)).
+
+    U is block-diagonal, as in the heads of sLSTM (Beck et al. 2024, arXiv 2405.04517): a full one
+    would have 200 M numbers at the shipped sizes. There it has 1.95 M parameters, the DNC 0.70 M:
+    so large a state needs them, and an arm to be beaten is given more rather than fewer.
+    """
+    RANK, BLOCK = 32, 32  # at most
+    SPAN = 512  # tokens: at the start cells forget over 2 to 1 + SPAN tokens, evenly in the log
+
+    def __init__(self, hidden_size: int, slots: int, width: int) -> None:
+        super().__init__()
+        self.size = size = slots * width
+        rank = min(self.RANK, hidden_size)
+        divisors = [k for k in range(1, self.BLOCK + 1) if size % k == 0]
+        self.block = block = divisors[-1]  # K; G = N * W / K
+        self.norm = nn.LayerNorm(hidden_size)
+        self.reduce = nn.Linear(2 * hidden_size, rank, bias=False)
+        self.expand = nn.Linear(rank, 3 * size)  # by block: r, z, n
+        self.recurrent = nn.Parameter(torch.empty(size // block, block, 3 * block))
+        self.read_norm = nn.LayerNorm(size)
+        self.read_reduce = nn.Linear(size, rank, bias=False)
+        self.read_proj = nn.Linear(rank, hidden_size, bias=False)
+        self.set_initial_values()
+
+    @torch.no_grad()
+    def set_initial_values(self) -> None:
+        """U as torch.nn.GRU has it; biases of z by Tallec & Ollivier 2018, arXiv 1804.11188, whose
+        cells forget at different speeds; reads that add nothing."""
+        bound = self.block ** -0.5
+        nn.init.uniform_(self.recurrent, -bound, bound)
+        nn.init.zeros_(self.expand.bias)
+        log_spans = torch.linspace(0, math.log(self.SPAN), self.size)
+        of_update = self.expand.bias.view(-1, 3, self.block)[:, 1]  # (G, K)
+        of_update.copy_(log_spans.view(self.block, -1).T)  # every block has all speeds
+        nn.init.zeros_(self.read_proj.weight)
+
+    def init_state(self, batch: int) -> GRUState:
+        return GRUState(zeros_beside(self.recurrent, batch, self.size))
+
+    def forward(self, h: Tensor, state: GRUState, tokens: Tensor | None, embedding: Tensor
+                ) -> tuple[Tensor, GRUState, None]:
+        """h, embedding (B, T, C), state of B rows -> h_out (B, T, C), state after the last token.
+        tokens are not looked at."""
+        both = torch.cat((self.norm(h), embedding), dim=-1)  # (B, T, 2C)
+        x = at_least_float32(self.expand(self.reduce(both)))  # (B, T, 3 N W)
+        with torch.autocast(h.device.type, enabled=False):  # states are kept in float32
+            cells = gru_loop(x, state.cells, self.recurrent)  # (B, T, N W)
+        reads = self.read_reduce(self.read_norm(cells))  # (B, T, RANK)
+        h_out = h + self.read_proj(reads)
+        new = GRUState(cells[:, -1])
+        return h_out, new, None
+
+
+def gru_loop(x: Tensor, cells: Tensor, recurrent: Tensor) -> Tensor:
+    """The readable recurrence of a GRU in G blocks of K: x (B, T, G * 3K), by block for r, z, n,
+    cells (B, G * K), recurrent (G, K, 3K) -> the cells after each token (B, T, G * K)."""
+    G, K, _ = recurrent.shape
+    blocks = x.unflatten(-1, (G, 3 * K))  # (B, T, G, 3K)
+    steps = blocks.permute(1, 2, 0, 3)  # (T, G, B, 3K)
+    s = cells.unflatten(-1, (G, K)).transpose(0, 1)  # (G, B, K)
+    states = []
+    for step in steps:
+        x_r, x_z, x_n = step.chunk(3, dim=-1)  # (G, B, K) each
+        from_state = s @ recurrent  # (G, B, 3K)
+        s_r, s_z, s_n = from_state.chunk(3, dim=-1)
+        reset = (x_r + s_r).sigmoid()
+        update = (x_z + s_z).sigmoid()
+        new = (x_n + reset * s_n).tanh()
+        s = (1 - update) * new + update * s
+        states.append(s)
+    by_row = torch.stack(states).permute(2, 0, 1, 3)  # (B, T, G, K)
+    return by_row.flatten(2)
+
+
+class DeltaState(NamedTuple):
+    """What one step of a DeltaMemory hands to the next."""
+    memory: Tensor  # (B, N, W)
+    last: Tensor  # (B, C) LN(h) of the last token
+
+
+class DeltaMemory(nn.Module):
+    """The gated delta rule (Yang, Kautz & Hatamizadeh 2024, arXiv 2412.06464) with one matrix of
+    the DNC's shape, keys of N numbers and values of W:
+
+    S_t = a_t (I - b_t k_t k_t^T) S_t-1 + b_t k_t v_t^T, o_t = S_t^T q_t,
+    a_t = exp(-exp(A) softplus(.)), b_t = sigmoid(.), h_out = h + read_proj(RMSNorm(o) * SiLU(G)).
+
+    Only the memory differs from the DNC's arm, not what it sees (RowInterface): a key of LN(h_t-1),
+    a value of the embedding of token t, a_t and b_t of both, a query and G of LN(h_t). departs from
+    Yang: no short convolutions, whose work the shift by one token does.
+    """
+
+    def __init__(self, hidden_size: int, slots: int, width: int, scan: str = "auto") -> None:
+        super().__init__()
+        self.scan = scan
+        self.norm = nn.LayerNorm(hidden_size)
+        self.key = nn.Linear(hidden_size, slots, bias=False)
+        self.query = nn.Linear(hidden_size, slots, bias=False)
+        self.value = nn.Linear(hidden_size, width, bias=False)
+        self.gates = nn.Linear(2 * hidden_size, 2)  # of a, of b
+        self.log_rate = nn.Parameter(torch.zeros(1))  # A
+        self.read_norm = nn.RMSNorm(width, eps=1e-5)
+        self.read_gate = nn.Linear(hidden_size, width, bias=False)
+        self.read_proj = nn.Linear(width, hidden_size, bias=False)
+        self.set_initial_values(slots)
+
+    @torch.no_grad()
+    def set_initial_values(self, slots: int) -> None:
+        """Queries ask in the code of the keys; b is 1/2; a forgets over N tokens, as many as there
+        are keys that do not disturb each other; reads add nothing."""
+        nn.init.orthogonal_(self.key.weight)
+        nn.init.orthogonal_(self.value.weight)
+        self.query.weight.copy_(self.key.weight)
+        nn.init.zeros_(self.gates.weight)
+        forget = math.log(math.expm1(1 / slots))  # softplus of it is 1 / N
+        self.gates.bias.copy_(torch.tensor([forget, 0.0]))
+        nn.init.zeros_(self.read_proj.weight)
+
+    def init_state(self, batch: int) -> DeltaState:
+        hidden_size, width = self.read_proj.weight.shape
+        slots = len(self.key.weight)
+        return DeltaState(
+            memory=zeros_beside(self.log_rate, batch, slots, width),
+            last=zeros_beside(self.log_rate, batch, hidden_size),
+        )
+
+    def forward(self, h: Tensor, state: DeltaState, tokens: Tensor | None, embedding: Tensor
+                ) -> tuple[Tensor, DeltaState, None]:
+        """h, embedding (B, T, C), state of B rows -> h_out (B, T, C), state after the last token.
+        tokens are not looked at."""
+        normed = self.norm(h)
+        last = state.last.unsqueeze(1).to(normed.dtype)  # (B, 1, C)
+        before = torch.cat((last, normed[:, :-1]), dim=1)  # LN(h_t-1)
+        instructions = self.instructions(normed, before, embedding)
+        read_gate = at_least_float32(self.read_gate(normed))  # (B, T, W)
+        recurrence = pick_delta(self.scan, state.memory)
+        with torch.autocast(h.device.type, enabled=False):  # the matrix is kept in float32
+            reads, memory = recurrence(*instructions, state.memory)
+            reads = self.read_norm(reads) * F.silu(read_gate)  # (B, T, W)
+        last = normed[:, -1].to(state.last.dtype)
+        new = DeltaState(memory, last)
+        h_out = h + self.read_proj(reads)
+        return h_out, new, None
+
+    def instructions(self, normed: Tensor, before: Tensor, embedding: Tensor
+                     ) -> tuple[Tensor, ...]:
+        """LN(h_t), LN(h_t-1), embedding of token t (B, T, C) -> the first five of delta_loop."""
+        both = torch.cat((before, embedding), dim=-1)  # (B, T, 2C)
+        query = at_least_float32(self.query(normed))
+        key = at_least_float32(self.key(before))
+        value = at_least_float32(self.value(embedding))
+        for_a, for_b = at_least_float32(self.gates(both)).unbind(-1)  # (B, T) each
+        return (
+            F.normalize(query, dim=-1),
+            F.normalize(key, dim=-1),
+            value,
+            -self.log_rate.exp() * F.softplus(for_a),
+            for_b.sigmoid(),
+        )
+
+
+def delta_loop(q: Tensor, k: Tensor, v: Tensor, log_a: Tensor, b: Tensor, memory: Tensor
+               ) -> tuple[Tensor, Tensor]:
+    """The readable gated delta rule: queries, keys (B, T, N), values (B, T, W), log a_t and b_t
+    (B, T), memory S (B, N, W) -> reads (B, T, W), memory after the last token."""
+    q, k, v = (x.unsqueeze(2) for x in (q, k, v))  # (B, T, 1, N or W)
+    a = log_a.exp()[..., None, None]  # (B, T, 1, 1)
+    b = b[..., None, None]
+    reads = []
+    for q_t, k_t, v_t, a_t, b_t in zip(*(x.unbind(1) for x in (q, k, v, a, b)), strict=True):
+        memory = a_t * memory  # (B, N, W)
+        held = k_t @ memory  # (B, 1, W), what the key reads so far
+        change = b_t * (v_t - held)
+        memory = memory + k_t.transpose(1, 2) @ change
+        read = q_t @ memory  # (B, 1, W)
+        reads.append(read)
+    reads = torch.cat(reads, dim=1)
+    return reads, memory
+
+
+def delta_chunks(q: Tensor, k: Tensor, v: Tensor, log_a: Tensor, b: Tensor, memory: Tensor
+                 ) -> tuple[Tensor, Tensor]:
+    """`delta_loop` by the kernels of flash-linear-attention, with one head; products in bf16."""
+    from fla.ops.gated_delta_rule import chunk_gated_delta_rule
+
+    q, k, v = (x.bfloat16().unsqueeze(2) for x in (q, k, v))  # (B, T, 1, N or W)
+    reads, memory = chunk_gated_delta_rule(
+        q=q,
+        k=k,
+        v=v,
+        g=log_a.unsqueeze(2),  # (B, T, 1)
+        beta=b.unsqueeze(2),
+        scale=1.0,
+        initial_state=memory.unsqueeze(1),  # (B, 1, N, W)
+        output_final_state=True,
+    )
+    return reads.squeeze(2).float(), memory.squeeze(1)
+
+
+def pick_delta(scan: str, memory: Tensor) -> Callable:
+    """The recurrence of a DeltaMemory: delta_loop, or delta_chunks where a GPU is under autocast
+    and keys have at most 256 numbers. Says once where its kernels are not installed."""
+    able = memory.is_cuda and torch.is_autocast_enabled("cuda") and memory.shape[1] <= 256
+    if scan == "eager" or not able:
+        return delta_loop
+    try:
+        import fla.ops.gated_delta_rule  # noqa: F401
+    except ImportError:
+        say_once("GPT2 + Delta: runs in the readable loop, slower: pip install "
+                 "flash-linear-attention")
+        return delta_loop
+    return delta_chunks
+
+
+class CacheState(NamedTuple):
+    """The last N hidden states and what followed them, the newest last."""
+    keys: Tensor  # (B, N, C) hidden states of unit length
+    tokens: Tensor  # (B, N) id of the token that followed, -1 none; int64
+    last: Tensor  # (B, C) the newest hidden state, whose next token is yet to come; zeros: none
+
+
+class CacheTrace(NamedTuple):
+    """Where a CacheMemory points at each token, for `point`."""
+    read_weights: Tensor  # (B, T, 1, N), of sum lambda, or 0 while the cache is empty
+    tokens: Tensor  # (B, T, N) id of the token that followed the state in a slot, -1 none
+
+
+class CacheMemory(nn.Module):
+    """The continuous neural cache (Grave et al. 2017, arXiv 1612.04426): nothing is learnt, theta
+    and lambda are chosen on validation (`tune_cache`). With s over the last N states of which the
+    next token is known at t,
+
+    p(y) = (1 - lambda) softmax(E h_t)[y] + lambda sum_s softmax_s(theta cos(h_t, h_s)) [x_s+1 = y].
+    """
+    THETAS = (1.0, 2.0, 4.0, 6.0, 8.0, 12.0, 16.0, 24.0)
+    LAMBDAS = (0.02, 0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.6)
+
+    def __init__(self, hidden_size: int, slots: int) -> None:
+        super().__init__()
+        self.hidden_size, self.slots = hidden_size, slots
+        self.register_buffer("theta", torch.tensor(8.0))
+        self.register_buffer("share", torch.tensor(0.1))  # lambda
+
+    def init_state(self, batch: int) -> CacheState:
+        return CacheState(
+            keys=zeros_beside(self.theta, batch, self.slots, self.hidden_size),
+            tokens=torch.full((batch, self.slots), -1, device=self.theta.device),
+            last=zeros_beside(self.theta, batch, self.hidden_size),
+        )
+
+    def forward(self, h: Tensor, state: CacheState, tokens: Tensor,
+                embedding: Tensor | None = None) -> tuple[Tensor, CacheState, CacheTrace]:
+        """h (B, T, C), state of B rows, tokens (B, T) -> h itself, state after the last token,
+        trace. The embedding is not looked at."""
+        cosine, held, new = self.look_up(h, state, tokens)
+        weights = self.share * cache_weights(cosine, held, self.theta)  # (B, T, N)
+        return h, new, CacheTrace(weights.unsqueeze(2), held)
+
+    def look_up(self, h: Tensor, state: CacheState, tokens: Tensor
+                ) -> tuple[Tensor, Tensor, CacheState]:
+        """Arguments as of forward -> cosine of h_t with each of the last N states and the tokens
+        that followed them, both (B, T, N), and the state after the last token."""
+        B, T, _ = h.shape
+        unit = F.normalize(at_least_float32(h), dim=-1)
+        last = state.last.unsqueeze(1)  # (B, 1, C)
+        before = torch.cat((last, unit[:, :-1]), dim=1)  # h_t-1
+        followed = torch.where(before.any(-1), tokens, -1)  # the first token follows no state
+        keys = torch.cat((state.keys, before), dim=1)  # (B, N + T, C)
+        followed = torch.cat((state.tokens, followed), dim=1)  # (B, N + T)
+
+        step = torch.arange(T, device=h.device).unsqueeze(1)
+        slot = torch.arange(self.slots, device=h.device)
+        places = step + slot + 1  # (T, N): at t the newest is that of token t, at N + t
+        with torch.autocast(h.device.type, enabled=False):
+            cosine = unit @ keys.transpose(1, 2)  # (B, T, N + T)
+        cosine = cosine.gather(2, places.expand(B, -1, -1))  # (B, T, N)
+        held = followed[:, places]  # (B, T, N)
+        new = CacheState(
+            keys=keys[:, T:],
+            tokens=followed[:, T:],
+            last=unit[:, -1],
+        )
+        return cosine, held, new
+
+
+def cache_weights(cosine: Tensor, held: Tensor, theta: Tensor | float) -> Tensor:
+    """softmax over the slots that hold a token of theta * cosine, both (B, T, N); 0 without any."""
+    logits = theta * cosine
+    logits = logits.masked_fill(held < 0, -torch.inf)
+    weights = logits.softmax(-1)
+    return weights.nan_to_num(0.0)
+
+
+@torch.no_grad()
+def tune_cache(model: GPT2WithMemory, stream: Tensor, config: Config, stop: "StopSignal") -> float:
+    """Give a model's CacheMemory the theta and lambda of the lowest loss on a stream, all settings
+    in one pass over it -> that loss in nats."""
+    weight, memory = model.head_weight(), model.memory
+    device = weight.device
+    inputs, targets = evaluation_rows(stream, config.eval_rows)  # (B, length)
+    state = model.init_state(config.eval_rows)
+    losses = 0.0
+    model.eval()
+    for start in range(0, inputs.shape[1], config.seq_len):
+        stop.check()
+        window = slice(start, start + config.seq_len)
+        x = inputs[:, window].to(device)  # (B, T)
+        y = targets[:, window].to(device)
+        with model.autocast(device):
+            h, _, after, _ = model.hidden(x, state)
+        cosine, held, _ = memory.look_up(h, state, x)
+        stats = token_statistics(h, h, y, weight, None, brief=True)
+        losses = losses + cache_losses(memory, stats[..., 0], cosine, held, y)
+        state = after
+    model.train()
+
+    best = losses.argmin().item()
+    i, j = divmod(best, len(memory.LAMBDAS))
+    memory.theta.fill_(memory.THETAS[i])
+    memory.share.fill_(memory.LAMBDAS[j])
+    return losses[i, j].item() / (len(stream) - 1)
+
+
+def cache_losses(memory: CacheMemory, alone: Tensor, cosine: Tensor, held: Tensor, targets: Tensor
+                 ) -> Tensor:
+    """Summed nats of targets (B, T) by theta and lambda (THETAS, LAMBDAS), float64: alone (B, T),
+    the vocabulary's own nats, cosine and held (B, T, N) as of look_up."""
+    lambdas = torch.tensor(memory.LAMBDAS, device=alone.device).view(-1, 1, 1)
+    p = (-alone).exp()  # (B, T)
+    filled = (held >= 0).any(-1)  # (B, T)
+    match = held == targets.unsqueeze(2)  # (B, T, N)
+    scored = targets != -100
+    losses = []
+    for theta in memory.THETAS:
+        weights = cache_weights(cosine, held, theta)
+        p_cache = (weights * match).sum(-1)  # (B, T)
+        mixed = p + lambdas * filled * (p_cache - p)  # (LAMBDAS, B, T)
+        nll = -mixed.clamp_min(1e-38).log()
+        losses.append((nll * scored).double().sum((1, 2)))
+    return torch.stack(losses)
+
+
+def tune_on(baseline: Run, run: Run, corpus: "Corpus", stop: "StopSignal") -> None:
+    """Make the arm cache, which is not trained, of the trained baseline: its weights, then theta
+    and lambda by the first eval_tokens of validation. Scores and saves it as every arm is."""
+    trained = baseline.model.controller.state_dict()
+    run.model.controller.load_state_dict(trained)
+    run.step = baseline.step
+    stream = corpus.valid[: run.config.eval_tokens + 1]
+    with stop.held():
+        tune_cache(run.model, stream, run.config, stop)
+        memory = run.model.memory
+        print(f"{run.arm}: theta {memory.theta:g}, lambda {memory.share:.2f}, chosen on the first "
+              f"{len(stream) - 1:,} tokens of validation")
+        validate(run, corpus, stop)
+        finish(run, corpus, stop)
+
+
 # ══ Data: one token stream a split ═══════════════════════════════════════════════════════════════
 SPLITS = ("train", "valid", "test")
 HUB_WIKITEXT = "Salesforce/wikitext:wikitext-2-raw-v1"
@@ -2438,8 +2869,9 @@ def restore(run: Run, payload: dict, path: str | Path, corpus: Corpus) -> None:
     run.last_saved = str(path)
     if payload["memory_state"] is not None:
         saved = payload["memory_state"]
-        newer = run.model.init_state(run.config.rows)[len(saved):]  # parts that came later
-        run.state = map_state(lambda tensor: tensor.to(run.device), DNCState(*saved, *newer))
+        fresh = run.model.init_state(run.config.rows)
+        state = type(fresh)(*saved, *fresh[len(saved):])  # parts that came later are empty
+        run.state = map_state(lambda tensor: tensor.to(run.device), state)
     rng = payload["rng"]
     torch.set_rng_state(rng["torch"])
     torch.cuda.set_rng_state_all(rng["cuda"][: torch.cuda.device_count()])
@@ -2758,7 +3190,16 @@ def train_baseline(**fields: object) -> Path:
 # ── What a reader is told: facts of a run, tables, figures ───────────────────────────────────────
 RULE, LINE = "═" * 78, "  " + "─" * 74
 MARKS = {1: "✓", -1: "✗", 0: "≈"}  # better, worse, undecided
-PALETTE = ("#4fc3f7", "#aed581", "#ff8a65", "#fff176", "#ce93d8", "#ffb347", "#f48fb1", "#b0bec5")
+PALETTE = (
+    "#4fc3f7",  # sky
+    "#aed581",  # lime
+    "#ff8a65",  # coral
+    "#fff176",  # lemon
+    "#ce93d8",  # lilac
+    "#ffb347",  # amber
+    "#80cbc4",  # teal
+    "#f06292",  # rose
+)
 say_once = functools.cache(functools.partial(print, flush=True))
 
 
@@ -2933,19 +3374,41 @@ def build_model(config: Config, settings: object) -> GPT2WithMemory:
 def matched_width(config: Config) -> int:
     """The feed-forward width at which a baseline has as many parameters as the DNC."""
     with torch.device("meta"):
-        memory = build_memory(config)
+        memory = build_dnc(config)
     extra = count_parameters(memory) / config.num_layers
     wider = round(extra / (2 * config.hidden_size + 1))  # two matrices and one bias
     width = config.mlp_width or 4 * config.hidden_size
     return width + wider
 
 
+def arm_config(name: str, config: Config) -> Config:
+    """The Config of an arm, which says all that sets it apart: no memory, and as many parameters as
+    the DNC (matched) or twice the window (wide); a memory; the DNC emptied at every window. Raises
+    ValueError where the arm cannot be."""
+    replace = functools.partial(dataclasses.replace, config)
+    if name == "matched":
+        return replace(memory="none", mlp_width=matched_width(config))
+    if name == "wide":  # half as many windows: the same tokens a step, and the same rows if it can
+        require_field(config, "batch_size", config.batch_size % 2 == 0,
+                      "even for the arm wide, which has half as many windows, twice as long")
+        segments = config.bptt_segments
+        return replace(
+            memory="none",
+            seq_len=2 * config.seq_len,
+            batch_size=config.batch_size // 2,
+            bptt_segments=segments if segments % 2 else segments // 2,
+        )
+    if name == "dnc_reset":
+        return replace(memory="dnc", carry_memory=False)
+    if name == "cache":  # pointing is all that it does
+        return replace(memory="cache", pointing=True)
+    return replace(memory="none" if name == "baseline" else name)
+
+
 def start_run(name: str, config: Config, corpus: Corpus, device: torch.device, tag: str = ""
               ) -> Run:
-    """Build one arm (a dataclasses.replace of Config) ready to train, resumed if Config says so."""
-    config = dataclasses.replace(config, memory="dnc" if name == "dnc" else "none")
-    if name == "matched":
-        config = dataclasses.replace(config, mlp_width=matched_width(config))
+    """Build one arm, as `arm_config` has it, ready to train, resumed if Config says so."""
+    config = arm_config(name, config)
     model = build_model(config, controller_config(config, corpus.vocab_size)).to(device)
     if config.use_compile:
         model.controller.compile(mode=config.compile_mode)
@@ -3014,8 +3477,9 @@ def run_inspection(config: Config) -> None:
 
 
 def train_arm(name: str, config: Config, corpus: Corpus, hardware: "Hardware", tag: str,
-              stop: StopSignal) -> Run:
-    """Train one arm, or what is left of it -> the finished run, without its optimizer."""
+              stop: StopSignal, base: Run | None = None) -> Run:
+    """Train one arm, or what is left of it, or make it of a finished base -> the finished run,
+    without its optimizer."""
     run = start_run(name, config, corpus, hardware.device, tag)
     total, memory = count_parameters(run.model), count_parameters(run.model.memory)
     which = f", seed {config.seed}, peak rate {config.lr:g}" if tag else ""
@@ -3029,7 +3493,10 @@ def train_arm(name: str, config: Config, corpus: Corpus, hardware: "Hardware", t
         forward = run.model
         if hardware.gpus == 2:
             forward = nn.DataParallel(run.model, device_ids=[0, 1])
-        train(run, corpus, forward, stop)
+        if base is None:
+            train(run, corpus, forward, stop)
+        else:
+            tune_on(base, run, corpus, stop)
     run.optimizer = None  # frees memory
     run.model = run.model.cpu()
     return run
@@ -3047,8 +3514,9 @@ def best_of(candidates: list[Run]) -> Run:
 
 
 def try_rates(name: str, config: Config, seed: int, rates: list[float], corpus: Corpus,
-              hardware: "Hardware", stop: StopSignal) -> Run:
-    """Train an arm of a seed at every rate -> the best on validation. Raises Diverged if all do."""
+              hardware: "Hardware", stop: StopSignal, base: Run | None) -> Run:
+    """Train an arm of a seed at every rate -> the best on validation. Raises Diverged if all do.
+    The cache is made of the base, a finished baseline, and has no rate to choose."""
     candidates = []
     for number, rate in enumerate(rates):
         tag = "" if seed == config.seed_list[0] else f"_seed{seed}"
@@ -3056,7 +3524,8 @@ def try_rates(name: str, config: Config, seed: int, rates: list[float], corpus: 
             tag += f"_lr{rate:g}"
         variant = dataclasses.replace(config, seed=seed, lr=rate)
         try:
-            candidates.append(train_arm(name, variant, corpus, hardware, tag, stop))
+            run = train_arm(name, variant, corpus, hardware, tag, stop, base)
+            candidates.append(run)
         except Diverged as error:
             if not candidates and number + 1 == len(rates):
                 raise
@@ -3067,16 +3536,21 @@ def try_rates(name: str, config: Config, seed: int, rates: list[float], corpus: 
 def train_arms(config: Config, corpus: Corpus, hardware: "Hardware", stop: StopSignal
                ) -> dict[str, list[Run]]:
     """Train every arm of every seed in turn -> the finished runs by name, one a seed. The first
-    seed chooses an arm's rate where there are several. Only the first DNC keeps its model."""
+    seed chooses an arm's rate where there are several. In the end the first DNC alone keeps its
+    model; a seed's baseline has it until the cache is made of it."""
     runs, rates = {name: [] for name in config.arm_list}, {}
     for seed in config.seed_list:
         for name in config.arm_list:
-            tried = rates.get(name, config.rates)
-            run = try_rates(name, config, seed, tried, corpus, hardware, stop)
+            base = runs["baseline"][-1] if name == "cache" else None
+            tried = [base.config.lr] if base else rates.get(name, config.rates)
+            run = try_rates(name, config, seed, tried, corpus, hardware, stop, base)
             rates[name] = [run.config.lr]
             runs[name].append(run)
-            if name != "dnc" or len(runs[name]) > 1:
+            waited_for = name == "baseline" and "cache" in config.arm_list
+            if not waited_for and (name != "dnc" or len(runs[name]) > 1):
                 run.model = None
+        if "baseline" in runs:
+            runs["baseline"][-1].model = None
     return runs
 
 
@@ -3121,7 +3595,9 @@ def compare_arms(config: Config, gpus: int, preset: str, stop: StopSignal) -> No
     named = device_name(device) + (" x 2, DataParallel" if gpus == 2 else "")
     hardware = Hardware(device, gpus, named)
     announce(config, corpus, named, preset)
-    if "dnc" in config.arm_list:  # what cannot run is said before the first arm trains
+    for name in config.arm_list:  # what cannot run is said before the first arm trains
+        controller_config(arm_config(name, config), corpus.vocab_size)
+    if {"dnc", "dnc_reset"} & set(config.arm_list):
         memory = build_memory(config).to(device)
         pick_scan(config.scan, memory.init_state(1), memory.options)
     write_text(json.dumps({"run": run_facts(named)}) + "\n", Path(config.plot_dir) / METRICS_FILE)
