@@ -67,17 +67,6 @@ class Bound(NamedTuple):
     holds: Callable[[float], bool]
 
 
-def rates_of(text: str) -> bool:
-    """Whether a text is empty or a comma-separated list of different numbers above 0."""
-    if not text:
-        return True
-    try:
-        rates = [float(word) for word in text.split(",")]
-    except ValueError:
-        return False
-    return len(set(rates)) == len(rates) and all(0 < rate < math.inf for rate in rates)
-
-
 Count = Annotated[int, Bound("above 0", lambda x: x > 0)]
 Whole = Annotated[int, Bound("0 or more", lambda x: x >= 0)]
 Seed = Annotated[int, Bound("from 0 to 2**32 - 1", lambda x: 0 <= x < 2**32)]
@@ -185,41 +174,9 @@ class Config:
         """The peak learning rates that every arm tries."""
         return [float(word) for word in self.lr_grid.split(",")] if self.lr_grid else [self.lr]
 
-    def check_repeats(self, rule: Callable) -> None:
-        """Raise ValueError where seeds or lr_grid cannot be read."""
-        counted = re.fullmatch(r"[1-9]\d?", self.seeds)
-        listed = re.fullmatch(r"\d{1,9}(, ?\d{1,9})+", self.seeds)
-        rule("seeds", counted or listed, "1 to 99, or a list of whole numbers such as 0,1,2")
-        rule("seeds", len(set(self.seed_list)) == len(self.seed_list), "a list with each once")
-        rule("lr_grid", rates_of(self.lr_grid), "empty, or a list of different numbers above 0, "
-             "such as 3e-4,1e-3")
-
     def __post_init__(self) -> None:
         check_fields(self)
-        arms, heads, batch = self.arm_list, self.num_heads, self.batch_size
-        rule = functools.partial(require_field, self)
-        self.check_repeats(rule)
-        rule("arms", set(arms) <= set(ARMS) and len(set(arms)) == len(arms),
-             "a comma-separated choice of " + ", ".join(ARMS) + ", each once")
-        rule("arms", "matched" not in arms or self.init_from == "scratch",
-             "without matched where init_from names a model, whose sizes are given")
-        rule("arms", "cache" not in arms or "baseline" in arms[: arms.index("cache")],
-             "with baseline before cache, which takes the weights of the trained baseline")
-        rule("hidden_size", self.hidden_size % heads == 0, f"divisible by num_heads ({heads})")
-        rule("bptt_segments", batch % self.bptt_segments == 0, f"a divisor of batch_size ({batch})")
-        rule("routing_fraction", self.routing_fraction > 0, "above 0; without it: lambda_routing 0")
-        rule("eval_rows", self.eval_rows >= 2, "2 or more")
-        rule("mem_width", not self.split_rows or self.mem_width >= 2, "2 or more to be split")
-        rule("mask_min", not self.split_rows or self.mask_min == 1,
-             "1 with split rows, whose key half takes the place of masks; set split_rows False")
-        rule("sharpen_links", self.use_links or not self.sharpen_links,
-             "False without links; set use_links True as well")
-        rule("text", self.text.strip() and not re.search("[\ud800-\udfff]", self.text),
-             "words in UTF-8")
-        rule("num_gpus", self.num_gpus != 2 or self.rows >= 2,
-             f"at most the rows, batch_size ({batch}) / bptt_segments; set num_gpus=1")
-        rule("use_compile", not self.use_compile or self.num_gpus != 2,
-             "False on two GPUs; set num_gpus=1")
+        check_config(self)
 
 
 # ══ Memory: the DNC, addressing as pure functions in the paper's order ═══════════════════════════
@@ -1290,22 +1247,29 @@ def text_size(tokenizer: object, stream: Tensor) -> dict[str, int]:
 def sees_ahead(model: GPT2WithMemory, stream: Tensor, config: Config) -> float:
     """By how many nats predictions of a stream's first windows move when tokens that come later are
     exchanged: 0 but for rounding, or the arm sees what it is to predict."""
+    device = model.head_weight().device
     length = min(2 * config.seq_len, len(stream) - 1)
-    device, at = model.head_weight().device, length - max(1, config.seq_len // 2)
-    tokens, targets = stream[:length].to(device), stream[1 : length + 1].to(device)
-    changed = tokens.clone()
-    changed[at:] = (targets[at:] + 1) % model.head_weight().shape[0]
-    model.eval()
+    at = length - max(1, config.seq_len // 2)
+    tokens = stream[:length].to(device)
+    targets = stream[1 : length + 1].to(device)
+    exchanged = (targets[at:] + 1) % model.head_weight().shape[0]
+    changed = torch.cat((tokens[:at], exchanged))
+
     scores = []
+    model.eval()
     for version in (tokens, changed):
-        state, nll = model.init_state(1), []
-        windows = (part.unsqueeze(0).split(config.seq_len, 1) for part in (version, targets))
-        for x, y in zip(*windows, strict=True):
+        inputs = version.unsqueeze(0).split(config.seq_len, 1)
+        wanted = targets.unsqueeze(0).split(config.seq_len, 1)
+        state = model.init_state(1)
+        nll = []
+        for x, y in zip(inputs, wanted, strict=True):
             stats, state = model.measure(x, y, state, brief=True)
             nll.append(stats[0, :, 0])
-        scores.append(torch.cat(nll)[:at])  # of the inputs before those that were exchanged
+        before = torch.cat(nll)[:at]  # of the inputs before those that were exchanged
+        scores.append(before)
     model.train()
-    return (scores[1] - scores[0]).abs().max().item()
+    moved = scores[1] - scores[0]
+    return moved.abs().max().item()
 
 
 def lacking_stats(config: Config) -> tuple[str, ...]:
@@ -1357,15 +1321,19 @@ def paired(reference: list[dict], other: list[dict], column: str) -> Paired:
     both variances together (Satterthwaite) call two identical arms different 11 times in 100.
     """
     at = STATS.index(column)
-    pairs = zip(reference, other, strict=True)
-    differences = torch.stack([(b["sums"] - a["sums"])[..., at] for a, b in pairs])
+    differences = []
+    for old, new in zip(reference, other, strict=True):
+        difference = new["sums"] - old["sums"]
+        differences.append(difference[..., at])
+    differences = torch.stack(differences)  # (seeds, bins, rows)
     counts = reference[0]["counts"].double()  # (bins, rows), as of every seed
     by_seed = differences.sum((1, 2)) / counts.sum()  # (seeds,)
     mean = by_seed.mean().item()
 
     residual = differences.mean(0) - mean * counts  # (bins, rows): a ratio estimator
     parts = residual.tensor_split(min(8, len(counts)))
-    stretches = torch.cat([part.sum(0) for part in parts]) / counts.sum()
+    stretches = torch.cat([part.sum(0) for part in parts])
+    stretches = stretches / counts.sum()
     units, seeds = len(stretches), len(by_seed)
     variance = (stretches.square().sum() * units / (units - 1)).item()
     if seeds == 1:
@@ -1466,12 +1434,14 @@ def print_comparison(reference: list[Run], other: list[Run], corpus: "Corpus") -
 
 def what_was_run(runs: list[Run], corpus: "Corpus") -> str:
     """Training and scored tokens and the seeds of an arm, in one line."""
-    run, scored = runs[0], int(runs[0].results["valid"]["counts"].sum())
-    steps, seeds = run.results["steps"], [str(run.config.seed) for run in runs]
+    run = runs[0]
+    scored = int(run.results["valid"]["counts"].sum())
+    steps = run.results["steps"]
     tokens = steps * run.config.batch_size * run.config.seq_len
-    return (f"{tokens:,} training tokens in {steps:,} steps, seed{'s' * (len(seeds) > 1)} "
-            f"{', '.join(seeds)}; scored on {scored:,} of the {len(corpus.valid) - 1:,} of "
-            "validation")
+    seeds = [str(run.config.seed) for run in runs]
+    word = "seed" if len(seeds) == 1 else "seeds"
+    return (f"{tokens:,} training tokens in {steps:,} steps, {word} {', '.join(seeds)}; scored on "
+            f"{scored:,} of the {len(corpus.valid) - 1:,} of validation")
 
 
 def explanation(config: Config) -> str:
@@ -1531,37 +1501,49 @@ def print_tables(runs: dict[str, list[Run]], config: Config, corpus: "Corpus") -
     for of_arm in runs.values():
         leak = max(values_of(of_arm, "sees_ahead"))
         if not leak < LEAK:
-            print(f"\n  ✗ {of_arm[0].arm} SEES AHEAD: exchanging later tokens moved its earlier "
-                  f"predictions by\n  up to {leak:.3g} nats. Its figures are not those of a "
-                  "language model.")
+            print(f"\n  ✗ {of_arm[0].arm} SEES AHEAD: other tokens later on moved its earlier "
+                  f"predictions by up to\n  {leak:.3g} nats. It is no language model, and its "
+                  "figures mean nothing.")
 
 
 def print_arms(runs: dict[str, list[Run]], config: Config, corpus: "Corpus") -> None:
     """Print every arm's perplexities, then the differences with their intervals, then costs."""
+    seeds = ", ".join(str(seed) for seed in config.seed_list)
     print()
-    print_heading(f"ALL ARMS — {len(runs)} arms, seeds {', '.join(map(str, config.seed_list))}")
-    print(f"  {corpus.name}\n  {what_was_run(runs[reference_of(runs)], corpus)}\n")
+    print_heading(f"ALL ARMS — {len(runs)} arms, seeds {seeds}")
+    print(f"  {corpus.name}")
+    print(f"  {what_was_run(runs[reference_of(runs)], corpus)}\n")
     print_perplexities(runs)
     print_changes(runs)
     print_costs(runs)
-    print(f"{LINE}\n{explanation(config)}")
+    print(LINE)
+    print(explanation(config))
     print(f"  At equal time: perplexity of the first {config.eval_tokens:,} tokens of validation "
           "when the\n  fastest arm had ended.")
 
 
+def print_line(label: str, cells: list[str], label_width: int = 18, width: int = 17) -> None:
+    """One line of a table: a label, and cells aligned right, at least a blank before each."""
+    row = f"  {label:<{label_width}}"
+    for text in cells:
+        row += " " + text.rjust(width - 1)
+    print(row)
+
+
 def print_perplexities(runs: dict[str, list[Run]]) -> None:
     """Print an arm a row: its perplexities, one a seed or their mean and interval."""
-    print(f"  {'Arm':<18}{'Validation ↓':>17}{'Test ↓':>17}{'Per word ↓':>16}{'Bits/byte ↓':>16}")
+    print_line("Arm", ["Validation ↓", "Test ↓", "Test, a word ↓", "Test, bits/byte ↓"])
     print(LINE)
     for of_arm in runs.values():
-        row = f"  {of_arm[0].arm:<18}"
         test = split_of(of_arm, "test")
+        cells = []
         for results in (split_of(of_arm, "valid"), test):
-            row += cell([result["metrics"]["ppl"] for result in results], ",.2f", 17)
-        row += cell([per_word(result) for result in test], ",.2f", 16)
-        row += cell([bits_per_byte(result) for result in test], ".4f", 16)
-        print(row)
-    print("  Per word and bits per byte are of test.\n")
+            perplexities = [result["metrics"]["ppl"] for result in results]
+            cells.append(cell(perplexities, ",.2f"))
+        cells.append(cell([per_word(result) for result in test], ",.2f"))
+        cells.append(cell([bits_per_byte(result) for result in test], ".4f"))
+        print_line(of_arm[0].arm, cells)
+    print()
 
 
 def print_changes(runs: dict[str, list[Run]]) -> None:
@@ -1570,36 +1552,45 @@ def print_changes(runs: dict[str, list[Run]]) -> None:
     pairs = [(first, name) for name in runs if name != first]
     if "dnc" in runs and first != "dnc":
         pairs += [(name, "dnc") for name in runs if name not in (first, "dnc")]
-    print(f"  {'Perplexity, change of':<34}{'Validation':>34}{'Test':>34}\n{LINE}")
+    print_line("Change of perplexity", ["Validation", "Test"], 32, 36)
+    print(LINE)
     for old, new in pairs:
-        row = f"  {runs[old][0].arm + ' → ' + runs[new][0].arm:<34}"
+        cells = []
         for split in ("valid", "test"):
-            row += change(split_of(runs[old], split), split_of(runs[new], split)).rjust(34)
-        print(row)
+            cells.append(change(split_of(runs[old], split), split_of(runs[new], split)))
+        label = f"{runs[old][0].arm} → {runs[new][0].arm}"
+        print_line(label, cells, 32, 36)
     print("  In brackets the 95 % interval; p of no difference.\n")
-
-
-def print_costs(runs: dict[str, list[Run]]) -> None:
-    """Print an arm a row: parameters, its rate, speed, memory, what it is worth at equal time."""
-    print(f"  {'Arm':<18}{'Parameters':>13}{'Peak rate':>11}{'Tokens/s ↑':>16}{'MiB ↓':>14}"
-          f"{'At equal time ↓':>18}\n{LINE}")
-    equal_times = at_equal_time([*runs.values()])
-    for of_arm, equal in zip(runs.values(), equal_times, strict=True):
-        run = of_arm[0]
-        row = f"  {run.arm:<18}{run.results['parameters']:>13,}{run.config.lr:>11g}"
-        row += cell(values_of(of_arm, "tokens_per_s"), ",.0f", 16)
-        row += cell(values_of(of_arm, "peak_mb"), ",.0f", 14)
-        row += cell(equal, ",.2f", 18)
-        print(row)
 
 
 def change(old: list[dict], new: list[dict]) -> str:
     """The relative change of perplexity, its interval, p and mark."""
     difference = paired(old, new, "nll")
-    mean, half, p = difference
-    low, middle, high = (math.expm1(min(700, x)) for x in (mean - half, mean, mean + half))
-    shown = "p<.001" if p < 0.001 else f"p={p:.3f}"
-    return f"{middle:+.1%} [{low:+.1%}, {high:+.1%}] {shown} {MARKS[-difference.sign]}"
+    ends = [difference.mean - difference.half, difference.mean + difference.half]
+    low, high = (math.expm1(min(700, nats)) for nats in ends)
+    middle = math.expm1(min(700, difference.mean))
+    p = "p<.001"
+    if difference.p >= 0.001:
+        p = f"p={difference.p:.3f}"
+    mark = MARKS[-difference.sign]
+    return f"{middle:+.1%} [{low:+.1%}, {high:+.1%}] {p} {mark}"
+
+
+def print_costs(runs: dict[str, list[Run]]) -> None:
+    """Print an arm a row: parameters, its rate, speed, memory, what it is worth at equal time."""
+    names = ["Parameters", "Peak rate", "Tokens/s ↑", "MiB ↓", "At equal time ↓"]
+    print_line("Arm", names, width=16)
+    print(LINE)
+    equal_times = at_equal_time([*runs.values()])
+    for of_arm, equal in zip(runs.values(), equal_times, strict=True):
+        cells = [
+            format(of_arm[0].results["parameters"], ","),
+            format(of_arm[0].config.lr, "g"),
+            cell(values_of(of_arm, "tokens_per_s"), ",.0f"),
+            cell(values_of(of_arm, "peak_mb"), ",.0f"),
+            cell(equal, ",.2f"),
+        ]
+        print_line(of_arm[0].arm, cells, width=16)
 
 
 def print_controls(dnc: list[Run], baseline: list[Run] | None) -> None:
@@ -1637,6 +1628,9 @@ SINCE_USE = ((-1, "never before"), (0, "in the window"), (1, "1 window back"),
              (16, "16 or more windows back"))
 IN_TRAINING = ((0, "below 10 times"), (10, "10 to 99"), (100, "100 to 999"),
                (1_000, "1,000 to 9,999"), (10_000, "10,000 and more"))
+# Label, field of Gains, format.
+GAIN_ROWS = (("All", "total", "+.4f"), ("Tokens helped", "helped", ".1%"),
+             ("Tokens hurt", "hurt", ".1%"))
 HELPED = 0.01  # nats that a token has to change by to count as helped or hurt
 
 
@@ -1683,8 +1677,10 @@ def by_class(value: Tensor, saved: Tensor, classes: tuple) -> list[Gain]:
 
 def gains_of(reference: list[Run], other: list[Run], corpus: "Corpus", config: Config) -> Gains:
     """Where an arm's gain over the reference is."""
-    nll = [torch.stack([result["nll"] for result in split_of(runs, "valid")]).double().mean(0)
-           for runs in (reference, other)]
+    nll = []
+    for runs in (reference, other):
+        of_seeds = torch.stack([result["nll"] for result in split_of(runs, "valid")])
+        nll.append(of_seeds.double().mean(0))  # (rows, L)
     scored_tokens = int(reference[0].results["valid"]["counts"].sum())
     inputs, targets = evaluation_rows(corpus.valid[: scored_tokens + 1], config.eval_rows)
     scored = targets != -100
@@ -1709,17 +1705,19 @@ def print_gains(runs: dict[str, list[Run]], config: Config, corpus: "Corpus") ->
             gains[name] = gains_of(runs[first], of_arm, corpus, config)
     print()
     print_heading(f"Where the gain over {runs[first][0].arm} is: nats saved a token, validation")
-    names = [runs[name][0].arm.removeprefix("GPT2 ").removeprefix("+ ") for name in gains]
-    heads = "".join(f"{name:>11}" for name in names)
-    print(f"  {'The token was last used':<26}{'of tokens':>10}{heads}\n{LINE}")
+    names = []
+    for name in gains:
+        short = runs[name][0].arm.removeprefix("GPT2 ")
+        names.append(short.removeprefix("+ "))
+    print_line("The token was last used", ["of tokens", *names], 24, 11)
+    print(LINE)
     print_classes([of_arm.since_use for of_arm in gains.values()])
     print(f"{LINE}\n  The token stands in the training split")
     print_classes([of_arm.in_training for of_arm in gains.values()])
     print(LINE)
-    for label, key, form in (("All", "total", "+11.4f"), ("Tokens helped", "helped", "11.1%"),
-                             ("Tokens hurt", "hurt", "11.1%")):
+    for label, key, form in GAIN_ROWS:
         cells = [format(getattr(of_arm, key), form) for of_arm in gains.values()]
-        print(f"  {label:<36}" + "".join(cells))
+        print_line(label, ["", *cells], 24, 11)
     print(f"  Either block adds up to all. Helped, hurt: by more than {HELPED} nats.")
     return gains
 
@@ -1727,8 +1725,9 @@ def print_gains(runs: dict[str, list[Run]], config: Config, corpus: "Corpus") ->
 def print_classes(arms: list[list[Gain]]) -> None:
     """Print one block: a class of tokens a row, an arm a column."""
     for of_class in zip(*arms, strict=True):
-        cells = "".join(f"{gain.nats:+11.4f}" for gain in of_class)
-        print(f"  {of_class[0].label:<26}{of_class[0].share:>10.1%}{cells}")
+        share = format(of_class[0].share, ".1%")
+        cells = [format(gain.nats, "+.4f") for gain in of_class]
+        print_line(of_class[0].label, [share, *cells], 24, 11)
 
 
 def plot_gains(gains: dict[str, Gains], runs: dict[str, list[Run]], path: Path, corpus: str
@@ -1808,7 +1807,8 @@ def differences_of(runs: dict[str, list[Run]]) -> list[dict]:
 def write_report(runs: dict[str, list[Run]], gains: dict[str, Gains], printed: str,
                  config: Config, corpus: "Corpus", hardware: "Hardware") -> None:
     """Write report.md, for people, and results.json, for programs, beside the pictures."""
-    facts, folder = run_facts(hardware.named), Path(config.plot_dir)
+    facts = run_facts(hardware.named)
+    folder = Path(config.plot_dir)
     write_json({
         "run": facts,
         "corpus": corpus.name,
@@ -1819,6 +1819,14 @@ def write_report(runs: dict[str, list[Run]], gains: dict[str, Gains], printed: s
         "gains": {name: kept_of_gains(of_arm) for name, of_arm in gains.items()},
     }, folder / "results.json")
 
+    path = folder / "report.md"
+    write_text(report_text(runs, facts, printed, config, corpus), path)
+    print(f"wrote {path} and results.json")
+
+
+def report_text(runs: dict[str, list[Run]], facts: dict, printed: str, config: Config,
+                corpus: "Corpus") -> str:
+    """report.md: what was run, on what and by what, the tables as printed, pictures, Config."""
     versions = ", ".join(f"{name} {version}" for name, version in facts["versions"].items())
     fields = [f"{name} = {value!r}" for name, value in vars(config).items()]
     lines = [
@@ -1832,11 +1840,10 @@ def write_report(runs: dict[str, list[Run]], gains: dict[str, Gains], printed: s
         "", "```text", printed.strip("\n"), "```", "",
         "![training curves](training_curves.png)",
     ]
-    if gains:
+    if len(runs) > 1:
         lines.append("![where memory helps](where_memory_helps.png)")
     lines += ["", "## Config", "", "```text", *fields, "```", ""]
-    write_text("\n".join(lines), folder / "report.md")
-    print(f"wrote {folder / 'report.md'} and results.json")
+    return "\n".join(lines)
 
 
 def kept_of_gains(gains: Gains) -> dict:
@@ -2952,6 +2959,55 @@ def check_fields(config: object) -> None:
         value = getattr(config, name)
         reason = misfit(value, hint)
         require(not reason, name, value, reason)
+
+
+def check_config(config: Config) -> None:
+    """Raise ValueError where fields do not go together."""
+    arms, heads, batch = config.arm_list, config.num_heads, config.batch_size
+    rule = functools.partial(require_field, config)
+    check_repeats(config, rule)
+    rule("arms", set(arms) <= set(ARMS) and len(set(arms)) == len(arms),
+         "a comma-separated choice of " + ", ".join(ARMS) + ", each once")
+    rule("arms", "matched" not in arms or config.init_from == "scratch",
+         "without matched where init_from names a model, whose sizes are given")
+    rule("arms", "cache" not in arms or "baseline" in arms[: arms.index("cache")],
+         "with baseline before cache, which takes the weights of the trained baseline")
+    rule("hidden_size", config.hidden_size % heads == 0, f"divisible by num_heads ({heads})")
+    rule("bptt_segments", batch % config.bptt_segments == 0, f"a divisor of batch_size ({batch})")
+    rule("routing_fraction", config.routing_fraction > 0, "above 0; without it: lambda_routing 0")
+    rule("eval_rows", config.eval_rows >= 2, "2 or more")
+    rule("mem_width", not config.split_rows or config.mem_width >= 2, "2 or more to be split")
+    rule("mask_min", not config.split_rows or config.mask_min == 1,
+         "1 with split rows, whose key half takes the place of masks; set split_rows False")
+    rule("sharpen_links", config.use_links or not config.sharpen_links,
+         "False without links; set use_links True as well")
+    rule("text", config.text.strip() and not re.search("[\ud800-\udfff]", config.text),
+         "words in UTF-8")
+    rule("num_gpus", config.num_gpus != 2 or config.rows >= 2,
+         f"at most the rows, batch_size ({batch}) / bptt_segments; set num_gpus=1")
+    rule("use_compile", not config.use_compile or config.num_gpus != 2,
+         "False on two GPUs; set num_gpus=1")
+
+
+def check_repeats(config: Config, rule: Callable) -> None:
+    """Raise ValueError where seeds or lr_grid cannot be read."""
+    counted = re.fullmatch(r"[1-9]\d?", config.seeds)
+    listed = re.fullmatch(r"\d{1,9}(, ?\d{1,9})+", config.seeds)
+    rule("seeds", counted or listed, "1 to 99, or a list of whole numbers such as 0,1,2")
+    rule("seeds", len(set(config.seed_list)) == len(config.seed_list), "a list with each once")
+    rule("lr_grid", rates_of(config.lr_grid), "empty, or a list of different numbers above 0, "
+         "such as 3e-4,1e-3")
+
+
+def rates_of(text: str) -> bool:
+    """Whether a text is empty or a comma-separated list of different numbers above 0."""
+    if not text:
+        return True
+    try:
+        rates = [float(word) for word in text.split(",")]
+    except ValueError:
+        return False
+    return len(set(rates)) == len(rates) and all(0 < rate < math.inf for rate in rates)
 
 
 def read_config(cls: type, argv: list[str], description: str, preset: dict | None = None):
