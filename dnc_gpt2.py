@@ -2502,6 +2502,7 @@ def tune_on(baseline: Run, run: Run, corpus: "Corpus", stop: "StopSignal") -> No
     trained = baseline.model.controller.state_dict()
     run.model.controller.load_state_dict(trained)
     run.step = baseline.step
+    peak_memory_mb(run.device, reset=True)
     stream = corpus.valid[: run.config.eval_tokens + 1]
     with stop.held():
         tune_cache(run.model, stream, run.config, stop)

@@ -182,6 +182,27 @@ def test_delta_recalls_a_pair_and_replaces_it():
     assert memory[0, 0].tolist() == [5, 6]
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="the kernels need a GPU")
+@pytest.mark.parametrize("length", [63, 128])
+def test_delta_kernels_equal_the_loop(length):
+    """Values and gradients of flash-linear-attention's kernels, to what bf16 resolves."""
+    pytest.importorskip("fla.ops.gated_delta_rule")
+    draw = torch.Generator("cuda").manual_seed(0)
+    normal = [torch.randn(2, length, size, generator=draw, device="cuda") for size in (64, 64, 128)]
+    q, k = (torch.nn.functional.normalize(x, dim=-1) for x in normal[:2])
+    log_a, b = (torch.rand(2, length, generator=draw, device="cuda") for _ in range(2))
+    memory = torch.randn(2, 64, 128, generator=draw, device="cuda")
+    inputs = [x.requires_grad_() for x in (q, k, normal[2], -0.1 * log_a, b, memory)]
+    results = []
+    for recurrence in (dnc_gpt2.delta_loop, dnc_gpt2.delta_chunks):
+        reads, new = recurrence(*inputs)
+        loss = reads.square().sum() + new.square().sum()
+        results.append((reads, new, *torch.autograd.grad(loss, inputs)))
+    for exact, rough in zip(*results, strict=True):
+        error = (exact - rough).norm() / exact.norm()
+        assert rough.dtype == torch.float32 and error < 0.02
+
+
 @pytest.mark.parametrize("kind", [GRUMemory, DeltaMemory])
 def test_gradients_of_the_recurrence(kind):
     """Of h, embedding, state and every parameter, against finite differences."""
@@ -402,6 +423,23 @@ def test_an_arm_has_the_statistics_of_its_kind(start, corpus, arm):
     if arm in MEMORIES:
         assert result["metrics"]["mem_kl"] > 0
         assert result["metrics"]["loss_without"] != result["metrics"]["loss"]
+
+
+@pytest.mark.parametrize("arm", ["gru", "delta"])
+def test_memory_trains(start, corpus, arm):
+    """20 steps: the loss falls, every parameter of the memory moves, the state is detached."""
+    run = start(arm, speaking=False, max_steps=20, lr=3e-3)
+    before = {name: p.clone() for name, p in run.model.memory.named_parameters()}
+    rows = dnc_gpt2.training_rows(corpus.train, run.config.rows, run.config.step_len)
+    losses = []
+    for _ in range(20):
+        total = run.meter["loss"]
+        dnc_gpt2.train_step(run, run.model, rows)
+        losses.append(run.meter["loss"] - total)
+    assert np.mean(losses[-4:]) < np.mean(losses[:4]) - 0.2
+    assert not any(part.requires_grad for part in run.state)
+    for name, p in run.model.memory.named_parameters():
+        assert not torch.equal(p, before[name]), name
 
 
 @pytest.mark.parametrize("arm", ["gru", "delta"])
