@@ -1230,8 +1230,9 @@ def evaluate(model: GPT2WithMemory, stream: Tensor, config: Config, stop: "StopS
         taken.append(stats.cpu())
     model.train()
     stats = torch.cat(taken, dim=1)  # (rows, length, K)
-    sums = torch.stack([part.double().sum(1) for part in stats.split(BIN, 1)])
-    counts = torch.stack([(part != -100).sum(1) for part in targets.split(BIN, 1)])
+    sums = [part.double().sum(1) for part in stats.split(BIN, 1)]
+    counts = [part.sum(1) for part in (targets != -100).split(BIN, 1)]
+    sums, counts = torch.stack(sums), torch.stack(counts)
     metrics = means(sums, counts, lacking_stats(config), brief=brief)
     return {"metrics": metrics, "sums": sums, "counts": counts, "nll": stats[..., 0].clone()}
 
@@ -1413,7 +1414,7 @@ def print_comparison(reference: list[Run], other: list[Run], corpus: "Corpus") -
     old, new = split_of(reference, "valid"), split_of(other, "valid")
     left, right = reference[0].arm, other[0].arm
     print()
-    print_heading(f"FINAL COMPARISON — {left[5:]} GPT2 vs {right}")
+    print_heading(f"FINAL COMPARISON — {left} vs {right}")
     print(f"  {corpus.name}\n  {what_was_run(other, corpus)}\n")
     print(f"  {'Metric':<21} {left:>15} {right:>15}     Δ\n{LINE}")
     for metric in METRICS:
@@ -1422,7 +1423,9 @@ def print_comparison(reference: list[Run], other: list[Run], corpus: "Corpus") -
 
     mark = MARKS[-paired(old, new, "nll").sign]
     for label, value, form in TEXT_ROWS:
-        print_row(label, [*map(value, old)], [*map(value, new)], form, mark)
+        before = [value(result) for result in old]
+        after = [value(result) for result in new]
+        print_row(label, before, after, form, mark)
     test_perplexity = METRICS[0]._replace(label="Test perplexity ↓")
     print_metric(test_perplexity, split_of(reference, "test"), split_of(other, "test"))
     before, after = at_equal_time([reference, other])
@@ -1741,10 +1744,11 @@ def plot_gains(gains: dict[str, Gains], runs: dict[str, list[Run]], path: Path, 
         for axis, (title, rows) in zip(axes, panels.items(), strict=True):
             nats = [row.nats for row in rows]
             colors = [PALETTE[1] if value >= 0 else PALETTE[2] for value in nats]
-            axis.barh([f"{row.label}\n{row.share:.0%} of tokens" for row in rows], nats,
-                      color=colors)
+            names = [f"{row.label}\n{row.share:.0%} of tokens" for row in rows]
+            bars = axis.barh(names, nats, color=colors)
+            values = [f" {value:+.3f} " for value in nats]
+            axis.bar_label(bars, values, fontsize=9)
             axis.axvline(0, color="white", lw=0.8)
-            axis.bar_label(axis.containers[0], [f" {value:+.3f} " for value in nats], fontsize=9)
             axis.invert_yaxis()
             axis.margins(x=0.18)
             axis.set_title(title, fontsize=10)
@@ -1798,9 +1802,11 @@ def differences_of(runs: dict[str, list[Run]]) -> list[dict]:
     """Every pair of arms on both splits: the difference of their mean nats, paired."""
     rows = []
     for split in ("valid", "test"):
+        results = {name: split_of(of_arm, split) for name, of_arm in runs.items()}
         for old, new in itertools.combinations(runs, 2):
-            difference = paired(split_of(runs[old], split), split_of(runs[new], split), "nll")
-            rows.append({"split": split, "from": old, "to": new, **difference._asdict()})
+            difference = paired(results[old], results[new], "nll")
+            row = {"split": split, "from": old, "to": new}
+            rows.append(row | difference._asdict())
     return rows
 
 
@@ -1922,8 +1928,10 @@ def inspect_writes(model: GPT2WithMemory, tokenizer: object, text: str, folder: 
     ids = tokenizer.encode(text, add_special_tokens=False).ids
     require(len(ids) > 0, "text", text, "text that the tokenizer knows")
     trace, stats = trace_text(model, ids)
-    texts = [tokenizer.decode([i]).strip(" ") for i in ids]
-    words = [text.replace("\n", "\\n") or "␣" for text in texts]
+    words = []
+    for token in ids:
+        word = tokenizer.decode([token]).strip(" ")
+        words.append(word.replace("\n", "\\n") or "␣")
     width = max(5, *map(len, words))
     print()
     print_heading("Write inspection — the gate at every token of the sample")
@@ -1959,7 +1967,8 @@ def plot_trace(words: list[str], trace: DNCTrace, raised: list[Raised], path: Pa
     share of the empty slot below. A ring marks a read that raised the next token: what it held."""
     T = len(words)
     step = max(1, T // 120)
-    size = (max(8, min(40, 0.32 * T + 2)), 11)
+    wide = max(8, min(40, 0.32 * T + 2))
+    size = (wide, 11)
     read_weights = trace.read_weights.mean(1)  # (T, N)
     with dark_figure(path, 4, 1, size, sharex=True, height_ratios=[1, 2, 2, 1]) as (figure, axes):
         axes[0].bar(range(T), trace.write_gate.numpy(), color=PALETTE[5], width=0.8)

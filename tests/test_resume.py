@@ -191,7 +191,7 @@ def test_table_marks_what_is_really_better_and_turns_round_with_the_arms(finishe
 
 
 def test_arms_may_be_chosen(finished, tmp_path, main, capfd):
-    for arms, said in (("matched, dnc", ["Matched GPT2 vs GPT2 + DNC", "memory swapped"]),
+    for arms, said in (("matched, dnc", ["GPT2 Matched vs GPT2 + DNC", "memory swapped"]),
                        ("dnc", ["reads zeroed", "Token"]), ("baseline", ["training_curves.png"])):
         short = flags({"max_steps": 1, "arms": arms, "final_eval_tokens": 99})
         assert main([*finished.argv, *outputs(tmp_path), *short]) == 0
