@@ -5,7 +5,7 @@
     python dnc_gpt2.py --help                  every Config field, its default and its comment
     python dnc_gpt2.py --lr 1e-3 --seed 2      override fields (or edit Config below)
     python dnc_gpt2.py --resume auto           continue an interrupted run, bit for bit
-    python dnc_gpt2.py --inspect checkpoints/GPT2_+_DNC_FINAL_step600.pt --text "Some text"
+    python dnc_gpt2.py --inspect checkpoints/GPT2_+_DNC_FINAL_step350.pt --text "Some text"
 
 Read downward: Config, memory, model, loss, training, comparison; then what serves them: data,
 checkpoints, the shell of a command, main. It runs as the only file; the folder dnc_scan beside it
@@ -3364,12 +3364,12 @@ PRESETS: dict[str, tuple] = {
     "hidden_size": (768, 256),
     "num_layers": (6, 4),
     "num_heads": (8, 4),
-    "max_steps": (0, 600),
+    "max_steps": (0, 350),
     "batch_size": (4, 8),
     "seq_len": (128, 64),
     "lr": (3e-4, 1e-3),
     "log_every_steps": (50, 10),
-    "save_every_steps": (3000, 300),
+    "save_every_steps": (3000, 175),
 }
 
 

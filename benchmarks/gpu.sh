@@ -10,6 +10,9 @@
 #   decoder    a generated token with kNN-LM and with the memory decoders, beside the base's
 #   epoch      the main job's default run, one epoch of both arms; continues where it stopped
 #   sweep      the recurrence over T, N and B, where time is left
+#   proof      all arms, three seeds, 1,500 steps of `small` (benchmarks/proof.sh)
+#   ablation   each part of the pointing memory off alone, two seeds, 600 steps
+# The last two run where they are named, the others always.
 # A part that fails or runs out of its time does not stop the next, but the exit code is then 1 in
 # the end, and the summary says how to run it alone: `BUDGET=560 bash benchmarks/gpu.sh OUT epoch`.
 # Needs a CUDA device. DATASET and TOKENIZER name local folders where there is no hub, PYTHON the
@@ -17,10 +20,11 @@
 set -uo pipefail
 out=$(realpath -m "${1:-benchmarks/results}")  # as the caller means it
 cd "$(dirname "$0")/.." || exit 2
-all="check step scan sanitize edm decoder epoch sweep"
+usual="check step scan sanitize edm decoder epoch sweep"
+all="$usual proof ablation"
 python=${PYTHON:-python3} budget=${BUDGET:-460} failed=0
 shift || true
-parts=${*:-$all}
+parts=${*:-$usual}
 checkpoints=${CHECKPOINTS:-checkpoints/gpu_epoch}
 source_args=(--dataset "${DATASET:-Salesforce/wikitext}" --tokenizer "${TOKENIZER:-gpt2}")
 summary=()
@@ -92,6 +96,12 @@ part epoch 520 "$python" dnc_gpt2.py --preset full --precision bf16 --num_gpus 1
     "${source_args[@]}"
 part sweep 120 "$python" benchmarks/scan.py --backends eager,fused --sweep all --repeats 5 \
     --limit-seconds 2 --device cuda --json "$out/sweep.json"
+small=(--preset small --precision bf16 --num_gpus 1 --final_eval_tokens 100000
+       --save_every_steps 500 "${source_args[@]}")
+part proof 540 env PYTHON="$python" bash benchmarks/proof.sh "$out/proof" "${small[@]}" \
+    --max_steps 1500 --seeds 3
+part ablation 400 env PYTHON="$python" WHAT=ablation JOBS=11 bash benchmarks/proof.sh \
+    "$out/ablation" "${small[@]}" --max_steps 600 --seeds 2
 
 printf '\n── summary ──\n' | tee -a "$out/gpu.log"
 printf '%s\n' "${summary[@]}" | tee -a "$out/gpu.log"
