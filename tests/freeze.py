@@ -148,6 +148,8 @@ def mask(text: str, work: Path) -> str:
     text = re.sub(r"\d[\d.,]*(?= *(s\b|s,|MiB|tok/s|ms|it/s))", "#", text)
     tokens_per_s = r"(?m)^(  (?:base|full|recurrent|edm|both)\b.* )[\d,]+$"  # the last column
     text = re.sub(tokens_per_s, r"\1#", text)
+    costs = r"(?m)^(  GPT2 .*? +[\d,]+ +[\d.e-]+)( +\S+){3}$"  # behind parameters and rate
+    text = re.sub(costs, r"\1 #", text)
     lines = []
     for line in text.splitlines():
         if re.search(r"tokens/s|Peak memory|At equal time|config  |times the base's latency", line):

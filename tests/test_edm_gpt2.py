@@ -303,12 +303,12 @@ def test_topic_consistency_counts_the_words_of_the_own_prompt(roll):
 
 @pytest.mark.parametrize("count", [2, 3, 5, 10, 14])
 def test_mean_and_half_equals_students_interval(count):
-    """Against numpy's deviation and a printed table; beyond ten seeds it is a little too wide."""
+    """Against numpy's deviation and a printed table of four digits."""
     values = np.random.default_rng(count).normal(3, 2, count)
-    t = {2: 12.706, 3: 4.303, 5: 2.776, 10: 2.262, 14: 2.262}[count]
+    t = {2: 12.706, 3: 4.303, 5: 2.776, 10: 2.262, 14: 2.160}[count]
     mean, half = dnc_gpt2.mean_and_half(values.tolist())
     assert mean == pytest.approx(values.mean())
-    assert half == pytest.approx(t * values.std(ddof=1) / math.sqrt(count))
+    assert half == pytest.approx(t * values.std(ddof=1) / math.sqrt(count), rel=3e-4)
     assert math.isnan(dnc_gpt2.mean_and_half([2.5])[1])
 
 

@@ -193,7 +193,7 @@ def test_folder_with_a_dollar_in_its_name_and_the_whole_banner(main, capfd, toke
     assert "text=Fi $5 lem." in " ".join(out.split())
     assert (tmp_path / "p" / "training_curves.png").stat().st_size > 10_000
     payload = dnc_gpt2.load_checkpoint(tmp_path / "c" / "GPT2_+_DNC_FINAL_step2.pt")
-    assert {"versions", "device", "command"} == payload["run"].keys()
+    assert {"versions", "device", "command", "source"} == payload["run"].keys()
 
 
 def test_dnc_gpt2_alone_in_an_empty_folder_runs_to_the_table(data_folder, tokenizer_folder,
