@@ -2784,6 +2784,13 @@ FREE_FIELDS = {
     "arms", "seeds", "lr_grid", "use_compile", "compile_mode", "num_gpus", "resume", "inspect",
     "text", "eval_tokens", "scan",
 }
+# Fields that an arm without memory does not use: its checkpoints serve whatever they are.
+MEMORY_FIELDS = {
+    "mem_slots", "mem_width", "num_reads", "carry_memory", "pointing", "split_rows", "row_key",
+    "empty_slot", "usage_decay", "use_links", "mask_min", "dealloc_wipe", "sharpen_links",
+    "memory_lr", "empty_share", "lambda_vocabulary", "lambda_routing", "lambda_entropy", "routing",
+    "routing_fraction",
+}
 # What checkpoints say that are older than these fields: the plain DNC.
 OLDER_FIELDS = {
     "pointing": False,
@@ -2861,9 +2868,10 @@ def check_match(run: Run, payload: dict, path: str | Path, corpus: Corpus) -> No
     if payload["arm"] != run.arm or payload["fingerprint"] != corpus.fingerprint:
         raise ValueError(f"checkpoint {path}: of {payload['arm']} on {payload['corpus']}, this is "
                          f"{run.arm} on {corpus.name}; name another, or another save_dir")
+    free = FREE_FIELDS | MEMORY_FIELDS if run.config.memory == "none" else FREE_FIELDS
     for name, value in vars(run.config).items():
         saved = payload["config"].get(name)
-        if name not in FREE_FIELDS and saved != value:
+        if name not in free and saved != value:
             raise ValueError(f"checkpoint {path}: was trained with {name} = {saved!r}, this run "
                              f"has {value!r}; set --{name} {saved}, or another save_dir")
     shapes = shapes_of(run.model.state_dict())

@@ -264,6 +264,21 @@ def test_finished_job_of_seeds_is_told_again_without_training(printed, argv, cap
     assert tables[0] == tables[1]
 
 
+def test_a_finished_baseline_serves_another_memory(start, corpus):
+    """What a model without memory does not use may differ; what it is made of may not."""
+    run = start("baseline", max_steps=1)
+    rows = dnc_gpt2.training_rows(corpus.train, run.config.rows, run.config.step_len)
+    dnc_gpt2.train_step(run, run.model, rows)
+    dnc_gpt2.save_checkpoint(run, corpus)
+    again = {"max_steps": 1, "resume": "auto"}
+    assert start("baseline", mem_slots=16, lambda_routing=0.0, **again).step == 1
+    assert start("baseline", mlp_width=48, **again).step == 0
+    other = start("dnc", max_steps=1)
+    dnc_gpt2.train_step(other, other.model, rows)
+    dnc_gpt2.save_checkpoint(other, corpus)
+    assert start("dnc", mem_slots=16, **again).step == 0
+
+
 @pytest.mark.parametrize("fields, said", [
     ({"seeds": "0"}, "seeds"), ({"seeds": "three"}, "seeds"), ({"seeds": "1,1"}, "seeds"),
     ({"seeds": "9" * 300}, "seeds"), ({"lr_grid": "1e-3,fast"}, "lr_grid"),
