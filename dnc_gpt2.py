@@ -6,10 +6,12 @@
     python dnc_gpt2.py --lr 1e-3 --seed 2      override fields (or edit Config below)
     python dnc_gpt2.py --resume auto           continue an interrupted run, bit for bit
     python dnc_gpt2.py --inspect checkpoints/GPT2_+_DNC_FINAL_step350.pt --text "Some text"
+    python dnc_gpt2.py --generate "Some text"  go on with it, by the newest checkpoint
+    python dnc_gpt2.py --export FOLDER         write it for AutoModelForCausalLM
 
-Read downward: Config, memory, model, loss, training, comparison; then what serves them: data,
-checkpoints, the shell of a command, main. It runs as the only file; the folder dnc_scan beside it
-makes the same computations faster.
+Read downward: Config, memory, model, loss, training, comparison; then what serves them: generation,
+data, checkpoints, export, the shell of a command, main. It runs as the only file; the folder
+dnc_scan beside it makes the same computations faster.
 Letters, everywhere: B batch rows, T time, S segments (windows) a step, L = S * T, C hidden width,
 V vocabulary, N memory slots, W word width, R read heads, P sampled positions, M rows of logits.
 The DNC is Graves et al. 2016, "Hybrid computing using a neural network with dynamic external
@@ -146,6 +148,14 @@ class Config:
     resume: str = ""  # auto = newest valid state of the whole job | path of a checkpoint
     inspect: str = ""  # path of a GPT2 + DNC checkpoint: print its gates on text, no training
     text: str = "Albert Einstein was born in Ulm in 1879. Albert Einstein died in 1955."  # a sample
+    generate: str = ""  # a text: a trained model goes on with it, no training
+    export: str = ""  # folder: write a trained model for transformers, no training
+    checkpoint: str = "auto"  # of generate and export: auto = the newest in save_dir | a path
+    new_tokens: Count = 200  # how many to generate
+    temperature: NotNegative = 0.8  # 0 = always the most likely token
+    top_k: Whole = 0  # draw from so many most likely tokens, 0 = from all
+    top_p: Share = 0.95  # draw from the fewest tokens with this share, 1 = from all
+    show_gates: bool = False  # generate: colour by write gate, mark what memory raised
 
     @property
     def rows(self) -> int:
@@ -527,13 +537,19 @@ class DNCMemory(nn.Module):
             new = new._replace(tokens=held[:, -1])
         if self.options.key_width:
             new = new._replace(last=normed[:, -1].to(state.last.dtype))
-        h_out = h + self.read_proj(reads.flatten(2))
+        reads = reads.flatten(2).to(self.read_proj.weight.dtype)  # (B, T, R * (W - K))
+        h_out = h + self.read_proj(reads)
         return h_out, new, DNCTrace(x.write_gate, write_weights, read_weights, held)
 
 
 def map_state(fn: Callable, state: tuple | None) -> tuple | None:
     """Apply fn to every tensor of a state: detach, move, roll or select rows. None stays None."""
-    return None if state is None else type(state)(*map(fn, state))
+    if state is None:
+        return None
+    parts = []
+    for part in state:
+        parts.append(fn(part) if isinstance(part, Tensor) else map_state(fn, part))
+    return type(state)(*parts)
 
 
 # ══ Model: GPT2Model, memory, tied LM head ═══════════════════════════════════════════════════════
@@ -2343,13 +2359,12 @@ def delta_loop(q: Tensor, k: Tensor, v: Tensor, log_a: Tensor, b: Tensor, memory
     return reads, memory
 
 
-def delta_chunks(q: Tensor, k: Tensor, v: Tensor, log_a: Tensor, b: Tensor, memory: Tensor
-                 ) -> tuple[Tensor, Tensor]:
-    """`delta_loop` by the kernels of flash-linear-attention, with one head; products in bf16."""
-    from fla.ops.gated_delta_rule import chunk_gated_delta_rule
-
+def delta_chunks(kernel: Callable, q: Tensor, k: Tensor, v: Tensor, log_a: Tensor, b: Tensor,
+                 memory: Tensor) -> tuple[Tensor, Tensor]:
+    """`delta_loop` by flash-linear-attention's chunk_gated_delta_rule, the kernel, with one head;
+    products in bf16."""
     q, k, v = (x.bfloat16().unsqueeze(2) for x in (q, k, v))  # (B, T, 1, N or W)
-    reads, memory = chunk_gated_delta_rule(
+    reads, memory = kernel(
         q=q,
         k=k,
         v=v,
@@ -2369,12 +2384,12 @@ def pick_delta(scan: str, memory: Tensor) -> Callable:
     if scan == "eager" or not able:
         return delta_loop
     try:
-        import fla.ops.gated_delta_rule  # noqa: F401
+        from fla.ops.gated_delta_rule import chunk_gated_delta_rule
     except ImportError:
         say_once("GPT2 + Delta: runs in the readable loop, slower: pip install "
                  "flash-linear-attention")
         return delta_loop
-    return delta_chunks
+    return functools.partial(delta_chunks, chunk_gated_delta_rule)
 
 
 class CacheState(NamedTuple):
@@ -2520,6 +2535,334 @@ def tune_on(baseline: Run, run: Run, corpus: "Corpus", stop: "StopSignal") -> No
               f"{len(stream) - 1:,} tokens of validation")
         validate(run, corpus, stop)
         finish(run, corpus, stop)
+
+
+# ══ Generation: a window that moves on, and a memory that goes with it ═══════════════════════════
+class Reading(NamedTuple):
+    """All that B rows remember of what they have read, the same size however long that was. Index W
+    of the window's buffers is for what fills up a row. W is here the tokens of the window."""
+    tokens: Tensor  # (B, W + 1) in the window
+    kv: Tensor  # (B, layers, 2, heads, W + 1, d) keys and values of attention in the window
+    fill: Tensor  # (B,) tokens in the window
+    memory: tuple | None  # the memory's state behind the last token
+
+
+def start_reading(model: nn.Module, rows: int) -> Reading:
+    """The state of rows that have read nothing."""
+    base = model.controller.config
+    weight = model.controller.wte.weight.detach()
+    width = base.n_embd // base.n_head
+    places = model.config.seq_len + 1
+    return Reading(
+        tokens=torch.zeros(rows, places, dtype=torch.long, device=weight.device),
+        kv=weight.new_zeros(rows, base.n_layer, 2, base.n_head, places, width),
+        fill=torch.zeros(rows, dtype=torch.long, device=weight.device),
+        memory=model.init_state(rows),
+    )
+
+
+def read_on(model: nn.Module, tokens: Tensor, counts: Tensor, state: Reading, stride: int = 0
+            ) -> tuple[Tensor, Tensor, Reading, tuple | None]:
+    """Read the first counts (B,) of tokens (B, T) -> h without and with memory, both (B, T, C), the
+    state behind them, and the memory's trace of (B, T, ...) or None.
+
+    The model is one with a GPT2Model `controller`, a `memory`, `init_state` and `config.seq_len`.
+    When the window is full its first `stride` tokens (0: half of it) leave, and the rest is encoded
+    again from position 0: the state of a row is a function of its tokens alone, however they are
+    cut into calls. The memory reads every token once, as it was first encoded.
+    """
+    W = model.config.seq_len
+    unread = counts
+    parts, places = [], []
+    while bool((unread > 0).any()):
+        full = (state.fill == W) & (unread > 0)
+        if bool(full.any()):
+            state = leave_rows(model, full, state, stride or max(1, W // 2))
+        take = torch.minimum(W - state.fill, unread)  # (B,)
+        place, part = next_tokens(tokens, counts - unread, take)  # (B, m)
+        h, state = encode(model, part, take, state)
+        h_out, trace, memory = remember(model, h, part, take, state.memory)
+        state = state._replace(memory=memory)
+        parts.append((h, h_out) if trace is None else (h, h_out, *trace))
+        places.append(place)
+        unread = unread - take
+
+    joined = []
+    for of_all in zip(*parts, strict=True):
+        joined.append(join_passes(of_all, places, tokens.shape[1]))
+    h, h_out, *fields = joined
+    return h, h_out, state, type(trace)(*fields) if fields else None
+
+
+def next_tokens(tokens: Tensor, done: Tensor, take: Tensor) -> tuple[Tensor, Tensor]:
+    """The next take (B,) of tokens (B, T), of which done (B,) are read -> their places, T for what
+    is none, and the tokens, both (B, m)."""
+    most = int(take.max())
+    steps = torch.arange(most, device=tokens.device)
+    is_none = steps >= take.unsqueeze(1)
+    place = done.unsqueeze(1) + steps
+    place = place.masked_fill(is_none, tokens.shape[1])
+    padded = F.pad(tokens, (0, 1))
+    return place, padded.gather(1, place)
+
+
+def join_passes(parts: Iterable[Tensor], places: list[Tensor], length: int) -> Tensor:
+    """Put parts (B, m, ...) of several passes where their tokens stand, places (B, m) -> (B,
+    length, ...)."""
+    whole = None
+    for part, place in zip(parts, places, strict=True):
+        if whole is None:
+            whole = part.new_zeros(len(part), length + 1, *part.shape[2:])
+        index = place.view(*place.shape, *[1] * (part.dim() - 2)).expand_as(part)
+        whole = whole.scatter(1, index, part)
+    return whole[:, :length]
+
+
+def put_rows(index: Tensor, new: tuple | None, old: tuple | None) -> tuple | None:
+    """The old state with its rows at index replaced by new."""
+    if old is None:
+        return None
+    parts = []
+    for ours, other in zip(new, old, strict=True):
+        if isinstance(other, Tensor):
+            parts.append(other.index_copy(0, index, ours))
+        else:
+            parts.append(put_rows(index, ours, other))
+    return type(old)(*parts)
+
+
+def encode(model: nn.Module, tokens: Tensor, take: Tensor, state: Reading
+           ) -> tuple[Tensor, Reading]:
+    """Put the next take (B,) of tokens (B, m) in the window -> the controller's h (B, m, C), the
+    state with them."""
+    gpt2 = model.controller
+    W, m = model.config.seq_len, tokens.shape[1]
+    steps = torch.arange(m, device=tokens.device)
+    place = state.fill.unsqueeze(1) + steps
+    place = place.masked_fill(steps >= take.unsqueeze(1), W)  # (B, m)
+    columns = torch.arange(W + 1, device=tokens.device)
+    mask = (columns <= place.unsqueeze(2)).unsqueeze(1)  # (B, 1, m, W + 1)
+    if bool((state.fill == 0).all() and (take == m).all()):
+        mask = None  # they see each other alone
+
+    h = gpt2.wte(tokens) + gpt2.wpe(place.clamp_max(W - 1))
+    h = gpt2.drop(h)  # (B, m, C)
+    kv = []
+    for layer, block in enumerate(gpt2.h):
+        h, new = run_block(block, h, place, mask, state.kv[:, layer])
+        kv.append(new)
+    state = state._replace(
+        tokens=state.tokens.scatter(1, place, tokens),
+        kv=torch.stack(kv, dim=1),
+        fill=state.fill + take,
+    )
+    return gpt2.ln_f(h), state
+
+
+def run_block(block: nn.Module, h: Tensor, place: Tensor, mask: Tensor | None, kv: Tensor | None
+              ) -> tuple[Tensor, Tensor | None]:
+    """One block of GPT-2 over h (B, m, C), which stands at place (B, m) of a window that has left
+    keys and values in kv (B, 2, heads, W + 1, d) -> h, and kv with those of h.
+
+    mask (B, 1, m, W + 1): what attention sees; None: h alone, each token those before it. kv None:
+    the window is not attended to again.
+    """
+    attention = block.attn
+    qkv = attention.c_attn(block.ln_1(h))  # (B, m, 3 * C)
+    qkv = qkv.unflatten(-1, (3, attention.num_heads, -1))  # (B, m, 3, heads, d)
+    q, k, v = (x.transpose(1, 2) for x in qkv.unbind(2))  # (B, heads, m, d)
+    if kv is not None:
+        index = place[:, None, :, None].expand_as(k)
+        old_keys, old_values = kv.unbind(1)  # (B, heads, W + 1, d)
+        keys = old_keys.scatter(2, index, k)
+        values = old_values.scatter(2, index, v)
+        kv = torch.stack([keys, values], dim=1)
+        if mask is not None:
+            k, v = keys, values
+
+    dropout = attention.attn_dropout.p if block.training else 0.0
+    is_causal = mask is None and h.shape[1] > 1
+    mixed = F.scaled_dot_product_attention(q, k, v, mask, dropout_p=dropout, is_causal=is_causal,
+                                           scale=attention.scaling)
+    mixed = mixed.transpose(1, 2).flatten(2)  # (B, m, C)
+    h = h + attention.resid_dropout(attention.c_proj(mixed))
+    return h + block.mlp(block.ln_2(h)), kv
+
+
+def leave_rows(model: nn.Module, rows: Tensor, state: Reading, stride: int) -> Reading:
+    """The state in which the full windows of some rows (B,) bool have given their first `stride`
+    tokens away, and hold the rest from position 0 on."""
+    W = model.config.seq_len
+    index = rows.nonzero().squeeze(1)
+    some = select_rows(state, index)
+    rest = some.tokens[:, stride:W]
+    some = some._replace(fill=torch.zeros_like(some.fill))
+    if rest.shape[1]:
+        stay = torch.full_like(some.fill, rest.shape[1])
+        _, some = encode(model, rest, stay, some)
+    return put_rows(index, some, state)
+
+
+def remember(model: nn.Module, h: Tensor, tokens: Tensor, take: Tensor, state: tuple | None
+             ) -> tuple[Tensor, tuple | None, tuple | None]:
+    """The memory over the first take (B,) of h (B, m, C) and tokens (B, m) -> h_out (B, m, C), its
+    trace and its state. A memory knows no padding: rows of one length go through it together."""
+    if model.memory is None:
+        return h, None, None
+    embedding = model.controller.wte(tokens)
+    lengths = take.unique().tolist()
+    if lengths == [h.shape[1]]:
+        h_out, state, trace = model.memory(h, state, tokens, embedding)
+        return h_out, trace, state
+
+    whole, trace = [], None
+    for length in lengths:
+        if length == 0:
+            continue
+        index = (take == length).nonzero().squeeze(1)
+        rows = [x[index, :length] for x in (h, tokens, embedding)]
+        h_out, new, trace = model.memory(rows[0], select_rows(state, index), *rows[1:])
+        state = put_rows(index, new, state)
+        parts = [h_out, *(trace or ())]
+        whole = whole or [x.new_zeros(*h.shape[:2], *x.shape[2:]) for x in parts]
+        for of_all, part in zip(whole, parts, strict=True):
+            of_all[index, :length] = part
+    h_out, *fields = whole
+    return h_out, type(trace)(*fields) if fields else None, state
+
+
+def select_rows(state: tuple | None, index: Tensor) -> tuple | None:
+    """The rows of a state at index."""
+    return map_state(lambda x: x.index_select(0, index), state)
+
+
+def pick_token(logits: Tensor, temperature: float, draw: torch.Generator, top_k: int = 0,
+               top_p: float = 1.0) -> int:
+    """Draw a token by logits (V,), the most likely one at temperature 0: of the top_k most likely
+    (0: of all), and of the fewest that have a share of top_p among those. Source of the latter:
+    Holtzman et al. 2020, arXiv 1904.09751."""
+    if temperature == 0:
+        return int(logits.argmax())
+    logits = logits / temperature
+    if 0 < top_k < len(logits):
+        least = logits.topk(top_k).values[-1]
+        logits = logits.masked_fill(logits < least, -math.inf)
+    shares = logits.softmax(0)
+    if top_p < 1:
+        ordered, order = shares.sort(descending=True)
+        ahead = ordered.cumsum(0) - ordered  # what the more likely ones have together
+        shares[order[ahead >= top_p]] = 0
+    return int(torch.multinomial(shares, 1, generator=draw))
+
+
+class Said(NamedTuple):
+    """A token that has been read."""
+    token: int
+    gate: float  # with which it was written; 0 of a memory without write gates
+    source: int  # position of the earlier token at which memory pointed to raise it, -1 none
+
+
+RAISED = 2.0  # how many times likelier a token is with memory where it is marked as raised
+
+
+@torch.no_grad()
+def generate_tokens(model: GPT2WithMemory, ids: list[int], config: Config) -> Iterator[Said]:
+    """Read ids and go on with new_tokens tokens; each is yielded when it has been read. A token
+    takes the same time and memory however long the text has become."""
+    draw = torch.Generator().manual_seed(config.seed)
+    model.eval()
+    state, written_at = start_reading(model, 1), None
+    unread, sources, seen = ids, [-1] * len(ids), 0
+    for left in range(config.new_tokens, -1, -1):
+        h, h_out, state, trace = read_ids(model, unread, state)
+        gates = [0.0] * len(unread)
+        if isinstance(trace, DNCTrace):
+            gates = trace.write_gate[0].tolist()
+            written_at = positions_held(trace.write_weights, seen, written_at)
+        yield from map(Said, unread, gates, sources)
+        if left == 0:
+            return
+        seen += len(unread)
+
+        last = map_state(lambda part: part[:, -1:], trace)
+        token, source = draw_next(model, h[0, -1:], h_out[0, -1:], last, written_at, config, draw)
+        unread, sources = [token], [source]
+
+
+def draw_next(model: GPT2WithMemory, h: Tensor, h_out: Tensor, trace: tuple | None,
+              written_at: Tensor | None, config: Config, draw: torch.Generator) -> tuple[int, int]:
+    """The next token and its source, as of Said: h without and with memory, both (1, C), the trace
+    of that token, and the positions (1, N) of what the slots hold."""
+    weight = model.head_weight()
+    pointer = model.pointer(trace)
+    log_p = next_token_log_p(h_out, weight, pointer)[0]  # (V,)
+    token = pick_token(log_p.cpu(), config.temperature, draw, config.top_k, config.top_p)
+    if not config.show_gates or pointer is None:
+        return token, -1
+    without = next_token_log_p(h, weight, None)[0]
+    is_raised = log_p[token] - without[token] > math.log(RAISED)
+    return token, source_of(token, pointer, written_at) if is_raised else -1
+
+
+def read_ids(model: GPT2WithMemory, ids: list[int], state: Reading
+             ) -> tuple[Tensor, Tensor, Reading, tuple | None]:
+    """`read_on` for one row."""
+    device = model.head_weight().device
+    tokens = torch.tensor([ids], device=device)
+    counts = torch.tensor([len(ids)], device=device)
+    return read_on(model, tokens, counts, state)
+
+
+def positions_held(write_weights: Tensor, start: int, before: Tensor | None) -> Tensor:
+    """The position in the text of the token that each slot holds, (1, N), -1 none: behind T tokens
+    from position start on, of write_weights (1, T, N); before: the same ahead of them."""
+    _, T, N = write_weights.shape
+    positions = torch.arange(start, start + T, device=write_weights.device).unsqueeze(0)
+    if before is None:
+        before = positions.new_full((1, N), -1)
+    return tokens_held(positions, write_weights, before)[:, -1]
+
+
+def source_of(token: int, pointer: Pointer, written_at: Tensor) -> int:
+    """The position of the earlier token at which a pointer of one row points most for a token; -1
+    where it does not point to it."""
+    match = pointer.weights[0] * (pointer.tokens[0] == token)  # (N,)
+    slot = match.argmax()
+    return written_at[0, slot].item() if match[slot] > 0 else -1
+
+
+GATE_COLORS = (232, 17, 18, 19, 20, 21, 27)  # of 256: a closed gate black, an open one blue
+
+
+def print_generation(model: GPT2WithMemory, tokenizer: object, config: Config) -> None:
+    """--generate: stream the text and its continuation. With show_gates a token's background is its
+    write gate, and one that memory raised is followed by the earlier token that it came from."""
+    from tokenizers.decoders import DecodeStream
+
+    ids = tokenizer.encode(config.generate, add_special_tokens=False).ids
+    require(len(ids) > 0, "generate", config.generate, "text that the tokenizer knows")
+    decoder, said = DecodeStream(skip_special_tokens=False), []
+    began = first = time.perf_counter()
+    for token, gate, source in generate_tokens(model, ids, config):
+        said.append(token)
+        if len(said) == len(ids):
+            first = time.perf_counter()
+        piece = decoder.step(tokenizer, token) or ""  # None within a character of several tokens
+        if config.show_gates and piece:
+            color = GATE_COLORS[round(gate * (len(GATE_COLORS) - 1))]
+            piece = f"\x1b[97;48;5;{color}m{piece}\x1b[0m"
+        if source >= 0:
+            word = tokenizer.decode([said[source]]).strip()
+            piece += f"\x1b[33m[{word} {len(said) - 1 - source} back]\x1b[0m"
+        print(piece, end="", flush=True)
+    ended = time.perf_counter()
+
+    print(f"\n\n  {config.new_tokens} tokens, {config.new_tokens / (ended - first):,.1f} tokens/s, "
+          f"behind {len(ids)} of the text in {first - began:.2f} s")
+    if config.show_gates:
+        print("  background: the write gate, black closed, blue open\n"
+              f"  [word K back]: memory made the token before it more than {RAISED:g} times as "
+              "likely,\n  by pointing at that word, K tokens earlier")
 
 
 # ══ Data: one token stream a split ═══════════════════════════════════════════════════════════════
@@ -2782,7 +3125,8 @@ PAYLOAD = (
 FREE_FIELDS = {
     "dataset", "tokenizer", "preset", "log_every_steps", "save_every_steps", "save_dir", "plot_dir",
     "arms", "seeds", "lr_grid", "use_compile", "compile_mode", "num_gpus", "resume", "inspect",
-    "text", "eval_tokens", "scan",
+    "text", "eval_tokens", "scan", "generate", "export", "checkpoint", "new_tokens", "temperature",
+    "top_k", "top_p", "show_gates",
 }
 # Fields that an arm without memory does not use: its checkpoints serve whatever they are.
 MEMORY_FIELDS = {
@@ -2934,6 +3278,249 @@ def resume_run(run: Run, corpus: Corpus) -> None:
         except ValueError as error:
             print(f"resume: passed over {error}")
     print(f"{run.arm}: no valid checkpoint in {run.config.save_dir}, starting at step 0")
+
+
+# ══ Export: a folder that transformers loads without this repository ═════════════════════════════
+END = "<|endoftext|>"  # begins, ends and pads a text
+# Fields of Config that say how a memory is built: DNCGPT2Config has them under the same names.
+CARRIED_FIELDS = (
+    "seq_len", "memory", "mem_slots", "mem_width", "num_reads", "pointing", "split_rows", "row_key",
+    "empty_slot", "usage_decay", "use_links", "mask_min", "dealloc_wipe", "sharpen_links",
+    "lambda_vocabulary",
+)
+
+
+class Trained(NamedTuple):
+    """A model from a checkpoint, on the CPU, and what it was trained with."""
+    model: GPT2WithMemory
+    tokenizer: object
+    payload: dict  # of the checkpoint
+
+
+def with_end_token(tokenizer: object, embedding: Tensor) -> tuple[object, Tensor]:
+    """A tokenizers.Tokenizer for transformers, with the token END, and the embedding (V, C) with a
+    row for it. Where the vocabulary lacks it the row is the mean of all: its probability is then at
+    most 1 / (V + 1), as the mean of exp is no less than exp of the mean, and it can be trained."""
+    from tokenizers import Tokenizer
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer.from_str(tokenizer.to_str())
+    tokenizer.add_special_tokens([END])  # one that is known keeps its number
+    missing = tokenizer.token_to_id(END) + 1 - len(embedding)
+    if missing > 0:
+        row = embedding.float().mean(0, keepdim=True).to(embedding.dtype)
+        embedding = torch.cat((embedding, row.expand(missing, -1)))
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token=END, eos_token=END, pad_token=END,
+        padding_side="left", clean_up_tokenization_spaces=False)
+    return fast, embedding
+
+
+def names_used(node: ast.AST) -> set[str]:
+    """The names that a definition reads when it runs and does not bind itself: annotations are not
+    evaluated."""
+    read, bound, open_nodes = set(), set(), [node]
+    while open_nodes:
+        node = open_nodes.pop()
+        if isinstance(node, ast.arg):
+            bound.add(node.arg)
+        elif isinstance(node, ast.Name):
+            names = read if isinstance(node.ctx, ast.Load) else bound
+            names.add(node.id)
+        for field, value in ast.iter_fields(node):
+            if field in ("annotation", "returns"):
+                continue
+            children = value if isinstance(value, list) else [value]
+            open_nodes += [child for child in children if isinstance(child, ast.AST)]
+    return read - bound
+
+
+def names_defined(node: ast.stmt) -> set[str]:
+    """The names that a statement at the top of a module gives a meaning."""
+    if isinstance(node, (ast.Import, ast.ImportFrom)):
+        return {(alias.asname or alias.name).partition(".")[0] for alias in node.names}
+    if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+        return {node.name}
+    targets = getattr(node, "targets", None) or [getattr(node, "target", None)]
+    names = set()
+    for target in targets:
+        if isinstance(target, ast.Name):
+            names.add(target.id)
+    return names
+
+
+def statements_for(body: list[ast.stmt], wanted: set[str]) -> list[ast.stmt]:
+    """The statements of a module that define the wanted names, and all that those use, in order."""
+    taken, names = set(), wanted
+    while names:  # what these use, what that uses, ...
+        used = set()
+        for node in body:
+            if node not in taken and names & names_defined(node):
+                taken.add(node)
+                used |= names_used(node)
+        names = used
+    return [node for node in body if node in taken]
+
+
+def definitions(path: Path, wanted: set[str], written: set[tuple[str, int]]) -> str:
+    """The source of those definitions of a module and of all that they use, in its order, each but
+    those that are written already (file, line); what it imports from modules beside it comes first,
+    written out likewise."""
+    text = path.read_text(encoding="utf-8")
+    lines = text.splitlines(keepends=True)
+    statements = statements_for(ast.parse(text).body, wanted)
+    used = set().union(wanted, *map(names_used, statements))
+    parts = []
+    for node in statements:
+        place = (path.name, node.lineno)
+        if place in written:
+            continue
+        if isinstance(node, ast.ImportFrom):
+            parts.append(imported(path, node, used, written))
+            continue
+        written.add(place)
+        decorators = getattr(node, "decorator_list", [])
+        first = min(part.lineno for part in (node, *decorators))
+        source = "".join(lines[first - 1 : node.end_lineno])
+        parts.append(f"\n{source}\n")
+    return "".join(parts)
+
+
+def imported(path: Path, node: ast.ImportFrom, used: set[str], written: set[tuple[str, int]]
+             ) -> str:
+    """The used names of an import: as an import, or, of a module beside path, written out."""
+    needed = [alias for alias in node.names if (alias.asname or alias.name) in used]
+    beside = path.with_name(f"{node.module}.py")
+    if beside.exists():
+        return definitions(beside, {alias.name for alias in needed}, written)
+    return ast.unparse(ast.ImportFrom(node.module, needed, node.level)) + "\n"
+
+
+def standalone_source(path: Path) -> str:
+    """The source of a module with everything that it uses of the modules beside it written out: it
+    then runs without them. Annotations are left unevaluated, as they name what is not there."""
+    text = path.read_text(encoding="utf-8")
+    lines = text.splitlines(keepends=True)
+    parts, written, start = [], set(), 0
+    docstring, *body = ast.parse(text).body
+    future = "\nfrom __future__ import annotations\n"
+    if future not in text:
+        start = docstring.end_lineno
+        parts += [*lines[:start], future]
+    for node in body:
+        beside = path.with_name(f"{getattr(node, 'module', None)}.py")
+        if isinstance(node, ast.ImportFrom) and beside.exists():
+            parts += lines[start : node.lineno - 1]
+            parts.append(definitions(beside, {alias.name for alias in node.names}, written))
+            start = node.end_lineno
+    return "".join(parts + lines[start:])
+
+
+def model_card(trained: Trained, config: Config) -> str:
+    """README.md of an exported folder: what it is, how it is loaded, and what was measured."""
+    payload = trained.payload
+    arm, results = payload["arm"], payload["results"]
+    columns = {arm: results}
+    for path in newest_baselines(config.save_dir):
+        try:
+            other = load_checkpoint(path)
+        except ValueError:
+            continue
+        if is_comparable(payload, other):
+            columns = {other["arm"]: other["results"], arm: results}
+            break
+    fields = model_fields(trained.model.config)
+    return "\n".join([
+        "---", "library_name: transformers", "pipeline_tag: text-generation",
+        "tags: [dnc_gpt2, memory-augmented]", "---",
+        f"# {arm}", "",
+        f"GPT-2 with a memory, trained from scratch or on from a checkpoint: {payload['corpus']}, "
+        f"{payload['global_step']:,} steps. One file of code, dnc_model.py, comes with it.", "",
+        "```python", "from transformers import AutoModelForCausalLM, AutoTokenizer",
+        'model = AutoModelForCausalLM.from_pretrained("FOLDER", trust_remote_code=True)',
+        'tokenizer = AutoTokenizer.from_pretrained("FOLDER", trust_remote_code=True)',
+        'prompt = tokenizer("Some text", return_tensors="pt")',
+        "print(tokenizer.decode(model.generate(**prompt, max_new_tokens=50)[0]))", "```", "",
+        f"Its window of attention has {trained.model.config.seq_len} tokens; when it is full the "
+        "older half leaves, and the memory goes on. A token takes the same time and memory however "
+        "long the text is.", "",
+        *card_table(columns), "", "Settings: " + ", ".join(fields) + ".", ""])
+
+
+def is_comparable(payload: dict, other: dict) -> bool:
+    """Whether a checkpoint is of a finished run on the same data and seed as another."""
+    for name in ("fingerprint", "global_step"):
+        if payload[name] != other[name]:
+            return False
+    if payload["config"]["seed"] != other["config"]["seed"]:
+        return False
+    return payload["arm"] != other["arm"] and bool(other["results"])
+
+
+def model_fields(config: object) -> list[str]:
+    """`name value` of what sizes a model and says how it was trained."""
+    names = ("hidden_size", "num_layers", "num_heads", *CARRIED_FIELDS, "batch_size", "lr", "seed")
+    return [f"{name} {getattr(config, name)}" for name in names]
+
+
+def card_table(columns: dict[str, dict]) -> list[str]:
+    """The lines of a table of METRICS, one column a model; that they were not measured where a
+    model has no results."""
+    if not all(columns.values()):
+        return ["Not evaluated: the run was not finished."]
+    scored = next(iter(columns.values()))["valid"]["counts"].sum()
+    head = ["validation", *columns]
+    lines = [f"Measured by dnc_gpt2.py on {int(scored):,} tokens of validation, in windows that do "
+             "not overlap:", "", "| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    for metric in METRICS:
+        values = [results["valid"]["metrics"].get(metric.key) for results in columns.values()]
+        if metric.label and None not in values:
+            cells = [f"{value:{metric.form}}" for value in values]
+            lines.append(f"| {metric.label} | " + " | ".join(cells) + " |")
+    cells = []
+    for results in columns.values():
+        value = results["test"]["metrics"]["ppl"]
+        cells.append(f"{value:,.2f}")
+    return [*lines, "| Test perplexity ↓ | " + " | ".join(cells) + " |"]
+
+
+def export_model(trained: Trained, folder: Path, config: Config) -> None:
+    """Write weights, configuration, tokenizer, code and model card into a folder. Raises ValueError
+    where it cannot be written."""
+    from safetensors.torch import save_file
+
+    code = Path(__file__).with_name("dnc_model.py")
+    require(code.exists(), "export", str(folder), "run with dnc_model.py, which the folder is to "
+            "carry, beside dnc_gpt2.py")
+    model, payload = trained.model, trained.payload
+    weights = model.state_dict()
+    embedding = "controller.wte.weight"
+    tokenizer, weights[embedding] = with_end_token(trained.tokenizer, weights[embedding])
+    vocabulary = len(weights[embedding])
+    settings = {
+        "architectures": ["DNCGPT2ForCausalLM"],
+        "auto_map": {
+            "AutoConfig": "dnc_model.DNCGPT2Config",
+            "AutoModelForCausalLM": "dnc_model.DNCGPT2ForCausalLM",
+        },
+        "model_type": "dnc_gpt2",
+        "base": json.loads(payload["controller"]) | {"vocab_size": vocabulary},
+        "dtype": "float32",
+        "scan": "eager",  # the folder carries no kernels
+    }
+    settings |= {name: getattr(model.config, name) for name in CARRIED_FIELDS}
+    ends = {f"{name}_token_id": tokenizer.eos_token_id for name in ("bos", "eos", "pad")}
+
+    with whole_file(folder / "model.safetensors") as temporary:
+        whole = {name: tensor.contiguous() for name, tensor in weights.items()}
+        save_file(whole, temporary, metadata={"format": "pt"})
+    write_json(settings | ends, folder / "config.json")
+    write_json(ends, folder / "generation_config.json")
+    tokenizer.save_pretrained(folder)
+    write_text(standalone_source(code), folder / "dnc_model.py")
+    write_text(model_card(trained, config), folder / "README.md")
+    print(f"wrote {folder}/: load it with AutoModelForCausalLM.from_pretrained({str(folder)!r}, "
+          "trust_remote_code=True)")
 
 
 # ══ The shell of a command: what every script of this repository shares ══════════════════════════
@@ -3533,21 +4120,68 @@ def announce(config: Config, corpus: Corpus, device: str, preset: str) -> None:
     }, config)
 
 
-def run_inspection(config: Config) -> None:
-    """--inspect: print the gates of a trained GPT2 + DNC on a text. Raises ValueError."""
+def load_trained(path: str | Path, scan: str) -> Trained:
+    """The model of a checkpoint. Raises ValueError for a file that is damaged or foreign."""
     from tokenizers import Tokenizer
     from transformers import GPT2Config
 
-    payload = load_checkpoint(config.inspect)
+    payload = load_checkpoint(path)
+    trained = Config(**payload["config"] | {"init_from": "scratch", "scan": scan})
+    model = build_model(trained, GPT2Config.from_dict(json.loads(payload["controller"])))
+    model.load_state_dict(payload["model_state_dict"])
+    print(f"{path}: {payload['arm']}, step {payload['global_step']}, {payload['corpus']}")
+    return Trained(model.eval(), Tokenizer.from_str(payload["tokenizer"]), payload)
+
+
+def load_chosen(config: Config) -> Trained:
+    """The model that --checkpoint names: auto is the newest valid one in save_dir."""
+    if config.checkpoint != "auto":
+        return load_trained(config.checkpoint, config.scan)
+    folder = Path(config.save_dir)
+    dated = []
+    for path in folder.glob("*_step*.pt"):
+        dated.append((path.stat().st_mtime_ns, path))
+    for _, path in sorted(dated, reverse=True):
+        try:
+            return load_trained(path, config.scan)
+        except ValueError as error:
+            print(f"checkpoint auto: passed over {error}")
+    raise ValueError(f"checkpoint = 'auto': no checkpoint in {folder}; train a model first, with "
+                     "python dnc_gpt2.py, or name one with --checkpoint")
+
+
+def run_inspection(config: Config) -> None:
+    """--inspect: print the gates of a trained GPT2 + DNC on a text. Raises ValueError."""
+    model, tokenizer, payload = load_trained(config.inspect, config.scan)
     require_field(config, "inspect", payload["arm"] == ARMS["dnc"], f"a checkpoint of "
                   f"{ARMS['dnc']} (this is of {payload['arm']}, which has no memory)")
     check_folder(config.plot_dir, "plot_dir")
-    trained = Config(**payload["config"] | {"init_from": "scratch", "scan": config.scan})
-    model = build_model(trained, GPT2Config.from_dict(json.loads(payload["controller"])))
-    model.load_state_dict(payload["model_state_dict"])
-    print(f"{config.inspect}: {payload['arm']}, step {payload['global_step']}, {payload['corpus']}")
-    tokenizer = Tokenizer.from_str(payload["tokenizer"])
     inspect_writes(model, tokenizer, config.text, config.plot_dir, payload["corpus"])
+
+
+def run_generation(config: Config) -> None:
+    """--generate: go on with a text. Raises ValueError."""
+    model, tokenizer, payload = load_chosen(config)
+    check_carried(payload, "generate")
+    require_field(config, "show_gates", model.config.memory == "dnc" or not config.show_gates,
+                  f"False: {payload['arm']} has no write gates")
+    model.to("cuda" if torch.cuda.is_available() and config.num_gpus != 0 else "cpu")
+    print()
+    print_generation(model, tokenizer, config)
+
+
+def run_export(config: Config) -> None:
+    """--export: write a trained model for transformers. Raises ValueError."""
+    trained = load_chosen(config)
+    check_carried(trained.payload, "export")
+    check_folder(config.export, "export", 64)
+    export_model(trained, Path(config.export), config)
+
+
+def check_carried(payload: dict, field: str) -> None:
+    """Raise ValueError where a model's memory is emptied at every window: it has none to carry."""
+    require(payload["config"]["carry_memory"], field, payload["arm"],
+            "of a model that carries its memory; name another --checkpoint")
 
 
 def train_arm(name: str, config: Config, corpus: Corpus, hardware: "Hardware", tag: str,
@@ -3688,6 +4322,10 @@ def main(argv: list[str]) -> int:
         config = read_config(Config, argv, usage, fields)
         if config.inspect:
             run_inspection(config)
+        elif config.export:
+            run_export(config)
+        elif config.generate:
+            run_generation(config)
         else:
             run_comparison(config, preset, stop)
 

@@ -12,7 +12,6 @@ Letters as there: B rows, T tokens, C hidden width, V vocabulary, W tokens of th
 
 import collections
 import dataclasses
-import inspect
 import json
 import math
 import re
@@ -49,13 +48,15 @@ from dnc_gpt2 import (
     # what a reader is told
     LINE, PALETTE, cell, dark_figure, device_name, print_banner, print_heading, rate_share,
     run_facts,
+    # generation and export
+    map_state, pick_token, standalone_source, with_end_token,
     # data and loss
     asking_hub, evaluation_rows, head_loss, hub_reachable, load_corpus, load_tokenizer,
     training_rows,
 )
 from edm_model import (
     # the model, its state and what it has read
-    EDMGPT2Config, EDMGPT2ForCausalLM, EDMGPT2State, Pass, map_state,
+    EDMGPT2Config, EDMGPT2ForCausalLM, EDMGPT2State, Pass,
     # choices and a bound of its fields
     MOST_SLOTS, Eviction, KeyOf,
     # what a read points to, and the logits with it
@@ -778,16 +779,9 @@ def plot_runs(runs: list[dict], config: Config) -> None:
 
 
 # ══ Saving and generating ════════════════════════════════════════════════════════════════════════
-def carried_source() -> str:
-    """edm_model.py as a saved folder carries it: what it imports of dnc_gpt2.py is written out."""
-    source = Path(edm_model.__file__).read_text(encoding="utf-8")
-    imported = "from dnc_gpt2 import Pointer\n"
-    return source.replace(imported, "\n" + inspect.getsource(dnc_gpt2.Pointer))
-
-
 def save_model(model: EDMGPT2ForCausalLM, base: Base, folder: Path) -> None:
     """Write a folder that from_pretrained and AutoModelForCausalLM load, without this repository:
-    weights, configuration, tokenizer and carried_source. In generation the window leaves by halves.
+    weights, configuration, tokenizer and code. In generation the window leaves by halves.
     Raises ValueError where it cannot be written."""
     from safetensors import SafetensorError
 
@@ -798,14 +792,32 @@ def save_model(model: EDMGPT2ForCausalLM, base: Base, folder: Path) -> None:
         "AutoModelForCausalLM": "edm_model.EDMGPT2ForCausalLM",
     }
     transformers.utils.logging.disable_progress_bar()
+    tokenizer = give_end_token(model, base)
     try:
         model.save_pretrained(folder)
-        PreTrainedTokenizerFast(tokenizer_object=base.tokenizer).save_pretrained(folder)
-        write_text(carried_source(), folder / "edm_model.py")
+        tokenizer.save_pretrained(folder)
+        source = standalone_source(Path(edm_model.__file__))
+        write_text(source, folder / "edm_model.py")
     except (OSError, SafetensorError) as error:
         raise ValueError(f"save_dir = {str(folder)!r}: cannot be written ({error}); free some "
                          "space, or name another folder") from None
     model.config.stride = blocks
+
+
+def give_end_token(model: EDMGPT2ForCausalLM, base: Base) -> PreTrainedTokenizerFast:
+    """The base's tokenizer for transformers, with a token that begins, ends and pads; a model whose
+    vocabulary lacked it gets a row for it."""
+    embedding = model.transformer.wte
+    tokenizer, weight = with_end_token(base.tokenizer, embedding.weight.detach())
+    if len(weight) > embedding.num_embeddings:
+        model.transformer.wte = nn.Embedding.from_pretrained(weight)
+        model.config.base = model.config.base | {"vocab_size": len(weight)}
+        model.config.vocab_size = len(weight)
+    for settings in (model.config, model.generation_config):
+        settings.bos_token_id = tokenizer.bos_token_id
+        settings.eos_token_id = tokenizer.eos_token_id
+        settings.pad_token_id = tokenizer.pad_token_id
+    return tokenizer
 
 
 def save_memory(state: EDMGPT2State, model: EDMGPT2ForCausalLM, path: str | Path) -> None:
@@ -853,14 +865,6 @@ def continue_text(model: EDMGPT2ForCausalLM, tokenizer: object, prompt: str, con
         for token, recall in zip(continuation, recalls, strict=True):
             print(f"  {tokenizer.decode([token])!r:<14}{recall}")
     return state
-
-
-def pick_token(logits: Tensor, temperature: float, draw: torch.Generator) -> int:
-    """Sample a token by logits (V,); at temperature 0 take the most likely one."""
-    if temperature == 0:
-        return int(logits.argmax())
-    shares = (logits / temperature).softmax(0)
-    return int(torch.multinomial(shares, 1, generator=draw))
 
 
 def recalled(last: Pass, state: EDMGPT2State, tokenizer: object, count: int = 3) -> str:

@@ -1,8 +1,9 @@
 """GPT-2 with a memory for what has left its window: External Differentiable Memory (EDM).
 
 EDM is a notebook of keys and values, RecurrentMemory a rolling summary, EDMGPT2ForCausalLM the
-frozen GPT-2 that reads both. A saved model carries this file, with Pointer written into it, and so
-loads with torch and transformers alone, with trust_remote_code. edm_gpt2.py trains and measures.
+frozen GPT-2 that reads both. A saved model carries this file, with what it uses of dnc_gpt2.py and
+dnc_model.py written into it, and so loads with torch and transformers alone, with
+trust_remote_code. edm_gpt2.py trains and measures.
 
 Letters: B rows, T tokens of a call, m tokens of one pass, C hidden width, V vocabulary, W tokens of
 the window, S tokens that leave it at once, N memory slots, M entries of one write, H heads, D key
@@ -13,7 +14,7 @@ import hashlib
 import importlib
 import math
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from types import ModuleType
 from typing import Literal, NamedTuple, get_args
 
@@ -24,7 +25,17 @@ from transformers import GenerationMixin, GPT2Config, GPT2Model, PretrainedConfi
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.pytorch_utils import Conv1D
 
-from dnc_gpt2 import Pointer
+from dnc_gpt2 import Pointer, join_passes, map_state, next_tokens, put_rows, run_block
+from dnc_model import (
+    CACHE,
+    TINY_BASE,
+    StateCache,
+    head_logits,
+    next_token_loss,
+    open_from_zero,
+    refuse_unused,
+    unread_inputs,
+)
 
 Eviction = Literal["fifo", "lru", "usage"]  # what makes room when every slot is taken
 KeyOf = Literal["token", "previous"]  # whose hidden state a stored token is found by
@@ -83,12 +94,6 @@ def join_traces(traces: list[EDMTrace]) -> EDMTrace:
         read_slots=torch.cat(read_slots, dim=2),
         read_weights=torch.cat(read_weights, dim=2),
     )
-
-
-def map_state(function: Callable, state: NamedTuple) -> NamedTuple:
-    """Apply a function to every tensor of a state, and of the states in it."""
-    parts = (map_state(function, x) if isinstance(x, tuple) else function(x) for x in state)
-    return type(state)(*parts)
 
 
 def empty_notebook(batch: int, heads: int, slots: int, width: int, hidden_size: int,
@@ -158,13 +163,6 @@ DENSE_SLOTS = 2048  # up to so many slots in use a read is computed as products 
 
 
 POINT_SLOPE = 5.0  # of the gate of pointing: one number that has far to go in few steps
-
-
-def open_from_zero(x: Tensor) -> Tensor:
-    """tanh(x), but 0 where x < 0; the gradient is that of tanh everywhere: below 0 a clamp has
-    none, and would never open again."""
-    y = torch.tanh(x)
-    return y + (y.clamp_min(0) - y).detach()
 
 
 class EDM(nn.Module):
@@ -534,10 +532,6 @@ class RecurrentMemory(nn.Module):
 
 
 # ══ Configuration and state ══════════════════════════════════════════════════════════════════════
-# What transformers builds of a configuration without any field.
-TINY_BASE = {"vocab_size": 256, "n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": 64}
-
-
 class EDMGPT2Config(PretrainedConfig):
     """The base's configuration and the memory's fields. Loads without this repository."""
     model_type = "edm_gpt2"
@@ -663,78 +657,9 @@ def pointer_of(passes: list[Pass], T: int) -> Pointer | None:
     if not passes or passes[0].pointer is None:
         return None
 
-    def join(parts: list[Tensor]) -> Tensor:
-        """Put parts (B, m, H * K) of all passes where their tokens stand: (B, T, H * K)."""
-        whole = parts[0].new_zeros(len(parts[0]), T + 1, parts[0].shape[2])
-        for part, seen in zip(parts, passes, strict=True):
-            index = seen.place.unsqueeze(2).expand_as(part)
-            whole = whole.scatter(1, index, part)
-        return whole[:, :T]
-
+    places = [seen.place for seen in passes]
     tokens, weights = zip(*(seen.pointer for seen in passes), strict=True)
-    return Pointer(join(tokens), join(weights))
-
-
-def head_logits(h: Tensor, weight: Tensor, pointer: Pointer | None) -> Tensor:
-    """h (B, T, C), the embedding (V, C) and what the tokens point to -> log p (B, T, V); but where
-    no weight is, the base's logits, bit for bit, with the gradient of log p."""
-    logits = h @ weight.T
-    if pointer is None:
-        return logits
-    dtype = torch.promote_types(logits.dtype, torch.float32)
-    log_p = pointer.mix(logits.log_softmax(-1, dtype=dtype))
-    is_closed = (pointer.weights == 0).all(-1, keepdim=True)
-    as_it_was = logits.detach() + (log_p - log_p.detach())
-    return torch.where(is_closed, as_it_was, log_p)
-
-
-def next_tokens(tokens: Tensor, done: Tensor, take: Tensor) -> tuple[Tensor, Tensor]:
-    """The next take (B,) of tokens (B, T), of which done (B,) are read -> their places, T for what
-    is none, and the tokens, both (B, m)."""
-    most = int(take.max())
-    steps = torch.arange(most, device=tokens.device)
-    is_none = steps >= take.unsqueeze(1)
-    place = done.unsqueeze(1) + steps
-    place = place.masked_fill(is_none, tokens.shape[1])
-    padded = F.pad(tokens, (0, 1))
-    return place, padded.gather(1, place)
-
-
-def put_rows(index: Tensor, new: NamedTuple, old: NamedTuple) -> NamedTuple:
-    """The old state with its rows at index replaced by new."""
-    parts = []
-    for ours, other in zip(new, old, strict=True):
-        if isinstance(ours, tuple):
-            parts.append(put_rows(index, ours, other))
-        else:
-            parts.append(other.index_copy(0, index, ours))
-    return type(old)(*parts)
-
-
-# What generate() calls the cache that it hands from step to step; renamed in transformers 5.24.
-CACHE = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"
-
-
-class EDMCache:
-    """What generate() hands from step to step: the state, and how many columns it has seen."""
-    is_compileable = False
-    is_croppable = False
-    is_linear = ()  # of its layers: prepare_inputs_for_generation cuts the columns, not generate()
-
-    def __init__(self, state: EDMGPT2State, seen: int = 0) -> None:
-        self.state = state
-        self.seen = seen
-
-    def get_seq_length(self, layer_idx: int = 0) -> int:
-        """The columns that have been read."""
-        return self.seen
-
-    def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Replace the rows by those at beam_idx (B,)."""
-        index = beam_idx.to(self.state.fill.device)
-        as_they_are = torch.arange(len(index), device=index.device)
-        if not torch.equal(index, as_they_are):
-            self.state = map_state(lambda x: x.index_select(0, index), self.state)
+    return Pointer(join_passes(tokens, places, T), join_passes(weights, places, T))
 
 
 # ══ Adapters, four bits ══════════════════════════════════════════════════════════════════════════
@@ -1004,34 +929,11 @@ class EDMGPT2ForCausalLM(PreTrainedModel, GenerationMixin):
                     h = h + added * chunk.visible.unsqueeze(2)
                     weights = weights * chunk.visible[:, None, :, None]
                     pointer = self.edm.point(slots, weights, state.memory)
-            h = self.run_block(layer, h, chunk, state.kv, kv)
+            old = state.kv[:, layer] if chunk.keeps_kv else None
+            h, new = run_block(gpt2.h[layer], h, chunk.place, chunk.mask, old)
+            if new is not None:
+                kv.append(new)
         return Outputs(before, gpt2.ln_f(h), kv, slots, weights, pointer)
-
-    def run_block(self, layer: int, h: Tensor, chunk: Chunk, old_kv: Tensor, kv: list[Tensor]
-                  ) -> Tensor:
-        """Run one block of the base over h (B, m, C), whose window has left keys and values in
-        old_kv (B, layers, 2, heads, W + 1, d); appends those with the chunk to kv."""
-        heads = self.config.num_attention_heads
-        block = self.transformer.h[layer]
-        qkv = block.attn.c_attn(block.ln_1(h))  # (B, m, 3 * C)
-        qkv = qkv.split(self.config.hidden_size, dim=2)
-        qkv = [x.unflatten(-1, (heads, -1)) for x in qkv]
-        q, k, v = (x.transpose(1, 2) for x in qkv)  # (B, heads, m, d)
-
-        if chunk.keeps_kv:
-            index = chunk.place[:, None, :, None].expand_as(k)
-            old_keys, old_values = old_kv[:, layer].unbind(1)  # (B, heads, W + 1, d)
-            keys = old_keys.scatter(2, index, k)
-            values = old_values.scatter(2, index, v)
-            kv.append(torch.stack([keys, values], dim=1))
-            if chunk.mask is not None:
-                k, v = keys, values
-
-        is_causal = chunk.mask is None and h.shape[1] > 1
-        mixed = F.scaled_dot_product_attention(q, k, v, chunk.mask, is_causal=is_causal)
-        mixed = mixed.transpose(1, 2)
-        h = h + block.attn.c_proj(mixed.flatten(2))
-        return h + block.mlp(block.ln_2(h))
 
     def note(self, chunk: Chunk, outputs: Outputs, state: EDMGPT2State, read_only: bool
              ) -> EDMGPT2State:
@@ -1169,9 +1071,9 @@ class EDMGPT2ForCausalLM(PreTrainedModel, GenerationMixin):
 
     # ── Hugging Face ──
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None,
-                cache: EDMCache | None = None, labels: Tensor | None = None,
+                cache: StateCache | None = None, labels: Tensor | None = None,
                 logits_to_keep: int = 0, use_cache: bool | None = None, read_only: bool = False,
-                return_dict: bool | None = None, past_key_values: EDMCache | None = None,
+                return_dict: bool | None = None, past_key_values: StateCache | None = None,
                 **kwargs: object) -> CausalLMOutputWithPast:
         """input_ids (B, T), attention_mask (B, T) or of all columns so far, 0 = padding -> logits
         (B, T, V) of the mixture, loss (labels shifted here, -100 not scored), cache.
@@ -1179,37 +1081,31 @@ class EDMGPT2ForCausalLM(PreTrainedModel, GenerationMixin):
         The cache is called past_key_values before transformers 5.24. Raises ValueError for an
         argument that it would not use, such as position_ids.
         """
-        for name, value in kwargs.items():
-            if value is not None and value is not False:
-                raise ValueError(f"{name}: not used by EDMGPT2ForCausalLM; leave it out")
+        refuse_unused(kwargs, "EDMGPT2ForCausalLM")
         B, T = input_ids.shape
         if attention_mask is None:
             mask = torch.ones_like(input_ids)
         else:
             mask = attention_mask[:, -T:]
-        cache = cache or past_key_values or EDMCache(self.init_state(B))
+        cache = cache or past_key_values or StateCache(self.init_state(B))
 
         h, state, passes = self.advance(input_ids, mask.bool(), cache.state, read_only)
         pointer = pointer_of(passes, T)
         state = map_state(Tensor.detach, state)
-        cache = EDMCache(state, cache.seen + T)
+        cache = StateCache(state, cache.seen + T)
         kept = (slice(None), slice(-logits_to_keep, None))  # all for 0
         pointer = pointer and pointer.rows(kept)
         logits = head_logits(h[kept], self.transformer.wte.weight, pointer)
         loss = None
         if labels is not None:
-            targets = labels[:, 1:].flatten()
-            loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), targets)
+            loss = next_token_loss(logits, labels)
         return CausalLMOutputWithPast(loss=loss, logits=logits, **{CACHE: cache})
 
     def prepare_inputs_for_generation(self, input_ids: Tensor,
                                       attention_mask: Tensor | None = None,
                                       **kwargs: object) -> dict:
-        """The columns that the cache has not seen. generate() hands over all of them."""
-        cache = kwargs.get(CACHE)
-        seen = 0 if cache is None else cache.get_seq_length()
-        return {"input_ids": input_ids[:, seen:], "attention_mask": attention_mask, CACHE: cache,
-                "use_cache": True, "logits_to_keep": 1}
+        """The columns that the cache has not seen."""
+        return unread_inputs(input_ids, attention_mask, kwargs)
 
 
 # ══ A memory in a file ═══════════════════════════════════════════════════════════════════════════

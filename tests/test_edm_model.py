@@ -9,6 +9,7 @@ import math
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import edm_oracle as oracle
 import numpy as np
@@ -17,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from edm_oracle import C, V, W, close, draw, make, read_all, same_bits, same_memory
 
+import dnc_gpt2
 import edm_gpt2 as eg
 import edm_model as em
 
@@ -621,7 +623,7 @@ state = module.unpack_memory(torch.load(folder + "/memory.pt", weights_only=True
 with torch.no_grad():
     results = {
         "logits": model(tokens).logits,
-        "later": model(tokens[:, :40], past_key_values=module.EDMCache(state)).logits,
+        "later": model(tokens[:, :40], past_key_values=module.StateCache(state)).logits,
         "sampled": model.generate(prompt, max_new_tokens=12, do_sample=False, pad_token_id=0),
         "trained": sorted(n for n, p in model.named_parameters() if p.requires_grad)}
 AutoTokenizer.from_pretrained(folder + "/model", trust_remote_code=True)("the city")["input_ids"]
@@ -641,7 +643,7 @@ def test_saved_model_and_memory_go_on_elsewhere_bit_for_bit(edm_base, tmp_path):
     eg.save_model(model, edm_base, tmp_path / "model")
     assert model.config.stride == W and torch.equal(read_all(model, tokens)[0], before)
     carried = tmp_path / "model" / "edm_model.py"
-    assert carried.read_text(encoding="utf-8") == eg.carried_source()
+    assert carried.read_text(encoding="utf-8") == dnc_gpt2.standalone_source(Path(em.__file__))
 
     model.config.stride = W // 2  # as generation has it
     logits, state, _ = read_all(model, tokens)

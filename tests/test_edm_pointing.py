@@ -7,6 +7,7 @@ from __future__ import annotations
 import ast
 import json
 import math
+from pathlib import Path
 
 import edm_oracle as oracle
 import numpy as np
@@ -315,14 +316,16 @@ def test_generate_beams_equal_a_naive_search(base):
 # ══ Saved folders ════════════════════════════════════════════════════════════════════════════════
 def test_carried_source_needs_torch_and_transformers_alone():
     """The mixture stands in it once, as in dnc_gpt2.py, and nothing else of the repository."""
-    tree = ast.parse(eg.carried_source())
+    tree = ast.parse(dnc_gpt2.standalone_source(Path(em.__file__)))
     names = {alias.name.partition(".")[0] for node in ast.walk(tree)
              if isinstance(node, ast.Import) for alias in node.names}
     names |= {node.module.partition(".")[0] for node in ast.walk(tree)
               if isinstance(node, ast.ImportFrom)}
-    assert names == {"collections", "hashlib", "importlib", "math", "torch", "transformers",
-                     "types", "typing", "warnings"}
-    assert [node.name for node in tree.body if isinstance(node, ast.ClassDef)][0] == "Pointer"
+    assert names == {"__future__", "collections", "hashlib", "importlib", "math", "torch",
+                     "transformers", "types", "typing", "warnings"}
+    defined = [node.name for node in tree.body if isinstance(node, (ast.ClassDef, ast.FunctionDef))]
+    assert len(defined) == len(set(defined)) and "Pointer" in defined
+    assert not {"DNCMemory", "Config", "DNCGPT2ForCausalLM"} & set(defined)
 
 
 def test_folder_and_memory_of_before_pointing_load(base, tmp_path):

@@ -1,0 +1,309 @@
+"""GPT-2 with a memory as transformers knows models: DNCGPT2ForCausalLM generates, trains, is saved.
+
+The memory, the window and the mixture are those of dnc_gpt2.py. A folder that save_pretrained or
+`dnc_gpt2.py --export` wrote carries this file with what it uses of that one written into it, and so
+loads with torch and transformers alone, with trust_remote_code.
+
+Letters: B rows, T tokens of a call, C hidden width, V vocabulary, N memory slots, W tokens of the
+window of attention.
+"""
+
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import GenerationMixin, GPT2Config, GPT2Model, PretrainedConfig, PreTrainedModel
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from dnc_gpt2 import (
+    Pointer,
+    Reading,
+    build_memory,
+    map_state,
+    point,
+    read_on,
+    standalone_source,
+    start_reading,
+)
+
+# ══ What generate() hands from step to step ══════════════════════════════════════════════════════
+# The argument's name; renamed in transformers 5.24.
+CACHE = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"
+
+
+class StateCache:
+    """The state of B rows, which has a `fill` (B,), and how many columns it has read."""
+    is_compileable = False
+    is_croppable = False
+    is_linear = ()  # of its layers: prepare_inputs_for_generation cuts the columns, not generate()
+
+    def __init__(self, state: tuple, seen: int = 0) -> None:
+        self.state = state
+        self.seen = seen
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """The columns that have been read."""
+        return self.seen
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Replace the rows by those at beam_idx (B,)."""
+        index = beam_idx.to(self.state.fill.device)
+        as_they_are = torch.arange(len(index), device=index.device)
+        if not torch.equal(index, as_they_are):
+            self.state = map_state(lambda x: x.index_select(0, index), self.state)
+
+
+def unread_inputs(input_ids: Tensor, attention_mask: Tensor | None, kwargs: dict) -> dict:
+    """What prepare_inputs_for_generation returns: the columns that the cache has not seen, of all,
+    which generate() hands over."""
+    cache = kwargs.get(CACHE)
+    seen = 0 if cache is None else cache.get_seq_length()
+    return {"input_ids": input_ids[:, seen:], "attention_mask": attention_mask, CACHE: cache,
+            "use_cache": True, "logits_to_keep": 1}
+
+
+def refuse_unused(kwargs: dict, name: str) -> None:
+    """Raise ValueError for an argument of forward that a model would not use."""
+    for argument, value in kwargs.items():
+        if value is not None and value is not False:
+            raise ValueError(f"{argument}: not used by {name}; leave it out")
+
+
+def head_logits(h: Tensor, weight: Tensor, pointer: Pointer | None) -> Tensor:
+    """h (B, T, C), the embedding (V, C) and what the tokens point to -> log p (B, T, V); but where
+    no weight is, the base's logits, bit for bit, with the gradient of log p."""
+    logits = h @ weight.T
+    if pointer is None:
+        return logits
+    dtype = torch.promote_types(logits.dtype, torch.float32)
+    log_p = pointer.mix(logits.log_softmax(-1, dtype=dtype))
+    is_closed = (pointer.weights == 0).all(-1, keepdim=True)
+    as_it_was = logits.detach() + (log_p - log_p.detach())
+    return torch.where(is_closed, as_it_was, log_p)
+
+
+def next_token_loss(logits: Tensor, labels: Tensor) -> Tensor:
+    """Mean cross-entropy of labels (B, T), shifted here, -100 not scored: logits (B, T, V)."""
+    return F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
+
+
+def open_from_zero(x: Tensor) -> Tensor:
+    """tanh(x), but 0 where x < 0; the gradient is that of tanh everywhere: below 0 a clamp has
+    none, and would never open again."""
+    y = torch.tanh(x)
+    return y + (y.clamp_min(0) - y).detach()
+
+
+# ══ Configuration ════════════════════════════════════════════════════════════════════════════════
+# What transformers builds of a configuration without any field.
+TINY_BASE = {"vocab_size": 256, "n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": 64}
+
+
+class DNCGPT2Config(PretrainedConfig):
+    """GPT-2's configuration, `base`, and the fields of dnc_gpt2.Config that say what the memory is,
+    under the same names."""
+    model_type = "dnc_gpt2"
+
+    def __init__(self, base: dict | None = None,
+                 seq_len: int = 0,  # W, tokens of the window, 0 = the base's positions
+                 stride: int = 0,  # tokens that leave a full window, 0 = half of it
+                 memory: str = "dnc",  # dnc | gru | delta | cache | none
+                 mem_slots: int = 64,
+                 mem_width: int = 128,
+                 num_reads: int = 4,
+                 pointing: bool = True,
+                 pointer_gate: bool = False,  # pointing is learnt from nothing: step 0 is the base
+                 split_rows: bool = True,
+                 row_key: str = "previous",
+                 empty_slot: bool = True,
+                 usage_decay: float | str = "auto",
+                 use_links: bool = False,
+                 mask_min: float = 1.0,
+                 dealloc_wipe: bool = False,
+                 sharpen_links: bool = False,
+                 lambda_vocabulary: float = 1.0,  # of the vocabulary's own loss in training
+                 scan: str = "auto",
+                 **kwargs) -> None:
+        auto_map = {
+            "AutoConfig": "dnc_model.DNCGPT2Config",
+            "AutoModelForCausalLM": "dnc_model.DNCGPT2ForCausalLM",
+        }
+        # The embedding is the head: one parameter, not two that are tied.
+        super().__init__(**{"tie_word_embeddings": False, "auto_map": auto_map} | kwargs)
+        self.base = base or GPT2Config(**TINY_BASE).to_dict()
+        gpt2 = GPT2Config(**self.base)
+        for name in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads"):
+            setattr(self, name, getattr(gpt2, name))
+
+        self.seq_len = seq_len or gpt2.n_positions
+        self.stride = stride
+        self.memory = memory
+        self.mem_slots = mem_slots
+        self.mem_width = mem_width
+        self.num_reads = num_reads
+        self.pointing = pointing
+        self.pointer_gate = pointer_gate
+        self.split_rows = split_rows
+        self.row_key = row_key
+        self.empty_slot = empty_slot
+        self.usage_decay = usage_decay
+        self.use_links = use_links
+        self.mask_min = mask_min
+        self.dealloc_wipe = dealloc_wipe
+        self.sharpen_links = sharpen_links
+        self.lambda_vocabulary = lambda_vocabulary
+        self.scan = scan
+
+    def check(self) -> None:
+        """Raise ValueError with field, value and requirement where a field does not fit."""
+        positions = GPT2Config(**self.base).n_positions
+        if not 1 <= self.seq_len <= positions:
+            raise ValueError(f"seq_len = {self.seq_len}: must be from 1 to the base's positions "
+                             f"({positions})")
+        if not 0 <= self.stride <= self.seq_len:
+            raise ValueError(f"stride = {self.stride}: must be from 0 (half of the window) to "
+                             f"seq_len ({self.seq_len})")
+        kinds = ("dnc", "gru", "delta", "cache", "none")
+        if self.memory not in kinds:
+            raise ValueError(f"memory = {self.memory!r}: must be one of {', '.join(kinds)}")
+
+
+# ══ Model ════════════════════════════════════════════════════════════════════════════════════════
+class DNCGPT2ForCausalLM(PreTrainedModel, GenerationMixin):
+    """GPT2Model, the memory over its last hidden states, the head tied to the embedding.
+
+    When the window is full its first `stride` tokens leave it and the rest is encoded again; the
+    memory goes on token by token without end. With stride = seq_len windows do not overlap, as in
+    dnc_gpt2.py's training and evaluation.
+    """
+    config_class = DNCGPT2Config
+    base_model_prefix = "controller"
+    main_input_name = "input_ids"
+    accepts_loss_kwargs = False  # Trainer then divides by the batches that it accumulates
+
+    def __init__(self, config: DNCGPT2Config) -> None:
+        super().__init__(config)
+        config.check()
+        self.controller = GPT2Model(GPT2Config(**config.base))
+        self.memory = build_memory(config)
+        self.gate = nn.Parameter(torch.zeros(())) if config.pointer_gate else None
+        self.post_init()
+
+    @classmethod
+    def from_gpt2(cls, name: str, **fields: object) -> "DNCGPT2ForCausalLM":
+        """A pretrained GPT-2, by hub name or folder, with a fresh memory: fields of DNCGPT2Config.
+        Its logits are GPT-2's until the memory has learnt something."""
+        controller = GPT2Model.from_pretrained(name)
+        base = controller.config.to_dict()
+        model = cls(DNCGPT2Config(base=base, **{"pointer_gate": True} | fields))
+        model.controller.load_state_dict(controller.state_dict())
+        return model
+
+    def _init_weights(self, module: nn.Module) -> None:
+        """Leave parameters as they were built: the memory's first values are chosen ones."""
+
+    def save_pretrained(self, save_directory: str | Path, *args: object, **kwargs: object) -> None:
+        """As PreTrainedModel's, and the code that the folder needs."""
+        super().save_pretrained(save_directory, *args, **kwargs)
+        code = standalone_source(Path(__file__))
+        (Path(save_directory) / "dnc_model.py").write_text(code, encoding="utf-8")
+
+    def push_to_hub(self, repo_id: str, **kwargs: object) -> str:
+        """As PreTrainedModel's; the card is that of the folder that the model was loaded from."""
+        address = super().push_to_hub(repo_id, **kwargs)
+        card = Path(self.config._name_or_path) / "README.md"
+        if card.is_file():
+            import huggingface_hub
+
+            huggingface_hub.upload_file(path_or_fileobj=card, path_in_repo="README.md",
+                                        repo_id=repo_id, token=kwargs.get("token"))
+        return address
+
+    def resize_token_embeddings(self, *args: object, **kwargs: object) -> nn.Embedding:
+        """As PreTrainedModel's; what is saved then is built with as many tokens."""
+        embedding = super().resize_token_embeddings(*args, **kwargs)
+        self.config.base = self.config.base | {"vocab_size": self.config.vocab_size}
+        return embedding
+
+    @classmethod
+    def _supports_default_dynamic_cache(cls) -> bool:
+        return False  # forward makes its own
+
+    def init_state(self, rows: int) -> tuple | None:
+        """The memory's state of rows that have read nothing."""
+        return None if self.memory is None else self.memory.init_state(rows)
+
+    def read(self, tokens: Tensor, mask: Tensor, state: Reading
+             ) -> tuple[Tensor, Reading, Pointer | None]:
+        """Read tokens (B, T) where mask (B, T) -> h with memory (B, T, C), the state behind them,
+        what they point to, of (B, T, N) weights, or None."""
+        counts = mask.sum(1)
+        is_padded = not bool(mask.all())
+        order = back = None
+        if is_padded:
+            order = (~mask).int().argsort(dim=1, stable=True)  # real tokens first
+            back = order.argsort(dim=1)
+            tokens = tokens.gather(1, order)
+        _, h, state, trace = read_on(self, tokens, counts, state, self.config.stride)
+        pointer = self.pointer(trace)
+        if is_padded:
+            h = rows_at(h, back)
+            pointer = pointer and Pointer(*(rows_at(part, back) for part in pointer))
+        return h, state, pointer
+
+    def pointer(self, trace: tuple | None) -> Pointer | None:
+        """What a trace points to, of (B, T, N) weights; None where nothing points."""
+        if trace is None or not self.config.pointing:
+            return None
+        shape = trace.tokens.shape
+        tokens, weights = (part.view(shape) for part in point(trace))
+        if self.gate is not None:
+            weights = weights * open_from_zero(self.gate)
+        return Pointer(tokens, weights)
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None,
+                cache: StateCache | None = None, labels: Tensor | None = None,
+                logits_to_keep: int = 0, use_cache: bool | None = None,
+                return_dict: bool | None = None, past_key_values: StateCache | None = None,
+                **kwargs: object) -> CausalLMOutputWithPast:
+        """input_ids (B, T), attention_mask (B, T) or of all columns so far, 0 = padding -> logits
+        (B, T, V), of a memory that points log p of the mixture, loss, cache.
+
+        labels (B, T) are shifted here, -100 is not scored; in training lambda_vocabulary times the
+        loss of the vocabulary alone is added. The cache is called past_key_values before
+        transformers 5.24. Raises ValueError for an argument that it would not use.
+        """
+        refuse_unused(kwargs, "DNCGPT2ForCausalLM")
+        B, T = input_ids.shape
+        if attention_mask is None:
+            mask = torch.ones_like(input_ids)
+        else:
+            mask = attention_mask[:, -T:]
+        cache = cache or past_key_values or StateCache(start_reading(self, B))
+
+        h, state, pointer = self.read(input_ids, mask.bool(), cache.state)
+        cache = StateCache(map_state(Tensor.detach, state), cache.seen + T)
+        kept = (slice(None), slice(-logits_to_keep, None))  # all for 0
+        pointer = pointer and pointer.rows(kept)
+        weight = self.controller.wte.weight
+        logits = head_logits(h[kept], weight, pointer)
+        loss = None
+        if labels is not None:
+            loss = next_token_loss(logits, labels)
+        if labels is not None and self.training and pointer is not None:
+            alone = next_token_loss(h[kept] @ weight.T, labels)
+            loss = loss + self.config.lambda_vocabulary * alone
+        return CausalLMOutputWithPast(loss=loss, logits=logits, **{CACHE: cache})
+
+    def prepare_inputs_for_generation(self, input_ids: Tensor,
+                                      attention_mask: Tensor | None = None,
+                                      **kwargs: object) -> dict:
+        """The columns that the cache has not seen."""
+        return unread_inputs(input_ids, attention_mask, kwargs)
+
+
+def rows_at(x: Tensor, index: Tensor) -> Tensor:
+    """x (B, T, ...) with its columns in the order of index (B, T)."""
+    shape = (*index.shape, *[1] * (x.dim() - 2))
+    return x.gather(1, index.view(shape).expand_as(x))
