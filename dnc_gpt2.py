@@ -2716,9 +2716,7 @@ def remember(model: nn.Module, h: Tensor, tokens: Tensor, take: Tensor, state: t
         return h_out, trace, state
 
     whole, trace = [], None
-    for length in lengths:
-        if length == 0:
-            continue
+    for length in filter(bool, lengths):
         index = (take == length).nonzero().squeeze(1)
         rows = [x[index, :length] for x in (h, tokens, embedding)]
         h_out, new, trace = model.memory(rows[0], select_rows(state, index), *rows[1:])

@@ -79,6 +79,8 @@ def head_logits(h: Tensor, weight: Tensor, pointer: Pointer | None) -> Tensor:
     dtype = torch.promote_types(logits.dtype, torch.float32)
     log_p = pointer.mix(logits.log_softmax(-1, dtype=dtype))
     is_closed = (pointer.weights == 0).all(-1, keepdim=True)
+    if not torch.is_grad_enabled():
+        return torch.where(is_closed, logits.to(dtype), log_p)
     as_it_was = logits.detach() + (log_p - log_p.detach())
     return torch.where(is_closed, as_it_was, log_p)
 
