@@ -5,6 +5,7 @@
     python dnc_gpt2.py --help                  every Config field, its default and its comment
     python dnc_gpt2.py --lr 1e-3 --seed 2      override fields (or edit Config below)
     python dnc_gpt2.py --resume auto           continue an interrupted run, bit for bit
+    torchrun --nproc_per_node 8 dnc_gpt2.py    a process a GPU, each with its rows (docs/scale.md)
     python dnc_gpt2.py --inspect checkpoints/GPT2_+_DNC_FINAL_step350.pt --text "Some text"
 
 Read downward: Config, memory, model, loss, training, comparison; then what serves them: data,
@@ -20,6 +21,7 @@ import ast
 import concurrent.futures
 import contextlib
 import dataclasses
+import datetime
 import functools
 import hashlib
 import io
@@ -825,14 +827,14 @@ def total_loss(output: Output, positions: Tensor | None, config: Config) -> Tens
 
 def routing_positions(config: Config, step: int, device: torch.device | str = "cpu"
                       ) -> Tensor | None:
-    """Positions (rows, P) at which L_routing is computed, drawn from seed and step alone; None
-    where there is no such loss: a step without it computes no logits without memory."""
+    """Positions (rows, P) at which L_routing is computed, drawn from seed and step alone, of this
+    rank's rows; None where there is no such loss: then no logits without memory are computed."""
     if config.memory != "dnc" or config.lambda_routing == 0:
         return None
     count = max(1, round(config.routing_fraction * config.step_len))
     generator = torch.Generator().manual_seed(config.seed * 1_000_003 + step)
     order = torch.rand(config.rows, config.step_len, generator=generator).argsort(1)
-    return order[:, :count].to(device)  # (rows, P)
+    return order[share_of(config.rows), :count].to(device)  # (rows, P)
 
 
 # ══ Training: one loop for every arm ═════════════════════════════════════════════════════════════
@@ -875,7 +877,7 @@ def train_step(run: Run, forward: nn.Module, rows: Tensor) -> None:
     """One step on the next step_len tokens of every row. Raises Diverged, the weights untouched."""
     config, within = run.config, run.step % run.steps_per_epoch
     if within == 0:  # a new pass over the stream starts with an empty memory
-        run.state = run.model.init_state(config.rows)
+        run.state = run.model.init_state(len(rows))
     start = within * config.step_len
     run.state = empty_some_rows(run.state, config, run.step)
     tokens = rows[:, start : start + config.step_len + 1]  # (B, L + 1)
@@ -901,6 +903,7 @@ def empty_some_rows(state: tuple | None, config: Config, step: int) -> tuple | N
         return state
     generator = torch.Generator().manual_seed(config.seed * 1_000_003 + step + 500_009)
     emptied = torch.rand(config.rows, generator=generator) < config.empty_share
+    emptied = emptied[share_of(config.rows)]
     if not emptied.any():
         return state
     new = []
@@ -920,6 +923,7 @@ def check_and_count(run: Run, output: Output, loss: Tensor, norm: Tensor) -> Non
         gate = output.trace.write_gate.mean()
     # One transfer a step: the loss must be looked at before the weights change.
     scalars = torch.stack([loss, norm, output.nll.mean(), output.top1.mean(), gate]).detach()
+    scalars = mean_over_ranks(scalars)
     loss_value, norm_value, nll, top1, gate_value = scalars.tolist()
     if not math.isfinite(loss_value + norm_value):
         raise Diverged(f"{run.arm} at step {run.step}: loss {loss_value}, gradient norm "
@@ -969,6 +973,8 @@ def log_row(run: Run, split: str, metrics: dict) -> None:
 
 def append_metrics(row: dict, folder: str) -> None:
     """Append one row to metrics.jsonl."""
+    if rank_and_size().rank > 0:
+        return
     with open(Path(folder) / METRICS_FILE, "a", encoding="utf-8") as file:
         file.write(json.dumps(row) + "\n")
 
@@ -1043,9 +1049,11 @@ def train(run: Run, corpus: "Corpus", forward: nn.Module, stop: "StopSignal") ->
     from tqdm import tqdm
 
     config, started = run.config, run.step
-    rows = training_rows(corpus.train, config.rows, config.step_len).to(run.device)
+    rows = training_rows(corpus.train, config.rows, config.step_len)
+    rows = rows[share_of(config.rows)].to(run.device)
     peak_memory_mb(run.device, reset=True)
-    bar = tqdm(total=run.total_steps, initial=run.step, desc=run.arm, unit="step")
+    bar = tqdm(total=run.total_steps, initial=run.step, desc=run.arm, unit="step",
+               disable=rank_and_size().rank > 0)
     with stop.held(), contextlib.closing(bar):
         try:
             while True:
@@ -1053,7 +1061,7 @@ def train(run: Run, corpus: "Corpus", forward: nn.Module, stop: "StopSignal") ->
                     validate(run, corpus, stop)
                 if run.step >= run.total_steps:
                     break
-                stop.check()
+                stop.check_together()
                 timed_step(run, forward, rows, warm=run.step >= started + 3)
                 bar.update()
                 if run.step % config.log_every_steps == 0 or run.step == run.total_steps:
@@ -1217,24 +1225,34 @@ def evaluate(model: GPT2WithMemory, stream: Tensor, config: Config, stop: "StopS
     token, and `sums` (bins, rows, K) of STATS and `counts` (bins, rows) of scored tokens: a bin is
     BIN tokens of a row, whatever the window, so that arms can be compared.
     """
-    device = model.head_weight().device
-    state, taken = model.init_state(config.eval_rows), []
     inputs, targets = evaluation_rows(stream, config.eval_rows)
-    windows = (rows.split(config.seq_len, 1) for rows in (inputs, targets))
+    mine = share_of(config.eval_rows)  # no rows where there are more ranks than rows
     model.eval()
-    for x, y in zip(*windows, strict=True):  # (rows, T) each
-        stop.check()
-        if swap:
-            state = map_state(lambda tensor: tensor.roll(1, 0), state)
-        stats, state = model.measure(x.to(device), y.to(device), state, brief)
-        taken.append(stats.cpu())
+    taken = measure_rows(model, inputs[mine], targets[mine], stop, brief, swap)
     model.train()
-    stats = torch.cat(taken, dim=1)  # (rows, length, K)
+    stats = torch.cat([part for part in of_every_rank(taken) if len(part)])  # (rows, length, K)
     sums = [part.double().sum(1) for part in stats.split(BIN, 1)]
     counts = [part.sum(1) for part in (targets != -100).split(BIN, 1)]
     sums, counts = torch.stack(sums), torch.stack(counts)
     metrics = means(sums, counts, lacking_stats(config), brief=brief)
     return {"metrics": metrics, "sums": sums, "counts": counts, "nll": stats[..., 0].clone()}
+
+
+def measure_rows(model: GPT2WithMemory, inputs: Tensor, targets: Tensor, stop: "StopSignal",
+                 brief: bool, swap: bool) -> Tensor:
+    """The STATS of `evaluate` of every token of rows of inputs and targets, (rows, length) -> on
+    the CPU (rows, length, K)."""
+    device, length = model.head_weight().device, model.config.seq_len
+    state = model.init_state(len(inputs))
+    taken = []
+    for x, y in zip(inputs.split(length, 1), targets.split(length, 1), strict=True):  # (rows, T)
+        stop.check_together()
+        if swap:
+            state = roll_rows(state)
+        if len(x):
+            stats, state = model.measure(x.to(device), y.to(device), state, brief)
+            taken.append(stats.cpu())
+    return torch.cat(taken, dim=1) if taken else torch.zeros(0)
 
 
 def text_size(tokenizer: object, stream: Tensor) -> dict[str, int]:
@@ -2467,7 +2485,7 @@ def tune_cache(model: GPT2WithMemory, stream: Tensor, config: Config, stop: "Sto
     losses = 0.0
     model.eval()
     for start in range(0, inputs.shape[1], config.seq_len):
-        stop.check()
+        stop.check_together()
         window = slice(start, start + config.seq_len)
         x = inputs[:, window].to(device)  # (B, T)
         y = targets[:, window].to(device)
@@ -2479,8 +2497,7 @@ def tune_cache(model: GPT2WithMemory, stream: Tensor, config: Config, stop: "Sto
         state = after
     model.train()
 
-    best = losses.argmin().item()
-    i, j = divmod(best, len(memory.LAMBDAS))
+    i, j = divmod(of_first_rank(losses.argmin().item()), len(memory.LAMBDAS))
     memory.theta.fill_(memory.THETAS[i])
     memory.share.fill_(memory.LAMBDAS[j])
     return losses[i, j].item() / (len(stream) - 1)
@@ -2826,8 +2843,8 @@ def checkpoint_payload(run: Run, corpus: Corpus) -> dict:
         "epoch": run.step // run.steps_per_epoch,
         "stream_position": run.step % run.steps_per_epoch * run.config.step_len,
         "val_ppl": last_perplexity(run),
-        "memory_state": None if run.state is None else [*run.state],
-        "rng": {"torch": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all()},
+        "memory_state": state_of_all_rows(run.state),
+        "rng": random_states(),
         "history": run.history,
         "meter": run.meter,
         "results": run.results,
@@ -2842,7 +2859,9 @@ def save_checkpoint(run: Run, corpus: Corpus, final: bool = False) -> None:
     path = Path(run.config.save_dir) / name
     remedy = (f"the last good checkpoint is {run.last_saved or 'none yet'}; free some space, then "
               "continue with --resume auto")
-    save_tensors(checkpoint_payload(run, corpus), path, remedy)
+    payload = checkpoint_payload(run, corpus)
+    if rank_and_size().rank == 0:
+        save_tensors(payload, path, remedy)
     run.last_saved = str(path)
 
 
@@ -2896,21 +2915,23 @@ def restore(run: Run, payload: dict, path: str | Path, corpus: Corpus) -> None:
         saved = payload["memory_state"]
         fresh = run.model.init_state(run.config.rows)
         state = type(fresh)(*saved, *fresh[len(saved):])  # parts that came later are empty
-        run.state = map_state(lambda tensor: tensor.to(run.device), state)
-    rng = payload["rng"]
-    torch.set_rng_state(rng["torch"])
-    torch.cuda.set_rng_state_all(rng["cuda"][: torch.cuda.device_count()])
+        mine = share_of(run.config.rows)
+        run.state = map_state(lambda tensor: tensor[mine].to(run.device), state)
+    restore_random_states(payload["rng"], run)
 
 
 def newest_checkpoints(run: Run) -> list[Path]:
-    """The checkpoints of an arm in save_dir, the newest first, of one moment the furthest first."""
+    """The checkpoints of an arm in save_dir, the newest first, of one moment the furthest first; of
+    a job that torchrun has restarted, its own alone."""
     pattern = re.compile(re.escape(run.stem) + r"_(FINAL_)?step(\d+)\.pt")
+    since = job_started(run.config.save_dir)
     dated = []
     for path in Path(run.config.save_dir).iterdir():
         match = pattern.fullmatch(path.name)
         if match:
             step, written = int(match[2]), path.stat().st_mtime_ns
-            dated.append((written, step, path))
+            if written >= since:
+                dated.append((written, step, path))
     dated.sort(reverse=True)
     return [path for _, _, path in dated]
 
@@ -2926,14 +2947,25 @@ def resume_run(run: Run, corpus: Corpus) -> None:
             restore(run, payload, run.config.resume, corpus)
             print(f"{run.arm}: resumed from {run.config.resume}")
             return
+    path = None
+    if rank_and_size().rank == 0:
+        path = resume_newest(run, corpus)
+    path = of_first_rank(path)
+    if path and rank_and_size().rank > 0:
+        restore(run, load_checkpoint(path), path, corpus)
+
+
+def resume_newest(run: Run, corpus: Corpus) -> str | None:
+    """Continue from the newest valid checkpoint in save_dir -> its path, None without any."""
     for path in newest_checkpoints(run):
         try:
             restore(run, load_checkpoint(path), path, corpus)
             print(f"{run.arm}: {'finished in' if run.results else 'resumed from'} {path}")
-            return
+            return str(path)
         except ValueError as error:
             print(f"resume: passed over {error}")
     print(f"{run.arm}: no valid checkpoint in {run.config.save_dir}, starting at step 0")
+    return None
 
 
 # ══ The shell of a command: what every script of this repository shares ══════════════════════════
@@ -3084,6 +3116,12 @@ class StopSignal(KeyboardInterrupt):
         if self.signum:
             raise self
 
+    def check_together(self) -> None:
+        """`check` at one place of every rank: a signal to one of them stops all."""
+        if rank_and_size().size > 1:
+            self.signum = max(of_every_rank(self.signum))
+        self.check()
+
     @contextlib.contextmanager
     def held(self) -> Iterator[None]:
         """Signals wait for `check`: what runs inside can then be saved as a whole."""
@@ -3112,11 +3150,12 @@ def run_command(job: Callable[[StopSignal], None], again: list[str], saved: str,
         job(stop)
         return 0
     except StopSignal:
-        print(f"\nstopped; {saved}; continue with:\n  python {shlex.join(again)}", file=sys.stderr)
+        print(f"\nstopped; {saved}; continue with:\n  {launcher()} {shlex.join(again)}",
+              file=sys.stderr)
         return 128 + stop.signum
     except SystemExit as done:  # tyro has printed the help, or what is wrong
         return done.code or 0
-    except Diverged as error:
+    except (Diverged, RankLost) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except torch.OutOfMemoryError as error:
@@ -3250,7 +3289,8 @@ def train_baseline(**fields: object) -> Path:
     words = [f"--{name}={value}" for name, value in options.items()]
     command = [sys.executable, str(Path(__file__).resolve()), *words]
     # Of a session of its own: Ctrl-C would reach it twice, and a second signal ends it unsaved.
-    process = subprocess.Popen(command, start_new_session=True)
+    alone = {name: value for name, value in os.environ.items() if name not in RANK_VARIABLES}
+    process = subprocess.Popen(command, start_new_session=True, env=alone)
     try:
         code = process.wait()
     except KeyboardInterrupt as stopped:
@@ -3281,6 +3321,8 @@ def device_name(device: torch.device | str) -> str:
     """A device for people: the GPU's name, or the CPU with its threads."""
     if torch.device(device).type == "cuda":
         return torch.cuda.get_device_name(device)
+    if torch.device(device).type == "mps":
+        return "Apple GPU (mps)"
     return f"CPU, {torch.get_num_threads()} threads"
 
 
@@ -3364,6 +3406,245 @@ def rate_share(step: int, total: int, warmup: float, floor: float) -> float:
         return (step + 1) / rising
     progress = (step - rising) / max(1, total - rising)
     return (1 + floor) / 2 + (1 - floor) / 2 * math.cos(math.pi * progress)
+
+
+# ══ Many processes: torchrun, each with its rows ═════════════════════════════════════════════════
+RANK_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK",
+                  "GROUP_WORLD_SIZE", "TORCHELASTIC_RESTART_COUNT")
+WAIT = datetime.timedelta(hours=2)  # of one rank for the others: a checkpoint, a first compilation
+
+
+class RankLost(RuntimeError):
+    """Another of the processes that torchrun started is gone."""
+
+
+class Ranks(NamedTuple):
+    """Which of how many processes this is."""
+    rank: int = 0
+    size: int = 1
+    local: int = 0  # number on its machine: that of its GPU
+
+
+def launched() -> Ranks:
+    """What torchrun says of this process in its environment. Raises ValueError."""
+    size, rank = os.environ.get("WORLD_SIZE"), os.environ.get("RANK")
+    if size is None and rank is None:
+        return Ranks()
+    remedy = "as torchrun sets it; start with torchrun, or unset RANK and WORLD_SIZE"
+    for name in ("WORLD_SIZE", "RANK"):
+        value = os.environ.get(name, "")
+        require(value.isdecimal(), name, value, f"a whole number, {remedy}")
+    ranks = Ranks(int(rank), int(size), int(os.environ.get("LOCAL_RANK") or 0))
+    require(ranks.rank < ranks.size, "RANK", ranks.rank, f"below WORLD_SIZE = {size}, {remedy}")
+    for name in ("MASTER_ADDR", "MASTER_PORT"):
+        value = os.environ.get(name, "")
+        require(value or ranks.size == 1, name, value, f"an address, {remedy}")
+    return ranks
+
+
+def rank_and_size() -> Ranks:
+    """This process among those that train together; one alone is rank 0 of 1."""
+    import torch.distributed as dist
+
+    if not (dist.is_available() and dist.is_initialized()):
+        return Ranks()
+    return Ranks(dist.get_rank(), dist.get_world_size())
+
+
+def share_of(count: int) -> slice:
+    """Which of `count` rows are this rank's."""
+    rank, size, _ = rank_and_size()
+    return slice(rank * count // size, (rank + 1) * count // size)
+
+
+def mean_over_ranks(values: Tensor) -> Tensor:
+    """The mean of a tensor over the ranks, which have equally many rows each."""
+    size = rank_and_size().size
+    if size == 1:
+        return values
+    torch.distributed.all_reduce(values)
+    return values / size
+
+
+def of_every_rank(value: object) -> list:
+    """A plain value or CPU tensors of every rank, in their order."""
+    size = rank_and_size().size
+    if size == 1:
+        return [value]
+    values = [None] * size
+    torch.distributed.all_gather_object(values, value)
+    return values
+
+
+def of_first_rank(value: object) -> object:
+    """The value that rank 0 has."""
+    return of_every_rank(value)[0]
+
+
+def roll_rows(state: tuple | None) -> tuple | None:
+    """Give every row the state of the row before it, across the ranks."""
+    if state is None or rank_and_size().size == 1:
+        return map_state(lambda tensor: tensor.roll(1, 0), state)
+    last = map_state(lambda tensor: tensor[-1:].cpu(), state)
+    every = of_every_rank([*last])
+    rank = rank_and_size().rank
+    before = every[rank:] + every[:rank]  # this rank, ..., the one before it
+    [*_, nearest] = [rows for rows in before if len(rows[0])]
+    rolled = []
+    for tensor, row in zip(state, nearest, strict=True):
+        shifted = torch.cat((row.to(tensor.device), tensor))
+        rolled.append(shifted[: len(tensor)])
+    return type(state)(*rolled)
+
+
+def state_of_all_rows(state: tuple | None) -> list[Tensor] | None:
+    """The memory of the rows of every rank, as a checkpoint keeps it; a call of all ranks."""
+    if state is None or rank_and_size().size == 1:
+        return None if state is None else [*state]
+    mine = [tensor.cpu() for tensor in state]
+    return [torch.cat(parts) for parts in zip(*of_every_rank(mine), strict=True)]
+
+
+def random_states() -> dict:
+    """The states of the random generators, those of every rank under "ranks"; a call of all."""
+    if rank_and_size().size == 1:
+        return {"torch": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all()}
+    on_gpu = torch.cuda.is_initialized()
+    mine = {"torch": torch.get_rng_state(),
+            "cuda": [torch.cuda.get_rng_state()] if on_gpu else []}
+    every = of_every_rank(mine)
+    return {**every[0], "ranks": every}
+
+
+def restore_random_states(saved: dict, run: Run) -> None:
+    """Put back what random_states returned. On another number of ranks each but the first draws
+    anew, of seed, step and rank, which one line says."""
+    rank, size, _ = rank_and_size()
+    every = saved.get("ranks", [saved])
+    if len(every) != size:
+        print(f"{run.arm}: saved by {len(every)} processes, resumed by {size}: the same rows, "
+              "memory and rates; sums round, and dropout draws, differently")
+    if rank > 0 and len(every) != size:
+        torch.manual_seed(run.config.seed * 1_000_003 + run.step + rank * 7_919)
+        return
+    mine = every[rank]
+    torch.set_rng_state(mine["torch"])
+    if size == 1:
+        torch.cuda.set_rng_state_all(mine["cuda"][: torch.cuda.device_count()])
+    elif mine["cuda"]:
+        torch.cuda.set_rng_state(mine["cuda"][0])
+
+
+def check_ranks(config: Config, size: int) -> None:
+    """Raise ValueError where the rows of an arm do not split evenly over the ranks."""
+    for name in config.arm_list:
+        arm = arm_config(name, config)
+        rows = f"{ARMS[name]} has {arm.rows} rows, batch_size / bptt_segments"
+        require_field(arm, "batch_size", arm.rows % size == 0,
+                      f"so that its rows split over {size} processes ({rows}); set --batch_size, "
+                      "or --nproc_per_node")
+
+
+def launcher() -> str:
+    """How this process was started: python, or torchrun with its options."""
+    processes = os.environ.get("LOCAL_WORLD_SIZE")
+    if processes is None:
+        return "python"
+    machines = os.environ.get("GROUP_WORLD_SIZE", "1")
+    nodes = "" if machines == "1" else f" --nnodes {machines}"
+    return f"torchrun{nodes} --nproc_per_node {processes}"
+
+
+def was_restarted() -> bool:
+    """Whether torchrun --max_restarts has started these processes again."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT") or 0) > 0
+
+
+STARTED_FILE = ".started"  # in save_dir: made when a job under torchrun begins at step 0
+
+
+def job_started(folder: str) -> int:
+    """When the job that torchrun has restarted began, in ns; 0 of any other job."""
+    path = Path(folder) / STARTED_FILE
+    return path.stat().st_mtime_ns if was_restarted() and path.exists() else 0
+
+
+@contextlib.contextmanager
+def joined(ranks: Ranks, device: torch.device) -> Iterator[None]:
+    """Work as one of the processes that torchrun started. Raises RankLost where another is gone."""
+    import torch.distributed as dist
+
+    if ranks.size == 1:
+        yield
+        return
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    try:
+        dist.init_process_group(backend, timeout=WAIT)
+        yield
+    except RuntimeError as error:
+        if not lost_a_rank(error):
+            raise
+        raise RankLost(f"rank {ranks.rank} of {ranks.size} stops: another rank is gone "
+                       f"({str(error).splitlines()[0][:100]}); start again with --resume auto, or "
+                       "give torchrun --max_restarts") from None
+    dist.destroy_process_group()
+
+
+def lost_a_rank(error: RuntimeError) -> bool:
+    """Whether an error says that another process could not be reached."""
+    import torch.distributed as dist
+
+    words = ("Connection closed by peer", "Connection reset", "Connection refused", "Broken pipe",
+             "Socket closed", "NCCL")
+    return isinstance(error, dist.DistError) or any(word in str(error) for word in words)
+
+
+class QuietRank(io.TextIOBase):
+    """The stderr of every rank but the first: errors alone, with the rank's number. Before the
+    ranks have joined all find the same mistakes: then rank 0 is given time to say it, after which
+    torchrun ends the others."""
+    PATIENCE = 60.0  # seconds
+
+    def __init__(self, screen, rank: int) -> None:
+        self.screen, self.rank = screen, rank
+
+    def write(self, text: str) -> int:
+        if text.startswith("error: "):
+            if rank_and_size().size == 1 and "TORCHELASTIC_RUN_ID" in os.environ:
+                signal.signal(signal.SIGTERM, signal.SIG_DFL)
+                time.sleep(self.PATIENCE)
+            self.screen.write(f"rank {self.rank}: {text.strip()}\n")
+            self.screen.flush()
+        return len(text)
+
+
+@contextlib.contextmanager
+def first_rank_speaks() -> Iterator[None]:
+    """Only rank 0 prints; of the others, errors."""
+    rank = os.environ.get("RANK", "")
+    if not (rank.isdecimal() and int(rank) > 0):
+        yield
+        return
+    quiet = QuietRank(sys.stderr, int(rank))
+    with (open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere),
+          contextlib.redirect_stderr(quiet)):
+        yield
+
+
+def local_device() -> torch.device:
+    """The GPU where there is one, under torchrun that of LOCAL_RANK; else the CPU. Raises
+    ValueError where torchrun started more processes than there are GPUs."""
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    local = os.environ.get("LOCAL_RANK", "")
+    if not local.isdecimal():
+        return torch.device("cuda")
+    visible = torch.cuda.device_count()
+    require(int(local) < visible, "LOCAL_RANK", local, f"below the {visible} CUDA devices that are "
+            "visible; set a smaller --nproc_per_node")
+    return torch.device("cuda", int(local))
 
 
 # ══ Starting a run: preset, controller, hardware ═════════════════════════════════════════════════
@@ -3489,6 +3770,9 @@ def start_run(name: str, config: Config, corpus: Corpus, device: torch.device, t
     per_epoch = (len(corpus.train) - 1) // (config.rows * config.step_len)
     total = config.max_steps or config.epochs * per_epoch
     run = Run(ARMS[name], config, model, make_optimizer(model, config), total, per_epoch, tag)
+    rank = rank_and_size().rank
+    if rank > 0:  # its rows drop other units than those of rank 0
+        torch.manual_seed(config.seed * 1_000_003 + rank * 7_919)
     if config.resume:
         resume_run(run, corpus)
     return run
@@ -3501,10 +3785,14 @@ class Hardware(NamedTuple):
     named: str  # for people
 
 
-def choose_hardware(config: Config, visible: int) -> tuple[Config, int]:
-    """Fill in precision and choose how many of the visible GPUs to use: at most 2, at most 1 a row.
-    Raises ValueError when those asked for are not there, or torch.compile would meet two."""
+def choose_hardware(config: Config, visible: int, ranks: Ranks = Ranks()) -> tuple[Config, int]:
+    """Fill in precision and choose how many of the visible GPUs to use: at most 2, at most 1 a row,
+    under torchrun 1 a rank. Raises ValueError when those asked for are not there, or torch.compile
+    would meet two."""
     gpus = config.num_gpus
+    if ranks.size > 1:
+        require(gpus != 2, "num_gpus", gpus, "auto, 0 or 1 under torchrun, with a process a GPU")
+        gpus = int(gpus != 0 and (visible > 0 or gpus == 1))
     if gpus == "auto":
         gpus = min(2, visible, config.rows)
         if gpus == 1 < visible:
@@ -3550,6 +3838,26 @@ def run_inspection(config: Config) -> None:
     inspect_writes(model, tokenizer, config.text, config.plot_dir, payload["corpus"])
 
 
+def data_parallel(run: Run, hardware: "Hardware") -> nn.Module:
+    """What a training step calls: the model, split over two GPUs or over the ranks."""
+    if hardware.gpus == 2:
+        return nn.DataParallel(run.model, device_ids=[0, 1])
+    if rank_and_size().size == 1:
+        return run.model
+    forward = nn.parallel.DistributedDataParallel(run.model)
+    # Its first backward fixes the order in which gradients are added up over ranks. One on nothing,
+    # thrown away, gives a resumed run the order of an uninterrupted one.
+    share = share_of(run.config.rows)
+    tokens = torch.zeros(share.stop - share.start, run.config.step_len, dtype=torch.int64,
+                         device=run.device)
+    positions = routing_positions(run.config, 0, run.device)
+    with torch.random.fork_rng(devices=[run.device] if run.device.type == "cuda" else []):
+        output = forward(tokens, tokens, run.model.init_state(len(tokens)), positions)
+        total_loss(output, positions, run.config).backward()
+    run.model.zero_grad(set_to_none=True)
+    return forward
+
+
 def train_arm(name: str, config: Config, corpus: Corpus, hardware: "Hardware", tag: str,
               stop: StopSignal, base: Run | None = None) -> Run:
     """Train one arm, or what is left of it, or make it of a finished base -> the finished run,
@@ -3563,10 +3871,9 @@ def train_arm(name: str, config: Config, corpus: Corpus, hardware: "Hardware", t
         append_metrics(row, config.plot_dir)
     if not run.results:
         checkpoint_mb = 12 * total / 2**20 + 16  # weights and two moments
-        check_folder(config.save_dir, "save_dir", checkpoint_mb)
-        forward = run.model
-        if hardware.gpus == 2:
-            forward = nn.DataParallel(run.model, device_ids=[0, 1])
+        if rank_and_size().rank == 0:
+            check_folder(config.save_dir, "save_dir", checkpoint_mb)
+        forward = data_parallel(run, hardware)
         if base is None:
             train(run, corpus, forward, stop)
         else:
@@ -3649,24 +3956,50 @@ def run_comparison(config: Config, preset: str, stop: StopSignal) -> None:
     """The main job: every arm trained and evaluated in turn, then table, controls, inspection."""
     require_field(config, "memory", config.memory == "dnc",
                   "left as it is: every arm sets its own; for a model without use --arms baseline")
-    config, gpus = choose_hardware(config, torch.cuda.device_count())
-    check_folder(config.save_dir, "save_dir")
-    check_folder(config.plot_dir, "plot_dir")
-    with locked(config.save_dir, "save_dir"):
-        compare_arms(config, gpus, preset, stop)
+    ranks = launched()
+    check_ranks(config, ranks.size)
+    config, gpus = choose_hardware(config, torch.cuda.device_count(), ranks)
+    device = torch.device("cpu")
+    if gpus:
+        device = local_device()
+    elif config.num_gpus == "auto" and ranks.size == 1 and torch.backends.mps.is_available():
+        device = torch.device("mps")
+    if was_restarted():
+        config = dataclasses.replace(config, resume="auto")
+
+    with contextlib.ExitStack() as stack:
+        if ranks.rank == 0:  # it alone writes
+            check_folder(config.save_dir, "save_dir")
+            check_folder(config.plot_dir, "plot_dir")
+            stack.enter_context(locked(config.save_dir, "save_dir"))
+            mark_start(config, ranks)
+        corpus = load_corpus(config)
+        stack.enter_context(joined(ranks, device))
+        compare_arms(config, corpus, device, gpus, preset, stop)
 
 
-def compare_arms(config: Config, gpus: int, preset: str, stop: StopSignal) -> None:
-    """`run_comparison` on that many GPUs, in folders that can be written."""
-    corpus = load_corpus(config)
+def mark_start(config: Config, ranks: Ranks) -> None:
+    """Let a restart by torchrun tell the checkpoints of its own job from older ones."""
+    if ranks.size > 1 and not was_restarted():
+        started = Path(config.save_dir) / STARTED_FILE
+        started.unlink(missing_ok=True)
+        if not config.resume:
+            started.touch()
+
+
+def compare_arms(config: Config, corpus: Corpus, device: torch.device, gpus: int, preset: str,
+                 stop: StopSignal) -> None:
+    """`run_comparison` on a device (that of a rank), in folders that can be written."""
     if config.init_from != "scratch":
         settings = controller_config(config, corpus.vocab_size)
         config = dataclasses.replace(
             config, hidden_size=settings.n_embd, num_layers=settings.n_layer,
             num_heads=settings.n_head, mlp_width=settings.n_inner or 0)
 
-    device = torch.device("cuda" if gpus else "cpu")
     named = device_name(device) + (" x 2, DataParallel" if gpus == 2 else "")
+    ranks = rank_and_size()
+    if ranks.size > 1:
+        named += f" x {ranks.size} processes, DDP"
     hardware = Hardware(device, gpus, named)
     announce(config, corpus, named, preset)
     for name in config.arm_list:  # what cannot run is said before the first arm trains
@@ -3674,8 +4007,12 @@ def compare_arms(config: Config, gpus: int, preset: str, stop: StopSignal) -> No
     if {"dnc", "dnc_reset"} & set(config.arm_list):
         memory = build_memory(config).to(device)
         pick_scan(config.scan, memory.init_state(1), memory.options)
-    write_text(json.dumps({"run": run_facts(named)}) + "\n", Path(config.plot_dir) / METRICS_FILE)
+    if ranks.rank == 0:
+        facts = json.dumps({"run": run_facts(named)}) + "\n"
+        write_text(facts, Path(config.plot_dir) / METRICS_FILE)
     runs = train_arms(config, corpus, hardware, stop)
+    if ranks.rank > 0:
+        return
     report(runs, config, corpus, hardware, stop)
 
 
@@ -3692,7 +4029,8 @@ def main(argv: list[str]) -> int:
             run_comparison(config, preset, stop)
 
     again = ["dnc_gpt2.py", *argv, "--resume", "auto"]
-    return run_command(job, again, saved="training is saved")
+    with first_rank_speaks():
+        return run_command(job, again, saved="training is saved")
 
 
 if __name__ == "__main__":
