@@ -41,6 +41,7 @@ import textwrap
 import threading
 import time
 import urllib.request
+import uuid
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Annotated, Literal, NamedTuple, get_args, get_origin, get_type_hints
@@ -3556,17 +3557,48 @@ def launcher() -> str:
 
 
 def was_restarted() -> bool:
-    """Whether torchrun --max_restarts has started these processes again."""
-    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT") or 0) > 0
+    """Whether torchrun --max_restarts has started these processes again; a call of all ranks, of
+    which those of another machine are not told."""
+    restarts = int(os.environ.get("TORCHELASTIC_RESTART_COUNT") or 0)
+    return max(of_every_rank(restarts)) > 0
 
 
-STARTED_FILE = ".started"  # in save_dir: made when a job under torchrun begins at step 0
+STARTED_FILE = ".started"  # in save_dir while a job that torchrun may restart is at work
+
+
+def mark_start(config: Config) -> None:
+    """Let a restart by torchrun tell the checkpoints of its own job from older ones."""
+    started = Path(config.save_dir) / STARTED_FILE
+    started.unlink(missing_ok=True)
+    if launcher() != "python" and not config.resume:
+        started.touch()
 
 
 def job_started(folder: str) -> int:
     """When the job that torchrun has restarted began, in ns; 0 of any other job."""
     path = Path(folder) / STARTED_FILE
-    return path.stat().st_mtime_ns if was_restarted() and path.exists() else 0
+    return path.stat().st_mtime_ns if path.exists() else 0
+
+
+def meeting_place(ranks: Ranks) -> "torch.distributed.Store":
+    """Where the ranks find each other: torchrun's store, under a name that rank 0 makes up and all
+    agree on. After a restart the store still has the addresses of processes that are gone."""
+    import torch.distributed as dist
+
+    store, _, _ = next(dist.rendezvous("env://", timeout=WAIT))
+    mine = uuid.uuid4().hex
+    if ranks.rank == 0:
+        store.set("start", mine)
+        present = [store.get(f"{mine}/{rank}").decode() for rank in range(1, ranks.size)]
+        store.set(f"{mine}/present", " ".join(present))
+        return dist.PrefixStore(mine, store)
+    while True:
+        start = store.get("start").decode()  # or that of a start before this one
+        store.set(f"{start}/{ranks.rank}", mine)
+        if store.check([f"{start}/present"]):
+            if mine in store.get(f"{start}/present").decode():
+                return dist.PrefixStore(start, store)
+        time.sleep(0.05)
 
 
 @contextlib.contextmanager
@@ -3581,14 +3613,20 @@ def joined(ranks: Ranks, device: torch.device) -> Iterator[None]:
         torch.cuda.set_device(device)
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     try:
-        dist.init_process_group(backend, timeout=WAIT)
+        # While it waits for the others no handler of Python runs: a signal ends it at once.
+        handler = signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        store = meeting_place(ranks)
+        dist.init_process_group(backend, store=store, rank=ranks.rank, world_size=ranks.size,
+                                timeout=WAIT)
+        dist.barrier()
+        signal.signal(signal.SIGTERM, handler)
         yield
     except RuntimeError as error:
         if not lost_a_rank(error):
             raise
-        raise RankLost(f"rank {ranks.rank} of {ranks.size} stops: another rank is gone "
-                       f"({str(error).splitlines()[0][:100]}); start again with --resume auto, or "
-                       "give torchrun --max_restarts") from None
+        reason = re.sub(r"^\[\S+\] ", "", str(error)).partition("\n")[0]
+        raise RankLost(f"rank {ranks.rank} of {ranks.size} stops: another is gone ({reason[:80]}); "
+                       "start again with --resume auto, or give torchrun --max_restarts") from None
     dist.destroy_process_group()
 
 
@@ -3615,7 +3653,7 @@ class QuietRank(io.TextIOBase):
             if rank_and_size().size == 1 and "TORCHELASTIC_RUN_ID" in os.environ:
                 signal.signal(signal.SIGTERM, signal.SIG_DFL)
                 time.sleep(self.PATIENCE)
-            self.screen.write(f"rank {self.rank}: {text.strip()}\n")
+            self.screen.write(f"\nrank {self.rank}: {text.strip()}\n")
             self.screen.flush()
         return len(text)
 
@@ -3873,9 +3911,8 @@ def train_arm(name: str, config: Config, corpus: Corpus, hardware: "Hardware", t
         checkpoint_mb = 12 * total / 2**20 + 16  # weights and two moments
         if rank_and_size().rank == 0:
             check_folder(config.save_dir, "save_dir", checkpoint_mb)
-        forward = data_parallel(run, hardware)
         if base is None:
-            train(run, corpus, forward, stop)
+            train(run, corpus, data_parallel(run, hardware), stop)
         else:
             tune_on(base, run, corpus, stop)
     run.optimizer = None  # frees memory
@@ -3964,27 +4001,15 @@ def run_comparison(config: Config, preset: str, stop: StopSignal) -> None:
         device = local_device()
     elif config.num_gpus == "auto" and ranks.size == 1 and torch.backends.mps.is_available():
         device = torch.device("mps")
-    if was_restarted():
-        config = dataclasses.replace(config, resume="auto")
 
     with contextlib.ExitStack() as stack:
         if ranks.rank == 0:  # it alone writes
             check_folder(config.save_dir, "save_dir")
             check_folder(config.plot_dir, "plot_dir")
             stack.enter_context(locked(config.save_dir, "save_dir"))
-            mark_start(config, ranks)
         corpus = load_corpus(config)
         stack.enter_context(joined(ranks, device))
         compare_arms(config, corpus, device, gpus, preset, stop)
-
-
-def mark_start(config: Config, ranks: Ranks) -> None:
-    """Let a restart by torchrun tell the checkpoints of its own job from older ones."""
-    if ranks.size > 1 and not was_restarted():
-        started = Path(config.save_dir) / STARTED_FILE
-        started.unlink(missing_ok=True)
-        if not config.resume:
-            started.touch()
 
 
 def compare_arms(config: Config, corpus: Corpus, device: torch.device, gpus: int, preset: str,
@@ -4007,6 +4032,10 @@ def compare_arms(config: Config, corpus: Corpus, device: torch.device, gpus: int
     if {"dnc", "dnc_reset"} & set(config.arm_list):
         memory = build_memory(config).to(device)
         pick_scan(config.scan, memory.init_state(1), memory.options)
+    if was_restarted():
+        config = dataclasses.replace(config, resume="auto")
+    elif ranks.rank == 0:
+        mark_start(config)
     if ranks.rank == 0:
         facts = json.dumps({"run": run_facts(named)}) + "\n"
         write_text(facts, Path(config.plot_dir) / METRICS_FILE)
