@@ -111,6 +111,7 @@ class Config:
     max_steps: Whole = 0  # above 0 it overrides epochs
     batch_size: Count = 4  # windows a step; rows of the stream = batch_size / bptt_segments
     seq_len: Count = 128  # tokens a window; attention never crosses windows
+    accumulate: Count = 1  # parts of a step's rows, one after the other: less memory, same step
     lr: Positive = 3e-4  # peak learning rate
     memory_lr: Positive = 1.0  # of the memory's parameters, as a share of lr
     empty_share: Share = 0.02  # of a step's rows whose memory is emptied, drawn at random
@@ -139,7 +140,9 @@ class Config:
     save_every_steps: Count = 3000  # validation and a checkpoint
     save_dir: str = "checkpoints/"  # checkpoints
     plot_dir: str = "plots/"  # pictures and metrics.jsonl
+    tensorboard: bool = False  # curves in plot_dir/tensorboard as well; needs that package
     # hardware
+    checkpoint_activations: bool = False  # backward computes the blocks again: less memory
     use_compile: bool = False  # torch.compile of the controller; needs num_gpus 1 or 0
     compile_mode: CompileMode = "reduce-overhead"  # of torch.compile
     scan: Literal["auto", "eager", "fused"] = "auto"  # the recurrence: eager is the readable loop
@@ -857,6 +860,7 @@ class Run:
         validated=[]))  # seconds and loss of every validation
     results: dict = dataclasses.field(default_factory=dict)  # of the finished arm
     last_saved: str = ""
+    lengthened: list[int] = dataclasses.field(default_factory=list)  # steps where it had been done
 
     @property
     def stem(self) -> str:
@@ -874,6 +878,24 @@ class Run:
         return self.model.head_weight().device
 
 
+def add_gradients(run: Run, forward: nn.Module, tokens: Tensor) -> tuple[Tensor, tuple | None]:
+    """Forward and backward of tokens (B, L + 1), `accumulate` parts of the rows after each other ->
+    means over the rows of loss, nll, top1 and gate (4,), and the state after the last token."""
+    parts = run.config.accumulate
+    positions = routing_positions(run.config, run.step, tokens.device)
+    means, states = [], []
+    for number, some in enumerate(tokens.chunk(parts)):
+        at = slice(number * len(some), (number + 1) * len(some))
+        sampled = None if positions is None else positions[at]
+        with gradients_stay(forward, number < parts - 1):
+            output = forward(some[:, :-1], some[:, 1:], rows_of(run.state, at), sampled)
+            loss = total_loss(output, sampled, run.config) / parts
+            loss.backward()
+        means.append(step_means(output, loss * parts))
+        states.append(map_state(Tensor.detach, output.state))
+    return torch.stack(means).mean(0), join_rows(states)
+
+
 def train_step(run: Run, forward: nn.Module, rows: Tensor) -> None:
     """One step on the next step_len tokens of every row. Raises Diverged, the weights untouched."""
     config, within = run.config, run.step % run.steps_per_epoch
@@ -882,19 +904,45 @@ def train_step(run: Run, forward: nn.Module, rows: Tensor) -> None:
     start = within * config.step_len
     run.state = empty_some_rows(run.state, config, run.step)
     tokens = rows[:, start : start + config.step_len + 1]  # (B, L + 1)
-    positions = routing_positions(config, run.step, rows.device)
+    tokens = tokens.to(run.device, non_blocking=True)
     set_rates(run)
 
-    output = forward(tokens[:, :-1], tokens[:, 1:], run.state, positions)
-    loss = total_loss(output, positions, config)
     run.optimizer.zero_grad(set_to_none=True)
-    loss.backward()
+    means, state = add_gradients(run, forward, tokens)
     norm = nn.utils.clip_grad_norm_(run.model.parameters(), config.grad_clip)
 
-    check_and_count(run, output, loss, norm)
+    check_and_count(run, means, norm)
     run.optimizer.step()
-    run.state = map_state(Tensor.detach, output.state)
+    run.state = state
     run.step += 1
+
+
+def rows_of(state: tuple | None, at: slice) -> tuple | None:
+    """Some rows of a state."""
+    return map_state(lambda tensor: tensor[at], state)
+
+
+def join_rows(states: list[tuple | None]) -> tuple | None:
+    """The states of parts of the rows -> of all rows."""
+    first = states[0]
+    if len(states) == 1 or first is None:
+        return first
+    return type(first)(*map(torch.cat, zip(*states, strict=True)))
+
+
+def gradients_stay(forward: nn.Module, stay: bool) -> contextlib.AbstractContextManager:
+    """Whether gradients are not yet averaged over the ranks, since more will be added."""
+    if stay and isinstance(forward, nn.parallel.DistributedDataParallel):
+        return forward.no_sync()
+    return contextlib.nullcontext()
+
+
+def step_means(output: Output, loss: Tensor) -> Tensor:
+    """Loss, nll, top1 and gate of a forward pass, means over its rows (4,)."""
+    gate = loss.new_zeros(())
+    if isinstance(output.trace, DNCTrace):
+        gate = output.trace.write_gate.mean()
+    return torch.stack([loss, output.nll.mean(), output.top1.mean(), gate]).detach()
 
 
 def empty_some_rows(state: tuple | None, config: Config, step: int) -> tuple | None:
@@ -917,15 +965,12 @@ def empty_some_rows(state: tuple | None, config: Config, step: int) -> tuple | N
     return type(state)(*new)
 
 
-def check_and_count(run: Run, output: Output, loss: Tensor, norm: Tensor) -> None:
-    """Add a step to the meter. Raises Diverged where its loss or gradient norm is not finite."""
-    gate = loss.new_zeros(())
-    if isinstance(output.trace, DNCTrace):
-        gate = output.trace.write_gate.mean()
+def check_and_count(run: Run, means: Tensor, norm: Tensor) -> None:
+    """Add a step, of means as of step_means, to the meter. Raises Diverged where its loss or
+    gradient norm is not finite."""
     # One transfer a step: the loss must be looked at before the weights change.
-    scalars = torch.stack([loss, norm, output.nll.mean(), output.top1.mean(), gate]).detach()
-    scalars = mean_over_ranks(scalars)
-    loss_value, norm_value, nll, top1, gate_value = scalars.tolist()
+    scalars = mean_over_ranks(torch.cat((means, norm.detach().view(1))))
+    loss_value, nll, top1, gate_value, norm_value = scalars.tolist()
     if not math.isfinite(loss_value + norm_value):
         raise Diverged(f"{run.arm} at step {run.step}: loss {loss_value}, gradient norm "
                        f"{norm_value}; the last good checkpoint is {run.last_saved or 'none yet'}; "
@@ -957,9 +1002,20 @@ def set_rates(run: Run) -> None:
     """Give every parameter group its rate of this step."""
     config = run.config
     floor = 0.1 if config.lr_schedule == "cosine" else 1.0
-    rate = config.lr * rate_share(run.step, run.total_steps, config.lr_warmup, floor)
+    start, end = schedule(run)
+    rate = config.lr * rate_share(run.step - start, end - start, config.lr_warmup, floor)
     for group in run.optimizer.param_groups:
         group["lr"] = rate * group["scale"]
+
+
+def schedule(run: Run) -> tuple[int, int]:
+    """Between which steps the rate runs through its schedule. That of a finished run which was
+    lengthened is a new cosine over the steps that are new, or the constant rate that it had."""
+    if not run.lengthened:
+        return 0, run.total_steps
+    if run.config.lr_schedule == "constant":
+        return 0, run.lengthened[0]
+    return run.lengthened[-1], run.total_steps
 
 
 METRICS_FILE = "metrics.jsonl"
@@ -969,15 +1025,33 @@ def log_row(run: Run, split: str, metrics: dict) -> None:
     """Append one row to the history and to metrics.jsonl."""
     row = {"arm": run.arm, "seed": run.config.seed, "step": run.step, "split": split, **metrics}
     run.history.append(row)
-    append_metrics(row, run.config.plot_dir)
+    append_metrics(row, run.config)
 
 
-def append_metrics(row: dict, folder: str) -> None:
-    """Append one row to metrics.jsonl."""
+def append_metrics(row: dict, config: Config) -> None:
+    """Append one row to metrics.jsonl, and its figures to TensorBoard's."""
     if rank_and_size().rank > 0:
         return
-    with open(Path(folder) / METRICS_FILE, "a", encoding="utf-8") as file:
+    with open(Path(config.plot_dir) / METRICS_FILE, "a", encoding="utf-8") as file:
         file.write(json.dumps(row) + "\n")
+    if config.tensorboard:
+        name = f"{row['arm']}, seed {config.seed}, rate {config.lr:g}"
+        writer = tensorboard_writer(Path(config.plot_dir) / "tensorboard" / name)
+        for key, value in row.items():
+            if isinstance(value, float):
+                writer.add_scalar(f"{key}/{row['split']}", value, row["step"])
+        writer.flush()
+
+
+@functools.cache
+def tensorboard_writer(folder: Path | None):
+    """A torch SummaryWriter of a folder, in which earlier curves are hidden; None only looks
+    whether there can be one. Raises ValueError."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        raise ValueError("tensorboard = True: needs a package; pip install tensorboard") from None
+    return SummaryWriter(folder, purge_step=0) if folder else None
 
 
 def log_train(run: Run) -> str:
@@ -1051,7 +1125,7 @@ def train(run: Run, corpus: "Corpus", forward: nn.Module, stop: "StopSignal") ->
 
     config, started = run.config, run.step
     rows = training_rows(corpus.train, config.rows, config.step_len)
-    rows = rows[share_of(config.rows)].to(run.device)
+    rows = rows[share_of(config.rows)]
     peak_memory_mb(run.device, reset=True)
     bar = tqdm(total=run.total_steps, initial=run.step, desc=run.arm, unit="step",
                disable=rank_and_size().rank > 0)
@@ -1463,7 +1537,16 @@ def what_was_run(runs: list[Run], corpus: "Corpus") -> str:
     seeds = [str(run.config.seed) for run in runs]
     word = "seed" if len(seeds) == 1 else "seeds"
     return (f"{tokens:,} training tokens in {steps:,} steps, {word} {', '.join(seeds)}; scored on "
-            f"{scored:,} of the {len(corpus.valid) - 1:,} of validation")
+            f"{scored:,} of the {len(corpus.valid) - 1:,} of validation{what_was_added(run)}")
+
+
+def what_was_added(run: Run) -> str:
+    """Where a finished run was lengthened, for its table."""
+    if not run.lengthened:
+        return ""
+    ends = ", ".join(f"{step:,}" for step in run.lengthened)
+    rates = "the constant rate" if run.config.lr_schedule == "constant" else "a new cosine"
+    return f"\n  finished before at step {ends}; from there on {rates}"
 
 
 def explanation(config: Config) -> str:
@@ -2800,7 +2883,7 @@ PAYLOAD = (
 FREE_FIELDS = {
     "dataset", "tokenizer", "preset", "log_every_steps", "save_every_steps", "save_dir", "plot_dir",
     "arms", "seeds", "lr_grid", "use_compile", "compile_mode", "num_gpus", "resume", "inspect",
-    "text", "eval_tokens", "scan",
+    "text", "eval_tokens", "scan", "accumulate", "checkpoint_activations", "tensorboard",
 }
 # Fields that an arm without memory does not use: its checkpoints serve whatever they are.
 MEMORY_FIELDS = {
@@ -2849,6 +2932,7 @@ def checkpoint_payload(run: Run, corpus: Corpus) -> dict:
         "history": run.history,
         "meter": run.meter,
         "results": run.results,
+        "lengthened": run.lengthened,
         "run": run_facts(device_name(run.device)),
     }
 
@@ -2889,6 +2973,8 @@ def check_match(run: Run, payload: dict, path: str | Path, corpus: Corpus) -> No
         raise ValueError(f"checkpoint {path}: of {payload['arm']} on {payload['corpus']}, this is "
                          f"{run.arm} on {corpus.name}; name another, or another save_dir")
     free = FREE_FIELDS | MEMORY_FIELDS if run.config.memory == "none" else FREE_FIELDS
+    if can_be_lengthened(run, payload):
+        free = free | {"max_steps", "epochs"}
     for name, value in vars(run.config).items():
         saved = payload["config"].get(name)
         if name not in free and saved != value:
@@ -2909,6 +2995,9 @@ def restore(run: Run, payload: dict, path: str | Path, corpus: Corpus) -> None:
     run.history = payload["history"]
     run.meter = {"validated": [], **payload["meter"]}
     run.results = payload["results"]
+    run.lengthened = payload.get("lengthened", [])
+    if can_be_lengthened(run, payload):
+        lengthen(run)
     if run.results and "nll" not in run.results["valid"]:
         run.results = {}  # of an older version, which kept less: it is scored again
     run.last_saved = str(path)
@@ -2919,6 +3008,26 @@ def restore(run: Run, payload: dict, path: str | Path, corpus: Corpus) -> None:
         mine = share_of(run.config.rows)
         run.state = map_state(lambda tensor: tensor[mine].to(run.device), state)
     restore_random_states(payload["rng"], run)
+
+
+def can_be_lengthened(run: Run, payload: dict) -> bool:
+    """Whether a checkpoint is of a finished run, and more steps are asked for."""
+    return bool(payload["results"]) and run.total_steps > payload["global_step"]
+
+
+def lengthen(run: Run) -> None:
+    """Let a finished run go on to its new number of steps; one line says at which rates."""
+    config, done = run.config, run.step
+    run.results, run.lengthened = {}, [*run.lengthened, done]
+    rates = "a new cosine over the steps that are new"
+    if config.lr_schedule == "constant":
+        first, whole = (warmup_steps(config.lr_warmup, end)
+                        for end in (run.lengthened[0], run.total_steps))
+        rates = "at its constant rate, as if asked for from the start"
+        if first != whole:
+            rates = (f"at its constant rate; its warm-up had {first} steps, that of a run of "
+                     f"{run.total_steps:,} has {whole}")
+    print(f"{run.arm}: finished at step {done:,}, lengthened to {run.total_steps:,}: {rates}")
 
 
 def newest_checkpoints(run: Run) -> list[Path]:
@@ -3014,7 +3123,7 @@ def check_fields(config: object) -> None:
 
 def check_config(config: Config) -> None:
     """Raise ValueError where fields do not go together."""
-    arms, heads, batch = config.arm_list, config.num_heads, config.batch_size
+    arms, heads = config.arm_list, config.num_heads
     rule = functools.partial(require_field, config)
     check_repeats(config, rule)
     rule("arms", set(arms) <= set(ARMS) and len(set(arms)) == len(arms),
@@ -3024,7 +3133,7 @@ def check_config(config: Config) -> None:
     rule("arms", "cache" not in arms or "baseline" in arms[: arms.index("cache")],
          "with baseline before cache, which takes the weights of the trained baseline")
     rule("hidden_size", config.hidden_size % heads == 0, f"divisible by num_heads ({heads})")
-    rule("bptt_segments", batch % config.bptt_segments == 0, f"a divisor of batch_size ({batch})")
+    check_rows(config, rule)
     rule("routing_fraction", config.routing_fraction > 0, "above 0; without it: lambda_routing 0")
     rule("eval_rows", config.eval_rows >= 2, "2 or more")
     rule("mem_width", not config.split_rows or config.mem_width >= 2, "2 or more to be split")
@@ -3034,10 +3143,18 @@ def check_config(config: Config) -> None:
          "False without links; set use_links True as well")
     rule("text", config.text.strip() and not re.search("[\ud800-\udfff]", config.text),
          "words in UTF-8")
-    rule("num_gpus", config.num_gpus != 2 or config.rows >= 2,
-         f"at most the rows, batch_size ({batch}) / bptt_segments; set num_gpus=1")
     rule("use_compile", not config.use_compile or config.num_gpus != 2,
          "False on two GPUs; set num_gpus=1")
+
+
+def check_rows(config: Config, rule: Callable) -> None:
+    """Raise ValueError where the rows of a step cannot be split as asked for."""
+    batch, rows = config.batch_size, config.rows
+    rule("bptt_segments", batch % config.bptt_segments == 0, f"a divisor of batch_size ({batch})")
+    rule("accumulate", rows % config.accumulate == 0,
+         f"a divisor of the rows, batch_size / bptt_segments ({rows})")
+    rule("num_gpus", config.num_gpus != 2 or rows >= 2,
+         f"at most the rows, batch_size ({batch}) / bptt_segments; set num_gpus=1")
 
 
 def check_repeats(config: Config, rule: Callable) -> None:
@@ -3399,10 +3516,15 @@ def dark_figure(path: Path, rows: int, columns: int, figsize: tuple[float, float
     print(f"wrote {path}")
 
 
+def warmup_steps(warmup: float, total: int) -> int:
+    """Steps of a warm-up over that share of all."""
+    return max(1, round(warmup * total))
+
+
 def rate_share(step: int, total: int, warmup: float, floor: float) -> float:
     """Share of the peak learning rate at `step` of `total`: a linear warm-up over that share of the
     steps, then a cosine down to `floor`; a floor of 1 is a constant rate."""
-    rising = max(1, round(warmup * total))
+    rising = warmup_steps(warmup, total)
     if step < rising:
         return (step + 1) / rising
     progress = (step - rising) / max(1, total - rising)
@@ -3544,6 +3666,8 @@ def check_ranks(config: Config, size: int) -> None:
         require_field(arm, "batch_size", arm.rows % size == 0,
                       f"so that its rows split over {size} processes ({rows}); set --batch_size, "
                       "or --nproc_per_node")
+        require_field(arm, "accumulate", arm.rows // size % arm.accumulate == 0,
+                      f"a divisor of the {arm.rows // size} rows of a process")
 
 
 def launcher() -> str:
@@ -3803,6 +3927,8 @@ def start_run(name: str, config: Config, corpus: Corpus, device: torch.device, t
     """Build one arm, as `arm_config` has it, ready to train, resumed if Config says so."""
     config = arm_config(name, config)
     model = build_model(config, controller_config(config, corpus.vocab_size)).to(device)
+    if config.checkpoint_activations:
+        model.controller.activation_checkpointing_enable({"use_reentrant": False})
     if config.use_compile:
         model.controller.compile(mode=config.compile_mode)
     per_epoch = (len(corpus.train) - 1) // (config.rows * config.step_len)
@@ -3906,7 +4032,7 @@ def train_arm(name: str, config: Config, corpus: Corpus, hardware: "Hardware", t
     of_memory = f", {memory:,} of memory" if memory else ""
     print(f"\n{run.arm}{which}: {total:,} parameters{of_memory}")
     for row in run.history:  # a resumed arm brings the rows that it has
-        append_metrics(row, config.plot_dir)
+        append_metrics(row, run.config)
     if not run.results:
         checkpoint_mb = 12 * total / 2**20 + 16  # weights and two moments
         if rank_and_size().rank == 0:
@@ -3991,6 +4117,8 @@ def report(runs: dict[str, list[Run]], config: Config, corpus: Corpus, hardware:
 
 def run_comparison(config: Config, preset: str, stop: StopSignal) -> None:
     """The main job: every arm trained and evaluated in turn, then table, controls, inspection."""
+    if config.tensorboard:
+        tensorboard_writer(None)
     require_field(config, "memory", config.memory == "dnc",
                   "left as it is: every arm sets its own; for a model without use --arms baseline")
     ranks = launched()
