@@ -42,6 +42,7 @@ import threading
 import time
 import urllib.request
 import uuid
+import zlib
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Annotated, Literal, NamedTuple, get_args, get_origin, get_type_hints
@@ -2711,19 +2712,20 @@ def embedded_texts() -> dict[str, list[str]]:
     return texts
 
 
-def folder_texts(folder: str) -> dict[str, list[str]]:
-    """Read train.txt, valid.txt and test.txt (UTF-8). Raises ValueError naming file and remedy."""
+def folder_texts(folder: str) -> dict[str, list]:
+    """Read train.txt, valid.txt and test.txt (UTF-8), each one document, a TextFile if it is large.
+    Raises ValueError naming file and remedy."""
     texts = {}
     for split in SPLITS:
         path = Path(folder) / f"{split}.txt"
         require(path.is_file(), "dataset", folder, "a folder with train.txt, valid.txt and "
                 f"test.txt ({path.name} is missing), or a hub id")
-        try:
-            texts[split] = [path.read_text(encoding="utf-8")]
-        except UnicodeDecodeError as error:
-            raise ValueError(f"dataset = {folder!r}: {path.name} is not UTF-8 (at byte "
-                             f"{error.start}); convert it, for example with iconv") from None
-        require(texts[split][0].strip() != "", "dataset", folder, f"text ({path.name} has none)")
+        document = TextFile(path, folder)
+        if path.stat().st_size <= WHOLE:
+            document = document.text()
+        texts[split] = [document]
+        some = any(piece.strip() for piece in pieces_of(document))
+        require(some, "dataset", folder, f"text ({path.name} has none)")
     return texts
 
 
@@ -2794,19 +2796,184 @@ def train_tokenizer(texts: list[str], vocab_size: int = 4096) -> object:
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     trainer = trainers.BpeTrainer(vocab_size=vocab_size, show_progress=False,
                                   initial_alphabet=alphabet)
-    tokenizer.train_from_iterator(texts, trainer)
+    pieces = itertools.chain.from_iterable(map(pieces_of, texts))
+    tokenizer.train_from_iterator(pieces, trainer)
     return tokenizer
 
 
-def tokenize(tokenizer: object, documents: list[str]) -> Tensor:
-    """Encode documents into one stream (tokens,), by line: 7 times faster than in one piece."""
-    lines = []
+def tokenize(tokenizer: object, documents: list) -> Tensor:
+    """Encode documents into one stream (tokens,), by line: 7 times faster than in one piece. Those
+    of a large text are kept in a file for the next start, and mapped into memory."""
+    if sum(map(size_of, documents)) >= KEPT_FROM:
+        return kept_tokens(tokenizer, documents)
+    return torch.cat([*encode_lines(tokenizer, documents)])
+
+
+# ── Large texts: read and tokenized in pieces, tokens kept in a file ─────────────────────────────
+WHOLE = 2**24  # bytes of a file that is read at once
+CHUNK = 2**21  # bytes, of a larger one, that are read at once; characters that are tokenized so
+LONGEST = 2**16  # characters of a line that are tokenized in one piece
+KEPT_FROM = 2**22  # bytes of text whose tokens are kept in a file
+
+
+@dataclasses.dataclass(frozen=True)
+class TextFile:
+    """A file of text in UTF-8, whose lines may end in any way."""
+    path: Path
+    dataset: str  # that it is of, for errors
+
+    def text(self) -> str:
+        """All of it. Raises ValueError, as pieces does, where it is not UTF-8."""
+        return self.decode(self.path.read_bytes(), 0)
+
+    def pieces(self) -> Iterator[str]:
+        """Its text in pieces of about CHUNK bytes."""
+        rest, at = b"", 0
+        with open(self.path, "rb") as file:
+            while block := file.read(CHUNK):
+                rest += block
+                end = piece_end(rest)
+                yield self.decode(rest[:end], at)
+                rest, at = rest[end:], at + end
+        if rest:
+            yield self.decode(rest, at)
+
+    def decode(self, data: bytes, at: int) -> str:
+        """The text of bytes that begin at that place in the file."""
+        try:
+            text = data.decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise ValueError(f"dataset = {self.dataset!r}: {self.path.name} is not UTF-8 (at byte "
+                             f"{at + error.start}); convert it, for example with iconv") from None
+        return text.replace("\r\n", "\n").replace("\r", "\n")
+
+
+def piece_end(data: bytes) -> int:
+    """Where a piece of UTF-8 text ends: behind its last line, else before the spaces before its
+    last word, else before its last character, of which bytes may be missing."""
+    end = data.rfind(b"\n") + 1
+    if not end:
+        words = data[: data.rfind(b" ") + 1]
+        end = len(words.rstrip(b" "))
+    if not end:
+        end = len(data) - 1
+        while end > 1 and data[end] & 0b1100_0000 == 0b1000_0000:
+            end -= 1
+    return max(1, end)
+
+
+def pieces_of(document: str | TextFile) -> Iterable[str]:
+    """A document in pieces that fit in memory."""
+    return document.pieces() if isinstance(document, TextFile) else [document]
+
+
+def size_of(document: str | TextFile) -> int:
+    """The size of a document, in bytes of a file or characters."""
+    return document.path.stat().st_size if isinstance(document, TextFile) else len(document)
+
+
+def cut_line(line: str) -> Iterator[str]:
+    """A line in parts of at most LONGEST characters, cut before spaces where there are any: there
+    GPT-2's tokenizer cuts anyway."""
+    if len(line) > LONGEST:
+        say_once(f"tokenizer: lines of more than {LONGEST:,} characters are cut at a space, or, "
+                 "without one, there")
+    start = 0
+    while len(line) - start > LONGEST:
+        space = line.rfind(" ", start, start + LONGEST)
+        words = line[start : max(start, space)].rstrip(" ")
+        end = start + (len(words) or LONGEST)
+        yield line[start:end]
+        start = end
+    yield line[start:]
+
+
+def encode_lines(tokenizer: object, documents: list) -> Iterator[Tensor]:
+    """The token ids of documents, line by line, of about CHUNK characters at a time."""
+    lines, size = [], 0
     for document in documents:
-        lines += document.splitlines(keepends=True)
+        for piece in pieces_of(document):
+            for line in piece.splitlines(keepends=True):
+                lines += cut_line(line)
+                size += len(line)
+                if size >= CHUNK:
+                    yield encode_batch(tokenizer, lines)
+                    lines, size = [], 0
+    yield encode_batch(tokenizer, lines)
+
+
+def encode_batch(tokenizer: object, lines: list[str]) -> Tensor:
+    """The token ids of lines, one after the other (tokens,)."""
     ids = []
     for encoding in tokenizer.encode_batch(lines, add_special_tokens=False):
         ids += encoding.ids
     return torch.tensor(ids, dtype=torch.int64)
+
+
+def token_folder() -> Path:
+    """Where the tokens of large texts are kept, beside the hub's own cache."""
+    caches = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return Path(caches).expanduser() / "dnc_gpt2" / "tokens"
+
+
+def text_key(tokenizer: object, documents: list) -> str:
+    """sha256 of all that tokens depend on: texts, tokenizer, and how lines are cut."""
+    digest = hashlib.sha256(f"{CHUNK} {LONGEST} {tokenizer.to_str()}".encode())
+    for document in documents:
+        digest.update(f"{size_of(document)} {type(document).__name__}".encode())
+        if isinstance(document, TextFile):
+            with open(document.path, "rb") as file:
+                while block := file.read(CHUNK):
+                    digest.update(block)
+        else:
+            digest.update(document.encode("utf-8", "surrogatepass"))
+    return digest.hexdigest()
+
+
+def kept_tokens(tokenizer: object, documents: list) -> Tensor:
+    """`tokenize` by way of a file of the tokens, which is made where it is not there or is damaged;
+    in memory, said in one line, where none can be made."""
+    from filelock import FileLock
+
+    path = token_folder() / f"{text_key(tokenizer, documents)}.int64"
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(path.with_suffix(".lock")):  # one of several processes tokenizes
+            if not holds_tokens(path):
+                write_tokens(encode_lines(tokenizer, documents), path)
+    except (ValueError, OSError) as error:
+        stream = torch.cat([*encode_lines(tokenizer, documents)])
+        print(f"tokens are not kept for the next start: {error}")
+        return stream
+    count = path.stat().st_size // 8 - 1
+    return torch.from_file(str(path), size=count, dtype=torch.int64)
+
+
+def write_tokens(chunks: Iterable[Tensor], path: Path) -> None:
+    """Write int64 token ids, then their CRC-32 in 8 bytes, whole or not at all."""
+    print(f"tokenizing a large text, once: its tokens are kept in {path}", flush=True)
+    check = 0
+    with whole_file(path) as temporary, open(temporary, "wb") as file:
+        for ids in chunks:
+            data = ids.numpy().tobytes()
+            check = zlib.crc32(data, check)
+            file.write(data)
+        file.write(check.to_bytes(8, "little"))
+
+
+def holds_tokens(path: Path) -> bool:
+    """Whether a file is what write_tokens wrote; says where it is not."""
+    if not path.is_file():
+        return False
+    left, check = path.stat().st_size - 8, 0
+    with open(path, "rb") as file:
+        while left > 0 and (block := file.read(min(left, CHUNK))):
+            check = zlib.crc32(block, check)
+            left -= len(block)
+        whole = left == 0 and file.read() == check.to_bytes(8, "little")
+    if not whole:
+        print(f"{path}: damaged; the text is tokenized again")
+    return whole
 
 
 def load_texts(dataset: str) -> tuple[str, dict[str, list[str]], bool]:
@@ -2845,7 +3012,7 @@ def load_corpus(config: Config) -> Corpus:
     streams, digest = {}, hashlib.sha256()
     for split, documents in texts.items():
         stream = streams[split] = tokenize(tokenizer, documents)
-        digest.update(stream.numpy().tobytes())
+        digest.update(stream.numpy())
         rows = config.batch_size if split == "train" else config.eval_rows
         least = rows * config.seq_len + 1
         require_field(config, "dataset", len(stream) >= least, f"longer: {split} has "
@@ -2860,8 +3027,7 @@ def training_rows(stream: Tensor, rows: int, step_len: int) -> Tensor:
     left out. Position j of a row is input, j + 1 its target: every one scored is a real token."""
     steps = (len(stream) - 1) // (rows * step_len)
     length = steps * step_len
-    starts = range(0, rows * length, length)
-    return torch.stack([stream[start : start + length + 1] for start in starts])
+    return stream.as_strided((rows, length + 1), (length, 1))  # a view: the text may be large
 
 
 def evaluation_rows(stream: Tensor, rows: int) -> tuple[Tensor, Tensor]:
