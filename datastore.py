@@ -41,6 +41,9 @@ from dnc_gpt2 import (
     read_json,
     whole_file,
     write_json,
+    # processes and devices
+    launched,
+    local_device,
     # data and model
     asking_hub,
     load_checkpoint,
@@ -242,7 +245,8 @@ def load_base(name: str, window: int, key: str) -> Base:
     own = name.endswith(".pt") or Path(name).is_file()
     model, tokenizer = own_base(name) if own else foreign_base(name)
     model = model.eval().requires_grad_(False)
-    model = model.cuda() if torch.cuda.is_available() else model.float()
+    where = local_device()
+    model = model.float() if where.type == "cpu" else model.to(where)
 
     settings = model.config.get_text_config()
     positions = getattr(settings, "max_position_embeddings", None) or window
@@ -348,7 +352,7 @@ def identity_hash(description: dict) -> str:
 
 def rank_and_size() -> tuple[int, int]:
     """Return this process's number and their count, as torchrun started them; (0, 1) alone."""
-    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    return launched()[:2]
 
 
 def share_of(count: int) -> tuple[int, int]:

@@ -5,6 +5,7 @@
     python dnc_gpt2.py --help                  every Config field, its default and its comment
     python dnc_gpt2.py --lr 1e-3 --seed 2      override fields (or edit Config below)
     python dnc_gpt2.py --resume auto           continue an interrupted run, bit for bit
+    torchrun --nproc_per_node 8 dnc_gpt2.py    a process a GPU, each with its rows (docs/scale.md)
     python dnc_gpt2.py --inspect checkpoints/GPT2_+_DNC_FINAL_step350.pt --text "Some text"
     python dnc_gpt2.py --generate "Some text"  go on with it, by the newest checkpoint
     python dnc_gpt2.py --export FOLDER         write it for AutoModelForCausalLM
@@ -22,6 +23,7 @@ import ast
 import concurrent.futures
 import contextlib
 import dataclasses
+import datetime
 import functools
 import hashlib
 import io
@@ -41,6 +43,8 @@ import textwrap
 import threading
 import time
 import urllib.request
+import uuid
+import zlib
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Annotated, Literal, NamedTuple, get_args, get_origin, get_type_hints
@@ -110,6 +114,7 @@ class Config:
     max_steps: Whole = 0  # above 0 it overrides epochs
     batch_size: Count = 4  # windows a step; rows of the stream = batch_size / bptt_segments
     seq_len: Count = 128  # tokens a window; attention never crosses windows
+    accumulate: Count = 1  # parts of a step's rows, one after the other: less memory, same step
     lr: Positive = 3e-4  # peak learning rate
     memory_lr: Positive = 1.0  # of the memory's parameters, as a share of lr
     empty_share: Share = 0.02  # of a step's rows whose memory is emptied, drawn at random
@@ -138,7 +143,9 @@ class Config:
     save_every_steps: Count = 3000  # validation and a checkpoint
     save_dir: str = "checkpoints/"  # checkpoints
     plot_dir: str = "plots/"  # pictures and metrics.jsonl
+    tensorboard: bool = False  # curves in plot_dir/tensorboard as well; needs that package
     # hardware
+    checkpoint_activations: bool = False  # backward computes the blocks again: less memory
     use_compile: bool = False  # torch.compile of the controller; needs num_gpus 1 or 0
     compile_mode: CompileMode = "reduce-overhead"  # of torch.compile
     scan: Literal["auto", "eager", "fused"] = "auto"  # the recurrence: eager is the readable loop
@@ -686,24 +693,6 @@ def next_token_log_p(h: Tensor, weight: Tensor, pointer: Pointer | None) -> Tens
     return log_p if pointer is None else pointer.mix(log_p)
 
 
-def build_dnc(config: Config) -> DNCMemory:
-    """The DNC that Config describes."""
-    decay = config.usage_decay
-    if decay == "auto":
-        decay = max(0.0, 1 - 1.28 / config.mem_slots)
-    options = DNCOptions(
-        use_links=config.use_links,
-        mask_min=config.mask_min,
-        dealloc_wipe=config.dealloc_wipe,
-        sharpen_links=config.sharpen_links,
-        key_width=config.mem_width // 2 if config.split_rows else 0,
-        usage_decay=decay,
-        empty_slot=config.empty_slot,
-    )
-    return DNCMemory(config.hidden_size, config.mem_slots, config.mem_width, config.num_reads,
-                     options, config.scan, row_key=config.row_key)
-
-
 class GPT2WithMemory(nn.Module):
     """GPT2Model, then the memory of `build_memory`, if any, then the LM head tied to the embedding.
     Every arm is this class, built from the same seed: controllers of one shape start equal."""
@@ -841,14 +830,14 @@ def total_loss(output: Output, positions: Tensor | None, config: Config) -> Tens
 
 def routing_positions(config: Config, step: int, device: torch.device | str = "cpu"
                       ) -> Tensor | None:
-    """Positions (rows, P) at which L_routing is computed, drawn from seed and step alone; None
-    where there is no such loss: a step without it computes no logits without memory."""
+    """Positions (rows, P) at which L_routing is computed, drawn from seed and step alone, of this
+    rank's rows; None where there is no such loss: then no logits without memory are computed."""
     if config.memory != "dnc" or config.lambda_routing == 0:
         return None
     count = max(1, round(config.routing_fraction * config.step_len))
     generator = torch.Generator().manual_seed(config.seed * 1_000_003 + step)
     order = torch.rand(config.rows, config.step_len, generator=generator).argsort(1)
-    return order[:, :count].to(device)  # (rows, P)
+    return order[share_of(config.rows), :count].to(device)  # (rows, P)
 
 
 # ══ Training: one loop for every arm ═════════════════════════════════════════════════════════════
@@ -870,6 +859,7 @@ class Run:
         validated=[]))  # seconds and loss of every validation
     results: dict = dataclasses.field(default_factory=dict)  # of the finished arm
     last_saved: str = ""
+    lengthened: list[int] = dataclasses.field(default_factory=list)  # steps where it had been done
 
     @property
     def stem(self) -> str:
@@ -887,27 +877,71 @@ class Run:
         return self.model.head_weight().device
 
 
+def add_gradients(run: Run, forward: nn.Module, tokens: Tensor) -> tuple[Tensor, tuple | None]:
+    """Forward and backward of tokens (B, L + 1), `accumulate` parts of the rows after each other ->
+    means over the rows of loss, nll, top1 and gate (4,), and the state after the last token."""
+    parts = run.config.accumulate
+    positions = routing_positions(run.config, run.step, tokens.device)
+    means, states = [], []
+    for number, some in enumerate(tokens.chunk(parts)):
+        at = slice(number * len(some), (number + 1) * len(some))
+        sampled = None if positions is None else positions[at]
+        with gradients_stay(forward, number < parts - 1):
+            output = forward(some[:, :-1], some[:, 1:], rows_of(run.state, at), sampled)
+            loss = total_loss(output, sampled, run.config) / parts
+            loss.backward()
+        means.append(step_means(output, loss * parts))
+        states.append(map_state(Tensor.detach, output.state))
+    return torch.stack(means).mean(0), join_rows(states)
+
+
 def train_step(run: Run, forward: nn.Module, rows: Tensor) -> None:
     """One step on the next step_len tokens of every row. Raises Diverged, the weights untouched."""
     config, within = run.config, run.step % run.steps_per_epoch
     if within == 0:  # a new pass over the stream starts with an empty memory
-        run.state = run.model.init_state(config.rows)
+        run.state = run.model.init_state(len(rows))
     start = within * config.step_len
     run.state = empty_some_rows(run.state, config, run.step)
     tokens = rows[:, start : start + config.step_len + 1]  # (B, L + 1)
-    positions = routing_positions(config, run.step, rows.device)
+    tokens = tokens.to(run.device, non_blocking=True)
     set_rates(run)
 
-    output = forward(tokens[:, :-1], tokens[:, 1:], run.state, positions)
-    loss = total_loss(output, positions, config)
     run.optimizer.zero_grad(set_to_none=True)
-    loss.backward()
+    means, state = add_gradients(run, forward, tokens)
     norm = nn.utils.clip_grad_norm_(run.model.parameters(), config.grad_clip)
 
-    check_and_count(run, output, loss, norm)
+    check_and_count(run, means, norm)
     run.optimizer.step()
-    run.state = map_state(Tensor.detach, output.state)
+    run.state = state
     run.step += 1
+
+
+def rows_of(state: tuple | None, at: slice) -> tuple | None:
+    """Some rows of a state."""
+    return map_state(lambda tensor: tensor[at], state)
+
+
+def join_rows(states: list[tuple | None]) -> tuple | None:
+    """The states of parts of the rows -> of all rows."""
+    first = states[0]
+    if len(states) == 1 or first is None:
+        return first
+    return type(first)(*map(torch.cat, zip(*states, strict=True)))
+
+
+def gradients_stay(forward: nn.Module, stay: bool) -> contextlib.AbstractContextManager:
+    """Whether gradients are not yet averaged over the ranks, since more will be added."""
+    if stay and isinstance(forward, nn.parallel.DistributedDataParallel):
+        return forward.no_sync()
+    return contextlib.nullcontext()
+
+
+def step_means(output: Output, loss: Tensor) -> Tensor:
+    """Loss, nll, top1 and gate of a forward pass, means over its rows (4,)."""
+    gate = loss.new_zeros(())
+    if isinstance(output.trace, DNCTrace):
+        gate = output.trace.write_gate.mean()
+    return torch.stack([loss, output.nll.mean(), output.top1.mean(), gate]).detach()
 
 
 def empty_some_rows(state: tuple | None, config: Config, step: int) -> tuple | None:
@@ -917,6 +951,7 @@ def empty_some_rows(state: tuple | None, config: Config, step: int) -> tuple | N
         return state
     generator = torch.Generator().manual_seed(config.seed * 1_000_003 + step + 500_009)
     emptied = torch.rand(config.rows, generator=generator) < config.empty_share
+    emptied = emptied[share_of(config.rows)]
     if not emptied.any():
         return state
     new = []
@@ -929,14 +964,12 @@ def empty_some_rows(state: tuple | None, config: Config, step: int) -> tuple | N
     return type(state)(*new)
 
 
-def check_and_count(run: Run, output: Output, loss: Tensor, norm: Tensor) -> None:
-    """Add a step to the meter. Raises Diverged where its loss or gradient norm is not finite."""
-    gate = loss.new_zeros(())
-    if isinstance(output.trace, DNCTrace):
-        gate = output.trace.write_gate.mean()
+def check_and_count(run: Run, means: Tensor, norm: Tensor) -> None:
+    """Add a step, of means as of step_means, to the meter. Raises Diverged where its loss or
+    gradient norm is not finite."""
     # One transfer a step: the loss must be looked at before the weights change.
-    scalars = torch.stack([loss, norm, output.nll.mean(), output.top1.mean(), gate]).detach()
-    loss_value, norm_value, nll, top1, gate_value = scalars.tolist()
+    scalars = mean_over_ranks(torch.cat((means, norm.detach().view(1))))
+    loss_value, nll, top1, gate_value, norm_value = scalars.tolist()
     if not math.isfinite(loss_value + norm_value):
         raise Diverged(f"{run.arm} at step {run.step}: loss {loss_value}, gradient norm "
                        f"{norm_value}; the last good checkpoint is {run.last_saved or 'none yet'}; "
@@ -968,9 +1001,20 @@ def set_rates(run: Run) -> None:
     """Give every parameter group its rate of this step."""
     config = run.config
     floor = 0.1 if config.lr_schedule == "cosine" else 1.0
-    rate = config.lr * rate_share(run.step, run.total_steps, config.lr_warmup, floor)
+    start, end = schedule(run)
+    rate = config.lr * rate_share(run.step - start, end - start, config.lr_warmup, floor)
     for group in run.optimizer.param_groups:
         group["lr"] = rate * group["scale"]
+
+
+def schedule(run: Run) -> tuple[int, int]:
+    """Between which steps the rate runs through its schedule. That of a finished run which was
+    lengthened is a new cosine over the steps that are new, or the constant rate that it had."""
+    if not run.lengthened:
+        return 0, run.total_steps
+    if run.config.lr_schedule == "constant":
+        return 0, run.lengthened[0]
+    return run.lengthened[-1], run.total_steps
 
 
 METRICS_FILE = "metrics.jsonl"
@@ -980,13 +1024,33 @@ def log_row(run: Run, split: str, metrics: dict) -> None:
     """Append one row to the history and to metrics.jsonl."""
     row = {"arm": run.arm, "seed": run.config.seed, "step": run.step, "split": split, **metrics}
     run.history.append(row)
-    append_metrics(row, run.config.plot_dir)
+    append_metrics(row, run.config)
 
 
-def append_metrics(row: dict, folder: str) -> None:
-    """Append one row to metrics.jsonl."""
-    with open(Path(folder) / METRICS_FILE, "a", encoding="utf-8") as file:
+def append_metrics(row: dict, config: Config) -> None:
+    """Append one row to metrics.jsonl, and its figures to TensorBoard's."""
+    if rank_and_size().rank > 0:
+        return
+    with open(Path(config.plot_dir) / METRICS_FILE, "a", encoding="utf-8") as file:
         file.write(json.dumps(row) + "\n")
+    if config.tensorboard:
+        name = f"{row['arm']}, seed {config.seed}, rate {config.lr:g}"
+        writer = tensorboard_writer(Path(config.plot_dir) / "tensorboard" / name)
+        for key, value in row.items():
+            if isinstance(value, float):
+                writer.add_scalar(f"{key}/{row['split']}", value, row["step"])
+        writer.flush()
+
+
+@functools.cache
+def tensorboard_writer(folder: Path | None):
+    """A torch SummaryWriter of a folder, in which earlier curves are hidden; None only looks
+    whether there can be one. Raises ValueError."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        raise ValueError("tensorboard = True: needs a package; pip install tensorboard") from None
+    return SummaryWriter(folder, purge_step=0) if folder else None
 
 
 def log_train(run: Run) -> str:
@@ -1059,9 +1123,11 @@ def train(run: Run, corpus: "Corpus", forward: nn.Module, stop: "StopSignal") ->
     from tqdm import tqdm
 
     config, started = run.config, run.step
-    rows = training_rows(corpus.train, config.rows, config.step_len).to(run.device)
+    rows = training_rows(corpus.train, config.rows, config.step_len)
+    rows = rows[share_of(config.rows)]
     peak_memory_mb(run.device, reset=True)
-    bar = tqdm(total=run.total_steps, initial=run.step, desc=run.arm, unit="step")
+    bar = tqdm(total=run.total_steps, initial=run.step, desc=run.arm, unit="step",
+               disable=rank_and_size().rank > 0)
     with stop.held(), contextlib.closing(bar):
         try:
             while True:
@@ -1069,7 +1135,7 @@ def train(run: Run, corpus: "Corpus", forward: nn.Module, stop: "StopSignal") ->
                     validate(run, corpus, stop)
                 if run.step >= run.total_steps:
                     break
-                stop.check()
+                stop.check_together()
                 timed_step(run, forward, rows, warm=run.step >= started + 3)
                 bar.update()
                 if run.step % config.log_every_steps == 0 or run.step == run.total_steps:
@@ -1233,24 +1299,34 @@ def evaluate(model: GPT2WithMemory, stream: Tensor, config: Config, stop: "StopS
     token, and `sums` (bins, rows, K) of STATS and `counts` (bins, rows) of scored tokens: a bin is
     BIN tokens of a row, whatever the window, so that arms can be compared.
     """
-    device = model.head_weight().device
-    state, taken = model.init_state(config.eval_rows), []
     inputs, targets = evaluation_rows(stream, config.eval_rows)
-    windows = (rows.split(config.seq_len, 1) for rows in (inputs, targets))
+    mine = share_of(config.eval_rows)  # no rows where there are more ranks than rows
     model.eval()
-    for x, y in zip(*windows, strict=True):  # (rows, T) each
-        stop.check()
-        if swap:
-            state = map_state(lambda tensor: tensor.roll(1, 0), state)
-        stats, state = model.measure(x.to(device), y.to(device), state, brief)
-        taken.append(stats.cpu())
+    taken = measure_rows(model, inputs[mine], targets[mine], stop, brief, swap)
     model.train()
-    stats = torch.cat(taken, dim=1)  # (rows, length, K)
+    stats = torch.cat([part for part in of_every_rank(taken) if len(part)])  # (rows, length, K)
     sums = [part.double().sum(1) for part in stats.split(BIN, 1)]
     counts = [part.sum(1) for part in (targets != -100).split(BIN, 1)]
     sums, counts = torch.stack(sums), torch.stack(counts)
     metrics = means(sums, counts, lacking_stats(config), brief=brief)
     return {"metrics": metrics, "sums": sums, "counts": counts, "nll": stats[..., 0].clone()}
+
+
+def measure_rows(model: GPT2WithMemory, inputs: Tensor, targets: Tensor, stop: "StopSignal",
+                 brief: bool, swap: bool) -> Tensor:
+    """The STATS of `evaluate` of every token of rows of inputs and targets, (rows, length) -> on
+    the CPU (rows, length, K)."""
+    device, length = model.head_weight().device, model.config.seq_len
+    state = model.init_state(len(inputs))
+    taken = []
+    for x, y in zip(inputs.split(length, 1), targets.split(length, 1), strict=True):  # (rows, T)
+        stop.check_together()
+        if swap:
+            state = roll_rows(state)
+        if len(x):
+            stats, state = model.measure(x.to(device), y.to(device), state, brief)
+            taken.append(stats.cpu())
+    return torch.cat(taken, dim=1) if taken else torch.zeros(0)
 
 
 def text_size(tokenizer: object, stream: Tensor) -> dict[str, int]:
@@ -1460,7 +1536,16 @@ def what_was_run(runs: list[Run], corpus: "Corpus") -> str:
     seeds = [str(run.config.seed) for run in runs]
     word = "seed" if len(seeds) == 1 else "seeds"
     return (f"{tokens:,} training tokens in {steps:,} steps, {word} {', '.join(seeds)}; scored on "
-            f"{scored:,} of the {len(corpus.valid) - 1:,} of validation")
+            f"{scored:,} of the {len(corpus.valid) - 1:,} of validation{what_was_added(run)}")
+
+
+def what_was_added(run: Run) -> str:
+    """Where a finished run was lengthened, for its table."""
+    if not run.lengthened:
+        return ""
+    ends = ", ".join(f"{step:,}" for step in run.lengthened)
+    rates = "the constant rate" if run.config.lr_schedule == "constant" else "a new cosine"
+    return f"\n  finished before at step {ends}; from there on {rates}"
 
 
 def explanation(config: Config) -> str:
@@ -2162,6 +2247,24 @@ def build_memory(config: Config) -> nn.Module | None:
     return build[config.memory]()
 
 
+def build_dnc(config: Config) -> DNCMemory:
+    """The DNC that Config describes."""
+    decay = config.usage_decay
+    if decay == "auto":
+        decay = max(0.0, 1 - 1.28 / config.mem_slots)
+    options = DNCOptions(
+        use_links=config.use_links,
+        mask_min=config.mask_min,
+        dealloc_wipe=config.dealloc_wipe,
+        sharpen_links=config.sharpen_links,
+        key_width=config.mem_width // 2 if config.split_rows else 0,
+        usage_decay=decay,
+        empty_slot=config.empty_slot,
+    )
+    return DNCMemory(config.hidden_size, config.mem_slots, config.mem_width, config.num_reads,
+                     options, config.scan, row_key=config.row_key)
+
+
 def zeros_beside(parameter: Tensor, *shape: int) -> Tensor:
     """Zeros for a state on a parameter's device, of float32 at least."""
     dtype = torch.promote_types(parameter.dtype, torch.float32)
@@ -2482,7 +2585,7 @@ def tune_cache(model: GPT2WithMemory, stream: Tensor, config: Config, stop: "Sto
     losses = 0.0
     model.eval()
     for start in range(0, inputs.shape[1], config.seq_len):
-        stop.check()
+        stop.check_together()
         window = slice(start, start + config.seq_len)
         x = inputs[:, window].to(device)  # (B, T)
         y = targets[:, window].to(device)
@@ -2494,8 +2597,7 @@ def tune_cache(model: GPT2WithMemory, stream: Tensor, config: Config, stop: "Sto
         state = after
     model.train()
 
-    best = losses.argmin().item()
-    i, j = divmod(best, len(memory.LAMBDAS))
+    i, j = divmod(of_first_rank(losses.argmin().item()), len(memory.LAMBDAS))
     memory.theta.fill_(memory.THETAS[i])
     memory.share.fill_(memory.LAMBDAS[j])
     return losses[i, j].item() / (len(stream) - 1)
@@ -2951,19 +3053,20 @@ def embedded_texts() -> dict[str, list[str]]:
     return texts
 
 
-def folder_texts(folder: str) -> dict[str, list[str]]:
-    """Read train.txt, valid.txt and test.txt (UTF-8). Raises ValueError naming file and remedy."""
+def folder_texts(folder: str) -> dict[str, list]:
+    """Read train.txt, valid.txt and test.txt (UTF-8), each one document, a TextFile if it is large.
+    Raises ValueError naming file and remedy."""
     texts = {}
     for split in SPLITS:
         path = Path(folder) / f"{split}.txt"
         require(path.is_file(), "dataset", folder, "a folder with train.txt, valid.txt and "
                 f"test.txt ({path.name} is missing), or a hub id")
-        try:
-            texts[split] = [path.read_text(encoding="utf-8")]
-        except UnicodeDecodeError as error:
-            raise ValueError(f"dataset = {folder!r}: {path.name} is not UTF-8 (at byte "
-                             f"{error.start}); convert it, for example with iconv") from None
-        require(texts[split][0].strip() != "", "dataset", folder, f"text ({path.name} has none)")
+        document = TextFile(path, folder)
+        if path.stat().st_size <= WHOLE:
+            document = document.text()
+        texts[split] = [document]
+        some = any(piece.strip() for piece in pieces_of(document))
+        require(some, "dataset", folder, f"text ({path.name} has none)")
     return texts
 
 
@@ -3034,19 +3137,184 @@ def train_tokenizer(texts: list[str], vocab_size: int = 4096) -> object:
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     trainer = trainers.BpeTrainer(vocab_size=vocab_size, show_progress=False,
                                   initial_alphabet=alphabet)
-    tokenizer.train_from_iterator(texts, trainer)
+    pieces = itertools.chain.from_iterable(map(pieces_of, texts))
+    tokenizer.train_from_iterator(pieces, trainer)
     return tokenizer
 
 
-def tokenize(tokenizer: object, documents: list[str]) -> Tensor:
-    """Encode documents into one stream (tokens,), by line: 7 times faster than in one piece."""
-    lines = []
+def tokenize(tokenizer: object, documents: list) -> Tensor:
+    """Encode documents into one stream (tokens,), by line: 7 times faster than in one piece. Those
+    of a large text are kept in a file for the next start, and mapped into memory."""
+    if sum(map(size_of, documents)) >= KEPT_FROM:
+        return kept_tokens(tokenizer, documents)
+    return torch.cat([*encode_lines(tokenizer, documents)])
+
+
+# ── Large texts: read and tokenized in pieces, tokens kept in a file ─────────────────────────────
+WHOLE = 2**24  # bytes of a file that is read at once
+CHUNK = 2**21  # bytes, of a larger one, that are read at once; characters that are tokenized so
+LONGEST = 2**16  # characters of a line that are tokenized in one piece
+KEPT_FROM = 2**22  # bytes of text whose tokens are kept in a file
+
+
+@dataclasses.dataclass(frozen=True)
+class TextFile:
+    """A file of text in UTF-8, whose lines may end in any way."""
+    path: Path
+    dataset: str  # that it is of, for errors
+
+    def text(self) -> str:
+        """All of it. Raises ValueError, as pieces does, where it is not UTF-8."""
+        return self.decode(self.path.read_bytes(), 0)
+
+    def pieces(self) -> Iterator[str]:
+        """Its text in pieces of about CHUNK bytes."""
+        rest, at = b"", 0
+        with open(self.path, "rb") as file:
+            while block := file.read(CHUNK):
+                rest += block
+                end = piece_end(rest)
+                yield self.decode(rest[:end], at)
+                rest, at = rest[end:], at + end
+        if rest:
+            yield self.decode(rest, at)
+
+    def decode(self, data: bytes, at: int) -> str:
+        """The text of bytes that begin at that place in the file."""
+        try:
+            text = data.decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise ValueError(f"dataset = {self.dataset!r}: {self.path.name} is not UTF-8 (at byte "
+                             f"{at + error.start}); convert it, for example with iconv") from None
+        return text.replace("\r\n", "\n").replace("\r", "\n")
+
+
+def piece_end(data: bytes) -> int:
+    """Where a piece of UTF-8 text ends: behind its last line, else before the spaces before its
+    last word, else before its last character, of which bytes may be missing."""
+    end = data.rfind(b"\n") + 1
+    if not end:
+        words = data[: data.rfind(b" ") + 1]
+        end = len(words.rstrip(b" "))
+    if not end:
+        end = len(data) - 1
+        while end > 1 and data[end] & 0b1100_0000 == 0b1000_0000:
+            end -= 1
+    return max(1, end)
+
+
+def pieces_of(document: str | TextFile) -> Iterable[str]:
+    """A document in pieces that fit in memory."""
+    return document.pieces() if isinstance(document, TextFile) else [document]
+
+
+def size_of(document: str | TextFile) -> int:
+    """The size of a document, in bytes of a file or characters."""
+    return document.path.stat().st_size if isinstance(document, TextFile) else len(document)
+
+
+def cut_line(line: str) -> Iterator[str]:
+    """A line in parts of at most LONGEST characters, cut before spaces where there are any: there
+    GPT-2's tokenizer cuts anyway."""
+    if len(line) > LONGEST:
+        say_once(f"tokenizer: lines of more than {LONGEST:,} characters are cut at a space, or, "
+                 "without one, there")
+    start = 0
+    while len(line) - start > LONGEST:
+        space = line.rfind(" ", start, start + LONGEST)
+        words = line[start : max(start, space)].rstrip(" ")
+        end = start + (len(words) or LONGEST)
+        yield line[start:end]
+        start = end
+    yield line[start:]
+
+
+def encode_lines(tokenizer: object, documents: list) -> Iterator[Tensor]:
+    """The token ids of documents, line by line, of about CHUNK characters at a time."""
+    lines, size = [], 0
     for document in documents:
-        lines += document.splitlines(keepends=True)
+        for piece in pieces_of(document):
+            for line in piece.splitlines(keepends=True):
+                lines += cut_line(line)
+                size += len(line)
+                if size >= CHUNK:
+                    yield encode_batch(tokenizer, lines)
+                    lines, size = [], 0
+    yield encode_batch(tokenizer, lines)
+
+
+def encode_batch(tokenizer: object, lines: list[str]) -> Tensor:
+    """The token ids of lines, one after the other (tokens,)."""
     ids = []
     for encoding in tokenizer.encode_batch(lines, add_special_tokens=False):
         ids += encoding.ids
     return torch.tensor(ids, dtype=torch.int64)
+
+
+def token_folder() -> Path:
+    """Where the tokens of large texts are kept, beside the hub's own cache."""
+    caches = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return Path(caches).expanduser() / "dnc_gpt2" / "tokens"
+
+
+def text_key(tokenizer: object, documents: list) -> str:
+    """sha256 of all that tokens depend on: texts, tokenizer, and how lines are cut."""
+    digest = hashlib.sha256(f"{CHUNK} {LONGEST} {tokenizer.to_str()}".encode())
+    for document in documents:
+        digest.update(f"{size_of(document)} {type(document).__name__}".encode())
+        if isinstance(document, TextFile):
+            with open(document.path, "rb") as file:
+                while block := file.read(CHUNK):
+                    digest.update(block)
+        else:
+            digest.update(document.encode("utf-8", "surrogatepass"))
+    return digest.hexdigest()
+
+
+def kept_tokens(tokenizer: object, documents: list) -> Tensor:
+    """`tokenize` by way of a file of the tokens, which is made where it is not there or is damaged;
+    in memory, said in one line, where none can be made."""
+    from filelock import FileLock
+
+    path = token_folder() / f"{text_key(tokenizer, documents)}.int64"
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(path.with_suffix(".lock")):  # one of several processes tokenizes
+            if not holds_tokens(path):
+                write_tokens(encode_lines(tokenizer, documents), path)
+    except (ValueError, OSError) as error:
+        stream = torch.cat([*encode_lines(tokenizer, documents)])
+        print(f"tokens are not kept for the next start: {error}")
+        return stream
+    count = path.stat().st_size // 8 - 1
+    return torch.from_file(str(path), size=count, dtype=torch.int64)
+
+
+def write_tokens(chunks: Iterable[Tensor], path: Path) -> None:
+    """Write int64 token ids, then their CRC-32 in 8 bytes, whole or not at all."""
+    print(f"tokenizing a large text, once: its tokens are kept in {path}", flush=True)
+    check = 0
+    with whole_file(path) as temporary, open(temporary, "wb") as file:
+        for ids in chunks:
+            data = ids.numpy().tobytes()
+            check = zlib.crc32(data, check)
+            file.write(data)
+        file.write(check.to_bytes(8, "little"))
+
+
+def holds_tokens(path: Path) -> bool:
+    """Whether a file is what write_tokens wrote; says where it is not."""
+    if not path.is_file():
+        return False
+    left, check = path.stat().st_size - 8, 0
+    with open(path, "rb") as file:
+        while left > 0 and (block := file.read(min(left, CHUNK))):
+            check = zlib.crc32(block, check)
+            left -= len(block)
+        whole = left == 0 and file.read() == check.to_bytes(8, "little")
+    if not whole:
+        print(f"{path}: damaged; the text is tokenized again")
+    return whole
 
 
 def load_texts(dataset: str) -> tuple[str, dict[str, list[str]], bool]:
@@ -3085,7 +3353,7 @@ def load_corpus(config: Config) -> Corpus:
     streams, digest = {}, hashlib.sha256()
     for split, documents in texts.items():
         stream = streams[split] = tokenize(tokenizer, documents)
-        digest.update(stream.numpy().tobytes())
+        digest.update(stream.numpy())
         rows = config.batch_size if split == "train" else config.eval_rows
         least = rows * config.seq_len + 1
         require_field(config, "dataset", len(stream) >= least, f"longer: {split} has "
@@ -3100,8 +3368,7 @@ def training_rows(stream: Tensor, rows: int, step_len: int) -> Tensor:
     left out. Position j of a row is input, j + 1 its target: every one scored is a real token."""
     steps = (len(stream) - 1) // (rows * step_len)
     length = steps * step_len
-    starts = range(0, rows * length, length)
-    return torch.stack([stream[start : start + length + 1] for start in starts])
+    return stream.as_strided((rows, length + 1), (length, 1))  # a view: the text may be large
 
 
 def evaluation_rows(stream: Tensor, rows: int) -> tuple[Tensor, Tensor]:
@@ -3123,8 +3390,8 @@ PAYLOAD = (
 FREE_FIELDS = {
     "dataset", "tokenizer", "preset", "log_every_steps", "save_every_steps", "save_dir", "plot_dir",
     "arms", "seeds", "lr_grid", "use_compile", "compile_mode", "num_gpus", "resume", "inspect",
-    "text", "eval_tokens", "scan", "generate", "export", "checkpoint", "new_tokens", "temperature",
-    "top_k", "top_p", "show_gates",
+    "text", "eval_tokens", "scan", "accumulate", "checkpoint_activations", "tensorboard",
+    "generate", "export", "checkpoint", "new_tokens", "temperature", "top_k", "top_p", "show_gates",
 }
 # Fields that an arm without memory does not use: its checkpoints serve whatever they are.
 MEMORY_FIELDS = {
@@ -3168,11 +3435,12 @@ def checkpoint_payload(run: Run, corpus: Corpus) -> dict:
         "epoch": run.step // run.steps_per_epoch,
         "stream_position": run.step % run.steps_per_epoch * run.config.step_len,
         "val_ppl": last_perplexity(run),
-        "memory_state": None if run.state is None else [*run.state],
-        "rng": {"torch": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all()},
+        "memory_state": state_of_all_rows(run.state),
+        "rng": random_states(),
         "history": run.history,
         "meter": run.meter,
         "results": run.results,
+        "lengthened": run.lengthened,
         "run": run_facts(device_name(run.device)),
     }
 
@@ -3184,7 +3452,9 @@ def save_checkpoint(run: Run, corpus: Corpus, final: bool = False) -> None:
     path = Path(run.config.save_dir) / name
     remedy = (f"the last good checkpoint is {run.last_saved or 'none yet'}; free some space, then "
               "continue with --resume auto")
-    save_tensors(checkpoint_payload(run, corpus), path, remedy)
+    payload = checkpoint_payload(run, corpus)
+    if rank_and_size().rank == 0:
+        save_tensors(payload, path, remedy)
     run.last_saved = str(path)
 
 
@@ -3211,6 +3481,8 @@ def check_match(run: Run, payload: dict, path: str | Path, corpus: Corpus) -> No
         raise ValueError(f"checkpoint {path}: of {payload['arm']} on {payload['corpus']}, this is "
                          f"{run.arm} on {corpus.name}; name another, or another save_dir")
     free = FREE_FIELDS | MEMORY_FIELDS if run.config.memory == "none" else FREE_FIELDS
+    if can_be_lengthened(run, payload):
+        free = free | {"max_steps", "epochs"}
     for name, value in vars(run.config).items():
         saved = payload["config"].get(name)
         if name not in free and saved != value:
@@ -3231,6 +3503,9 @@ def restore(run: Run, payload: dict, path: str | Path, corpus: Corpus) -> None:
     run.history = payload["history"]
     run.meter = {"validated": [], **payload["meter"]}
     run.results = payload["results"]
+    run.lengthened = payload.get("lengthened", [])
+    if can_be_lengthened(run, payload):
+        lengthen(run)
     if run.results and "nll" not in run.results["valid"]:
         run.results = {}  # of an older version, which kept less: it is scored again
     run.last_saved = str(path)
@@ -3238,21 +3513,43 @@ def restore(run: Run, payload: dict, path: str | Path, corpus: Corpus) -> None:
         saved = payload["memory_state"]
         fresh = run.model.init_state(run.config.rows)
         state = type(fresh)(*saved, *fresh[len(saved):])  # parts that came later are empty
-        run.state = map_state(lambda tensor: tensor.to(run.device), state)
-    rng = payload["rng"]
-    torch.set_rng_state(rng["torch"])
-    torch.cuda.set_rng_state_all(rng["cuda"][: torch.cuda.device_count()])
+        mine = share_of(run.config.rows)
+        run.state = map_state(lambda tensor: tensor[mine].to(run.device), state)
+    restore_random_states(payload["rng"], run)
+
+
+def can_be_lengthened(run: Run, payload: dict) -> bool:
+    """Whether a checkpoint is of a finished run, and more steps are asked for."""
+    return bool(payload["results"]) and run.total_steps > payload["global_step"]
+
+
+def lengthen(run: Run) -> None:
+    """Let a finished run go on to its new number of steps; one line says at which rates."""
+    config, done = run.config, run.step
+    run.results, run.lengthened = {}, [*run.lengthened, done]
+    rates = "a new cosine over the steps that are new"
+    if config.lr_schedule == "constant":
+        first, whole = (warmup_steps(config.lr_warmup, end)
+                        for end in (run.lengthened[0], run.total_steps))
+        rates = "at its constant rate, as if asked for from the start"
+        if first != whole:
+            rates = (f"at its constant rate; its warm-up had {first} steps, that of a run of "
+                     f"{run.total_steps:,} has {whole}")
+    print(f"{run.arm}: finished at step {done:,}, lengthened to {run.total_steps:,}: {rates}")
 
 
 def newest_checkpoints(run: Run) -> list[Path]:
-    """The checkpoints of an arm in save_dir, the newest first, of one moment the furthest first."""
+    """The checkpoints of an arm in save_dir, the newest first, of one moment the furthest first; of
+    a job that torchrun has restarted, its own alone."""
     pattern = re.compile(re.escape(run.stem) + r"_(FINAL_)?step(\d+)\.pt")
+    since = job_started(run.config.save_dir)
     dated = []
     for path in Path(run.config.save_dir).iterdir():
         match = pattern.fullmatch(path.name)
         if match:
             step, written = int(match[2]), path.stat().st_mtime_ns
-            dated.append((written, step, path))
+            if written >= since:
+                dated.append((written, step, path))
     dated.sort(reverse=True)
     return [path for _, _, path in dated]
 
@@ -3268,14 +3565,25 @@ def resume_run(run: Run, corpus: Corpus) -> None:
             restore(run, payload, run.config.resume, corpus)
             print(f"{run.arm}: resumed from {run.config.resume}")
             return
+    path = None
+    if rank_and_size().rank == 0:
+        path = resume_newest(run, corpus)
+    path = of_first_rank(path)
+    if path and rank_and_size().rank > 0:
+        restore(run, load_checkpoint(path), path, corpus)
+
+
+def resume_newest(run: Run, corpus: Corpus) -> str | None:
+    """Continue from the newest valid checkpoint in save_dir -> its path, None without any."""
     for path in newest_checkpoints(run):
         try:
             restore(run, load_checkpoint(path), path, corpus)
             print(f"{run.arm}: {'finished in' if run.results else 'resumed from'} {path}")
-            return
+            return str(path)
         except ValueError as error:
             print(f"resume: passed over {error}")
     print(f"{run.arm}: no valid checkpoint in {run.config.save_dir}, starting at step 0")
+    return None
 
 
 # ══ Export: a folder that transformers loads without this repository ═════════════════════════════
@@ -3566,7 +3874,7 @@ def check_fields(config: object) -> None:
 
 def check_config(config: Config) -> None:
     """Raise ValueError where fields do not go together."""
-    arms, heads, batch = config.arm_list, config.num_heads, config.batch_size
+    arms, heads = config.arm_list, config.num_heads
     rule = functools.partial(require_field, config)
     check_repeats(config, rule)
     rule("arms", set(arms) <= set(ARMS) and len(set(arms)) == len(arms),
@@ -3576,7 +3884,7 @@ def check_config(config: Config) -> None:
     rule("arms", "cache" not in arms or "baseline" in arms[: arms.index("cache")],
          "with baseline before cache, which takes the weights of the trained baseline")
     rule("hidden_size", config.hidden_size % heads == 0, f"divisible by num_heads ({heads})")
-    rule("bptt_segments", batch % config.bptt_segments == 0, f"a divisor of batch_size ({batch})")
+    check_rows(config, rule)
     rule("routing_fraction", config.routing_fraction > 0, "above 0; without it: lambda_routing 0")
     rule("eval_rows", config.eval_rows >= 2, "2 or more")
     rule("mem_width", not config.split_rows or config.mem_width >= 2, "2 or more to be split")
@@ -3586,10 +3894,18 @@ def check_config(config: Config) -> None:
          "False without links; set use_links True as well")
     rule("text", config.text.strip() and not re.search("[\ud800-\udfff]", config.text),
          "words in UTF-8")
-    rule("num_gpus", config.num_gpus != 2 or config.rows >= 2,
-         f"at most the rows, batch_size ({batch}) / bptt_segments; set num_gpus=1")
     rule("use_compile", not config.use_compile or config.num_gpus != 2,
          "False on two GPUs; set num_gpus=1")
+
+
+def check_rows(config: Config, rule: Callable) -> None:
+    """Raise ValueError where the rows of a step cannot be split as asked for."""
+    batch, rows = config.batch_size, config.rows
+    rule("bptt_segments", batch % config.bptt_segments == 0, f"a divisor of batch_size ({batch})")
+    rule("accumulate", rows % config.accumulate == 0,
+         f"a divisor of the rows, batch_size / bptt_segments ({rows})")
+    rule("num_gpus", config.num_gpus != 2 or rows >= 2,
+         f"at most the rows, batch_size ({batch}) / bptt_segments; set num_gpus=1")
 
 
 def check_repeats(config: Config, rule: Callable) -> None:
@@ -3669,6 +3985,12 @@ class StopSignal(KeyboardInterrupt):
         if self.signum:
             raise self
 
+    def check_together(self) -> None:
+        """`check` at one place of every rank: a signal to one of them stops all."""
+        if rank_and_size().size > 1:
+            self.signum = max(of_every_rank(self.signum))
+        self.check()
+
     @contextlib.contextmanager
     def held(self) -> Iterator[None]:
         """Signals wait for `check`: what runs inside can then be saved as a whole."""
@@ -3697,11 +4019,12 @@ def run_command(job: Callable[[StopSignal], None], again: list[str], saved: str,
         job(stop)
         return 0
     except StopSignal:
-        print(f"\nstopped; {saved}; continue with:\n  python {shlex.join(again)}", file=sys.stderr)
+        print(f"\nstopped; {saved}; continue with:\n  {launcher()} {shlex.join(again)}",
+              file=sys.stderr)
         return 128 + stop.signum
     except SystemExit as done:  # tyro has printed the help, or what is wrong
         return done.code or 0
-    except Diverged as error:
+    except (Diverged, RankLost) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except torch.OutOfMemoryError as error:
@@ -3835,7 +4158,8 @@ def train_baseline(**fields: object) -> Path:
     words = [f"--{name}={value}" for name, value in options.items()]
     command = [sys.executable, str(Path(__file__).resolve()), *words]
     # Of a session of its own: Ctrl-C would reach it twice, and a second signal ends it unsaved.
-    process = subprocess.Popen(command, start_new_session=True)
+    alone = {name: value for name, value in os.environ.items() if name not in RANK_VARIABLES}
+    process = subprocess.Popen(command, start_new_session=True, env=alone)
     try:
         code = process.wait()
     except KeyboardInterrupt as stopped:
@@ -3866,6 +4190,8 @@ def device_name(device: torch.device | str) -> str:
     """A device for people: the GPU's name, or the CPU with its threads."""
     if torch.device(device).type == "cuda":
         return torch.cuda.get_device_name(device)
+    if torch.device(device).type == "mps":
+        return "Apple GPU (mps)"
     return f"CPU, {torch.get_num_threads()} threads"
 
 
@@ -3941,14 +4267,297 @@ def dark_figure(path: Path, rows: int, columns: int, figsize: tuple[float, float
     print(f"wrote {path}")
 
 
+def warmup_steps(warmup: float, total: int) -> int:
+    """Steps of a warm-up over that share of all."""
+    return max(1, round(warmup * total))
+
+
 def rate_share(step: int, total: int, warmup: float, floor: float) -> float:
     """Share of the peak learning rate at `step` of `total`: a linear warm-up over that share of the
     steps, then a cosine down to `floor`; a floor of 1 is a constant rate."""
-    rising = max(1, round(warmup * total))
+    rising = warmup_steps(warmup, total)
     if step < rising:
         return (step + 1) / rising
     progress = (step - rising) / max(1, total - rising)
     return (1 + floor) / 2 + (1 - floor) / 2 * math.cos(math.pi * progress)
+
+
+# ══ Many processes: torchrun, each with its rows ═════════════════════════════════════════════════
+RANK_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK",
+                  "GROUP_WORLD_SIZE", "TORCHELASTIC_RESTART_COUNT")
+WAIT = datetime.timedelta(hours=2)  # of one rank for the others: a checkpoint, a first compilation
+
+
+class RankLost(RuntimeError):
+    """Another of the processes that torchrun started is gone."""
+
+
+class Ranks(NamedTuple):
+    """Which of how many processes this is."""
+    rank: int = 0
+    size: int = 1
+    local: int = 0  # number on its machine: that of its GPU
+
+
+def launched() -> Ranks:
+    """What torchrun says of this process in its environment. Raises ValueError."""
+    size, rank = os.environ.get("WORLD_SIZE"), os.environ.get("RANK")
+    if size is None and rank is None:
+        return Ranks()
+    remedy = "as torchrun sets it; start with torchrun, or unset RANK and WORLD_SIZE"
+    for name in ("WORLD_SIZE", "RANK"):
+        value = os.environ.get(name, "")
+        require(value.isdecimal(), name, value, f"a whole number, {remedy}")
+    ranks = Ranks(int(rank), int(size), int(os.environ.get("LOCAL_RANK") or 0))
+    require(ranks.rank < ranks.size, "RANK", ranks.rank, f"below WORLD_SIZE = {size}, {remedy}")
+    for name in ("MASTER_ADDR", "MASTER_PORT"):
+        value = os.environ.get(name, "")
+        require(value or ranks.size == 1, name, value, f"an address, {remedy}")
+    return ranks
+
+
+def rank_and_size() -> Ranks:
+    """This process among those that train together; one alone is rank 0 of 1."""
+    import torch.distributed as dist
+
+    if not (dist.is_available() and dist.is_initialized()):
+        return Ranks()
+    return Ranks(dist.get_rank(), dist.get_world_size())
+
+
+def share_of(count: int) -> slice:
+    """Which of `count` rows are this rank's."""
+    rank, size, _ = rank_and_size()
+    return slice(rank * count // size, (rank + 1) * count // size)
+
+
+def mean_over_ranks(values: Tensor) -> Tensor:
+    """The mean of a tensor over the ranks, which have equally many rows each."""
+    size = rank_and_size().size
+    if size == 1:
+        return values
+    torch.distributed.all_reduce(values)
+    return values / size
+
+
+def of_every_rank(value: object) -> list:
+    """A plain value or CPU tensors of every rank, in their order."""
+    size = rank_and_size().size
+    if size == 1:
+        return [value]
+    values = [None] * size
+    torch.distributed.all_gather_object(values, value)
+    return values
+
+
+def of_first_rank(value: object) -> object:
+    """The value that rank 0 has."""
+    return of_every_rank(value)[0]
+
+
+def roll_rows(state: tuple | None) -> tuple | None:
+    """Give every row the state of the row before it, across the ranks."""
+    if state is None or rank_and_size().size == 1:
+        return map_state(lambda tensor: tensor.roll(1, 0), state)
+    last = map_state(lambda tensor: tensor[-1:].cpu(), state)
+    every = of_every_rank([*last])
+    rank = rank_and_size().rank
+    before = every[rank:] + every[:rank]  # this rank, ..., the one before it
+    [*_, nearest] = [rows for rows in before if len(rows[0])]
+    rolled = []
+    for tensor, row in zip(state, nearest, strict=True):
+        shifted = torch.cat((row.to(tensor.device), tensor))
+        rolled.append(shifted[: len(tensor)])
+    return type(state)(*rolled)
+
+
+def state_of_all_rows(state: tuple | None) -> list[Tensor] | None:
+    """The memory of the rows of every rank, as a checkpoint keeps it; a call of all ranks."""
+    if state is None or rank_and_size().size == 1:
+        return None if state is None else [*state]
+    mine = [tensor.cpu() for tensor in state]
+    return [torch.cat(parts) for parts in zip(*of_every_rank(mine), strict=True)]
+
+
+def random_states() -> dict:
+    """The states of the random generators, those of every rank under "ranks"; a call of all."""
+    if rank_and_size().size == 1:
+        return {"torch": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all()}
+    on_gpu = torch.cuda.is_initialized()
+    mine = {"torch": torch.get_rng_state(),
+            "cuda": [torch.cuda.get_rng_state()] if on_gpu else []}
+    every = of_every_rank(mine)
+    return {**every[0], "ranks": every}
+
+
+def restore_random_states(saved: dict, run: Run) -> None:
+    """Put back what random_states returned. On another number of ranks each but the first draws
+    anew, of seed, step and rank, which one line says."""
+    rank, size, _ = rank_and_size()
+    every = saved.get("ranks", [saved])
+    if len(every) != size:
+        print(f"{run.arm}: saved by {len(every)} processes, resumed by {size}: the same rows, "
+              "memory and rates; sums round, and dropout draws, differently")
+    if rank > 0 and len(every) != size:
+        torch.manual_seed(run.config.seed * 1_000_003 + run.step + rank * 7_919)
+        return
+    mine = every[rank]
+    torch.set_rng_state(mine["torch"])
+    if size == 1:
+        torch.cuda.set_rng_state_all(mine["cuda"][: torch.cuda.device_count()])
+    elif mine["cuda"]:
+        torch.cuda.set_rng_state(mine["cuda"][0])
+
+
+def check_ranks(config: Config, size: int) -> None:
+    """Raise ValueError where the rows of an arm do not split evenly over the ranks."""
+    for name in config.arm_list:
+        arm = arm_config(name, config)
+        rows = f"{ARMS[name]} has {arm.rows} rows, batch_size / bptt_segments"
+        require_field(arm, "batch_size", arm.rows % size == 0,
+                      f"so that its rows split over {size} processes ({rows}); set --batch_size, "
+                      "or --nproc_per_node")
+        require_field(arm, "accumulate", arm.rows // size % arm.accumulate == 0,
+                      f"a divisor of the {arm.rows // size} rows of a process")
+
+
+def launcher() -> str:
+    """How this process was started: python, or torchrun with its options."""
+    processes = os.environ.get("LOCAL_WORLD_SIZE")
+    if processes is None:
+        return "python"
+    machines = os.environ.get("GROUP_WORLD_SIZE", "1")
+    nodes = "" if machines == "1" else f" --nnodes {machines}"
+    return f"torchrun{nodes} --nproc_per_node {processes}"
+
+
+def was_restarted() -> bool:
+    """Whether torchrun --max_restarts has started these processes again; a call of all ranks, of
+    which those of another machine are not told."""
+    restarts = int(os.environ.get("TORCHELASTIC_RESTART_COUNT") or 0)
+    return max(of_every_rank(restarts)) > 0
+
+
+STARTED_FILE = ".started"  # in save_dir while a job that torchrun may restart is at work
+
+
+def mark_start(config: Config) -> None:
+    """Let a restart by torchrun tell the checkpoints of its own job from older ones."""
+    started = Path(config.save_dir) / STARTED_FILE
+    started.unlink(missing_ok=True)
+    if launcher() != "python" and not config.resume:
+        started.touch()
+
+
+def job_started(folder: str) -> int:
+    """When the job that torchrun has restarted began, in ns; 0 of any other job."""
+    path = Path(folder) / STARTED_FILE
+    return path.stat().st_mtime_ns if path.exists() else 0
+
+
+def meeting_place(ranks: Ranks) -> "torch.distributed.Store":
+    """Where the ranks find each other: torchrun's store, under a name that rank 0 makes up and all
+    agree on. After a restart the store still has the addresses of processes that are gone."""
+    import torch.distributed as dist
+
+    store, _, _ = next(dist.rendezvous("env://", timeout=WAIT))
+    mine = uuid.uuid4().hex
+    if ranks.rank == 0:
+        store.set("start", mine)
+        present = [store.get(f"{mine}/{rank}").decode() for rank in range(1, ranks.size)]
+        store.set(f"{mine}/present", " ".join(present))
+        return dist.PrefixStore(mine, store)
+    while True:
+        start = store.get("start").decode()  # or that of a start before this one
+        store.set(f"{start}/{ranks.rank}", mine)
+        if store.check([f"{start}/present"]):
+            if mine in store.get(f"{start}/present").decode():
+                return dist.PrefixStore(start, store)
+        time.sleep(0.05)
+
+
+@contextlib.contextmanager
+def joined(ranks: Ranks, device: torch.device) -> Iterator[None]:
+    """Work as one of the processes that torchrun started. Raises RankLost where another is gone."""
+    import torch.distributed as dist
+
+    if ranks.size == 1:
+        yield
+        return
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    try:
+        # While it waits for the others no handler of Python runs: a signal ends it at once.
+        handler = signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        store = meeting_place(ranks)
+        dist.init_process_group(backend, store=store, rank=ranks.rank, world_size=ranks.size,
+                                timeout=WAIT)
+        dist.barrier()
+        signal.signal(signal.SIGTERM, handler)
+        yield
+    except RuntimeError as error:
+        if not lost_a_rank(error):
+            raise
+        reason = re.sub(r"^\[\S+\] ", "", str(error)).partition("\n")[0]
+        raise RankLost(f"rank {ranks.rank} of {ranks.size} stops: another is gone ({reason[:80]}); "
+                       "start again with --resume auto, or give torchrun --max_restarts") from None
+    dist.destroy_process_group()
+
+
+def lost_a_rank(error: RuntimeError) -> bool:
+    """Whether an error says that another process could not be reached."""
+    import torch.distributed as dist
+
+    words = ("Connection closed by peer", "Connection reset", "Connection refused", "Broken pipe",
+             "Socket closed", "NCCL")
+    return isinstance(error, dist.DistError) or any(word in str(error) for word in words)
+
+
+class QuietRank(io.TextIOBase):
+    """The stderr of every rank but the first: errors alone, with the rank's number. Before the
+    ranks have joined all find the same mistakes: then rank 0 is given time to say it, after which
+    torchrun ends the others."""
+    PATIENCE = 60.0  # seconds
+
+    def __init__(self, screen, rank: int) -> None:
+        self.screen, self.rank = screen, rank
+
+    def write(self, text: str) -> int:
+        if text.startswith("error: "):
+            if rank_and_size().size == 1 and "TORCHELASTIC_RUN_ID" in os.environ:
+                signal.signal(signal.SIGTERM, signal.SIG_DFL)
+                time.sleep(self.PATIENCE)
+            self.screen.write(f"\nrank {self.rank}: {text.strip()}\n")
+            self.screen.flush()
+        return len(text)
+
+
+@contextlib.contextmanager
+def first_rank_speaks() -> Iterator[None]:
+    """Only rank 0 prints; of the others, errors."""
+    rank = os.environ.get("RANK", "")
+    if not (rank.isdecimal() and int(rank) > 0):
+        yield
+        return
+    quiet = QuietRank(sys.stderr, int(rank))
+    with (open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere),
+          contextlib.redirect_stderr(quiet)):
+        yield
+
+
+def local_device() -> torch.device:
+    """The GPU where there is one, under torchrun that of LOCAL_RANK; else the CPU. Raises
+    ValueError where torchrun started more processes than there are GPUs."""
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    local = os.environ.get("LOCAL_RANK", "")
+    if not local.isdecimal():
+        return torch.device("cuda")
+    visible = torch.cuda.device_count()
+    require(int(local) < visible, "LOCAL_RANK", local, f"below the {visible} CUDA devices that are "
+            "visible; set a smaller --nproc_per_node")
+    return torch.device("cuda", int(local))
 
 
 # ══ Starting a run: preset, controller, hardware ═════════════════════════════════════════════════
@@ -4069,11 +4678,16 @@ def start_run(name: str, config: Config, corpus: Corpus, device: torch.device, t
     """Build one arm, as `arm_config` has it, ready to train, resumed if Config says so."""
     config = arm_config(name, config)
     model = build_model(config, controller_config(config, corpus.vocab_size)).to(device)
+    if config.checkpoint_activations:
+        model.controller.activation_checkpointing_enable({"use_reentrant": False})
     if config.use_compile:
         model.controller.compile(mode=config.compile_mode)
     per_epoch = (len(corpus.train) - 1) // (config.rows * config.step_len)
     total = config.max_steps or config.epochs * per_epoch
     run = Run(ARMS[name], config, model, make_optimizer(model, config), total, per_epoch, tag)
+    rank = rank_and_size().rank
+    if rank > 0:  # its rows drop other units than those of rank 0
+        torch.manual_seed(config.seed * 1_000_003 + rank * 7_919)
     if config.resume:
         resume_run(run, corpus)
     return run
@@ -4086,10 +4700,14 @@ class Hardware(NamedTuple):
     named: str  # for people
 
 
-def choose_hardware(config: Config, visible: int) -> tuple[Config, int]:
-    """Fill in precision and choose how many of the visible GPUs to use: at most 2, at most 1 a row.
-    Raises ValueError when those asked for are not there, or torch.compile would meet two."""
+def choose_hardware(config: Config, visible: int, ranks: Ranks = Ranks()) -> tuple[Config, int]:
+    """Fill in precision and choose how many of the visible GPUs to use: at most 2, at most 1 a row,
+    under torchrun 1 a rank. Raises ValueError when those asked for are not there, or torch.compile
+    would meet two."""
     gpus = config.num_gpus
+    if ranks.size > 1:
+        require(gpus != 2, "num_gpus", gpus, "auto, 0 or 1 under torchrun, with a process a GPU")
+        gpus = int(gpus != 0 and (visible > 0 or gpus == 1))
     if gpus == "auto":
         gpus = min(2, visible, config.rows)
         if gpus == 1 < visible:
@@ -4182,6 +4800,26 @@ def check_carried(payload: dict, field: str) -> None:
             "of a model that carries its memory; name another --checkpoint")
 
 
+def data_parallel(run: Run, hardware: "Hardware") -> nn.Module:
+    """What a training step calls: the model, split over two GPUs or over the ranks."""
+    if hardware.gpus == 2:
+        return nn.DataParallel(run.model, device_ids=[0, 1])
+    if rank_and_size().size == 1:
+        return run.model
+    forward = nn.parallel.DistributedDataParallel(run.model)
+    # Its first backward fixes the order in which gradients are added up over ranks. One on nothing,
+    # thrown away, gives a resumed run the order of an uninterrupted one.
+    share = share_of(run.config.rows)
+    tokens = torch.zeros(share.stop - share.start, run.config.step_len, dtype=torch.int64,
+                         device=run.device)
+    positions = routing_positions(run.config, 0, run.device)
+    with torch.random.fork_rng(devices=[run.device] if run.device.type == "cuda" else []):
+        output = forward(tokens, tokens, run.model.init_state(len(tokens)), positions)
+        total_loss(output, positions, run.config).backward()
+    run.model.zero_grad(set_to_none=True)
+    return forward
+
+
 def train_arm(name: str, config: Config, corpus: Corpus, hardware: "Hardware", tag: str,
               stop: StopSignal, base: Run | None = None) -> Run:
     """Train one arm, or what is left of it, or make it of a finished base -> the finished run,
@@ -4192,15 +4830,13 @@ def train_arm(name: str, config: Config, corpus: Corpus, hardware: "Hardware", t
     of_memory = f", {memory:,} of memory" if memory else ""
     print(f"\n{run.arm}{which}: {total:,} parameters{of_memory}")
     for row in run.history:  # a resumed arm brings the rows that it has
-        append_metrics(row, config.plot_dir)
+        append_metrics(row, run.config)
     if not run.results:
         checkpoint_mb = 12 * total / 2**20 + 16  # weights and two moments
-        check_folder(config.save_dir, "save_dir", checkpoint_mb)
-        forward = run.model
-        if hardware.gpus == 2:
-            forward = nn.DataParallel(run.model, device_ids=[0, 1])
+        if rank_and_size().rank == 0:
+            check_folder(config.save_dir, "save_dir", checkpoint_mb)
         if base is None:
-            train(run, corpus, forward, stop)
+            train(run, corpus, data_parallel(run, hardware), stop)
         else:
             tune_on(base, run, corpus, stop)
     run.optimizer = None  # frees memory
@@ -4279,26 +4915,42 @@ def report(runs: dict[str, list[Run]], config: Config, corpus: Corpus, hardware:
 
 def run_comparison(config: Config, preset: str, stop: StopSignal) -> None:
     """The main job: every arm trained and evaluated in turn, then table, controls, inspection."""
+    if config.tensorboard:
+        tensorboard_writer(None)
     require_field(config, "memory", config.memory == "dnc",
                   "left as it is: every arm sets its own; for a model without use --arms baseline")
-    config, gpus = choose_hardware(config, torch.cuda.device_count())
-    check_folder(config.save_dir, "save_dir")
-    check_folder(config.plot_dir, "plot_dir")
-    with locked(config.save_dir, "save_dir"):
-        compare_arms(config, gpus, preset, stop)
+    ranks = launched()
+    check_ranks(config, ranks.size)
+    config, gpus = choose_hardware(config, torch.cuda.device_count(), ranks)
+    device = torch.device("cpu")
+    if gpus:
+        device = local_device()
+    elif config.num_gpus == "auto" and ranks.size == 1 and torch.backends.mps.is_available():
+        device = torch.device("mps")
+
+    with contextlib.ExitStack() as stack:
+        if ranks.rank == 0:  # it alone writes
+            check_folder(config.save_dir, "save_dir")
+            check_folder(config.plot_dir, "plot_dir")
+            stack.enter_context(locked(config.save_dir, "save_dir"))
+        corpus = load_corpus(config)
+        stack.enter_context(joined(ranks, device))
+        compare_arms(config, corpus, device, gpus, preset, stop)
 
 
-def compare_arms(config: Config, gpus: int, preset: str, stop: StopSignal) -> None:
-    """`run_comparison` on that many GPUs, in folders that can be written."""
-    corpus = load_corpus(config)
+def compare_arms(config: Config, corpus: Corpus, device: torch.device, gpus: int, preset: str,
+                 stop: StopSignal) -> None:
+    """`run_comparison` on a device (that of a rank), in folders that can be written."""
     if config.init_from != "scratch":
         settings = controller_config(config, corpus.vocab_size)
         config = dataclasses.replace(
             config, hidden_size=settings.n_embd, num_layers=settings.n_layer,
             num_heads=settings.n_head, mlp_width=settings.n_inner or 0)
 
-    device = torch.device("cuda" if gpus else "cpu")
     named = device_name(device) + (" x 2, DataParallel" if gpus == 2 else "")
+    ranks = rank_and_size()
+    if ranks.size > 1:
+        named += f" x {ranks.size} processes, DDP"
     hardware = Hardware(device, gpus, named)
     announce(config, corpus, named, preset)
     for name in config.arm_list:  # what cannot run is said before the first arm trains
@@ -4306,8 +4958,16 @@ def compare_arms(config: Config, gpus: int, preset: str, stop: StopSignal) -> No
     if {"dnc", "dnc_reset"} & set(config.arm_list):
         memory = build_memory(config).to(device)
         pick_scan(config.scan, memory.init_state(1), memory.options)
-    write_text(json.dumps({"run": run_facts(named)}) + "\n", Path(config.plot_dir) / METRICS_FILE)
+    if was_restarted():
+        config = dataclasses.replace(config, resume="auto")
+    elif ranks.rank == 0:
+        mark_start(config)
+    if ranks.rank == 0:
+        facts = json.dumps({"run": run_facts(named)}) + "\n"
+        write_text(facts, Path(config.plot_dir) / METRICS_FILE)
     runs = train_arms(config, corpus, hardware, stop)
+    if ranks.rank > 0:
+        return
     report(runs, config, corpus, hardware, stop)
 
 
@@ -4328,7 +4988,8 @@ def main(argv: list[str]) -> int:
             run_comparison(config, preset, stop)
 
     again = ["dnc_gpt2.py", *argv, "--resume", "auto"]
-    return run_command(job, again, saved="training is saved")
+    with first_rank_speaks():
+        return run_command(job, again, saved="training is saved")
 
 
 if __name__ == "__main__":

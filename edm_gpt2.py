@@ -39,8 +39,8 @@ from dnc_gpt2 import (
     Bound, Count, NotNegative, Positive, Whole,
     # checks
     check_fields, require, require_field,
-    # the shell of a command
-    Diverged, StopSignal, print_any_character, read_config, run_command,
+    # the shell of a command, and its device
+    Diverged, StopSignal, local_device, print_any_character, read_config, run_command,
     # files
     check_folder, load_tensors, save_tensors, write_json, write_text,
     # the base
@@ -270,8 +270,8 @@ def check_base(name: str, settings: transformers.PretrainedConfig, config: Confi
 
 
 def device() -> torch.device:
-    """The GPU where there is one."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    """The GPU where there is one, under torchrun that of LOCAL_RANK."""
+    return local_device()
 
 
 def build_model(base: Base, config: Config, arm: str, seed: int) -> EDMGPT2ForCausalLM:

@@ -52,6 +52,7 @@ from dnc_gpt2 import (
     # command
     Diverged,
     StopSignal,
+    local_device,
     print_any_character,
     read_config,
     run_command,
@@ -1053,8 +1054,8 @@ def build_model(config: Config, task: str, arm: str, seed: int) -> LongRangeMode
 
 
 def device() -> torch.device:
-    """The GPU, where there is one."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    """The GPU, where there is one; under torchrun that of LOCAL_RANK."""
+    return local_device()
 
 
 def hardware() -> str:

@@ -78,6 +78,7 @@ from dnc_gpt2 import (
     count_parameters,
     embedded_texts,
     folder_texts,
+    pieces_of,
     tokenize,
 )
 # isort: on
@@ -327,7 +328,7 @@ def domain_texts(config: Config) -> tuple[str, dict[str, list[str]]]:
     return name, hub_domain(name, config.text_template)
 
 
-def encode_documents(base: Base, documents: list[str]) -> torch.Tensor:
+def encode_documents(base: Base, documents: list) -> torch.Tensor:
     """Tokenize documents into one stream (n,), as the base reads them: by line, as dnc_gpt2.py
     trained it, or each with an end-of-text token behind it."""
     backend = base.tokenizer.backend_tokenizer
@@ -336,7 +337,8 @@ def encode_documents(base: Base, documents: list[str]) -> torch.Tensor:
     end = base.tokenizer.eos_token_id
     ends = [] if end is None else [end]
     stream: list[int] = []
-    for encoding in backend.encode_batch(documents, add_special_tokens=False):
+    whole = ["".join(pieces_of(document)) for document in documents]
+    for encoding in backend.encode_batch(whole, add_special_tokens=False):
         stream += [*encoding.ids, *ends]
     return torch.tensor(stream)
 
