@@ -264,7 +264,7 @@ class DNCGPT2ForCausalLM(PreTrainedModel, GenerationMixin):
             weights = weights * open_from_zero(self.gate)
         return Pointer(tokens, weights)
 
-    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None,
+    def forward(self, input_ids: Tensor | None = None, attention_mask: Tensor | None = None,
                 cache: StateCache | None = None, labels: Tensor | None = None,
                 logits_to_keep: int = 0, use_cache: bool | None = None,
                 return_dict: bool | None = None, past_key_values: StateCache | None = None,
@@ -277,6 +277,8 @@ class DNCGPT2ForCausalLM(PreTrainedModel, GenerationMixin):
         transformers 5.24. Raises ValueError for an argument that it would not use.
         """
         refuse_unused(kwargs, "DNCGPT2ForCausalLM")
+        if input_ids is None:
+            raise ValueError("input_ids: required, since the memory keeps tokens")
         B, T = input_ids.shape
         if attention_mask is None:
             mask = torch.ones_like(input_ids)

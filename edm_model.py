@@ -1070,7 +1070,7 @@ class EDMGPT2ForCausalLM(PreTrainedModel, GenerationMixin):
         return out[:, :T], state, passes
 
     # ── Hugging Face ──
-    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None,
+    def forward(self, input_ids: Tensor | None = None, attention_mask: Tensor | None = None,
                 cache: StateCache | None = None, labels: Tensor | None = None,
                 logits_to_keep: int = 0, use_cache: bool | None = None, read_only: bool = False,
                 return_dict: bool | None = None, past_key_values: StateCache | None = None,
@@ -1082,6 +1082,8 @@ class EDMGPT2ForCausalLM(PreTrainedModel, GenerationMixin):
         argument that it would not use, such as position_ids.
         """
         refuse_unused(kwargs, "EDMGPT2ForCausalLM")
+        if input_ids is None:
+            raise ValueError("input_ids: required, since the memory keeps tokens")
         B, T = input_ids.shape
         if attention_mask is None:
             mask = torch.ones_like(input_ids)

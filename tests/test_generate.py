@@ -213,6 +213,10 @@ def test_generate_second_turn_and_padded_batch_equal_one_pass():
 def test_forward_refuses_what_it_would_not_use():
     with pytest.raises(ValueError, match="position_ids: not used"):
         make()(draw(1, 4), position_ids=torch.arange(4))
+    with pytest.raises(ValueError, match="inputs_embeds: not used"):
+        make()(inputs_embeds=torch.zeros(1, 4, 16))
+    with pytest.raises(ValueError, match="input_ids: required"):
+        make()()
 
 
 @pytest.mark.parametrize("fields, words", [
