@@ -3596,13 +3596,18 @@ def arm_bytes(config: Config, settings: object, training: bool = True) -> float:
     rows, length = (config.rows, config.step_len) if training else (1, 1)
     held = 0
     if config.memory != "none":
-        with torch.device("meta"):
-            memory = build_memory(config)
-            state = memory.init_state(rows)
-        weights += count_parameters(memory)
-        held = sum(part.numel() for part in state)
+        held += rows * config.mem_slots
     if config.memory == "dnc":
+        held += rows * config.mem_slots * config.mem_width
         held += rows * length * config.mem_slots * (1 + config.num_reads)
+        objects += 100 * config.num_reads
+    least = objects + 4 * (weights + held)
+    if config.memory == "none" or least > free_memory():
+        return least + (12 * weights if training else 0)
+
+    with torch.device("meta"):  # has shapes and no numbers
+        memory = build_memory(config)
+    weights += count_parameters(memory)
     return objects + 4 * (weights * (4 if training else 1) + held)
 
 

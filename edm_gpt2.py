@@ -412,6 +412,13 @@ def make_optimizer(model: EDMGPT2ForCausalLM, config: Config) -> torch.optim.Opt
                              weight_decay=config.weight_decay)
 
 
+def set_rates(optimizer: torch.optim.Optimizer, step: int, config: Config) -> None:
+    """Give both groups their rates of this step."""
+    share = rate_share(step, config.max_steps, config.lr_warmup, floor=0.0)
+    for group in optimizer.param_groups:
+        group["lr"] = group["peak"] * share
+
+
 def train_step(model: EDMGPT2ForCausalLM, optimizer: torch.optim.Optimizer, chunk: Tensor,
                state: EDMGPT2State, config: Config) -> tuple[float, EDMGPT2State]:
     """One step on chunk (rows, step_len + 1) -> loss, state without its graph."""
@@ -422,7 +429,7 @@ def train_step(model: EDMGPT2ForCausalLM, optimizer: torch.optim.Optimizer, chun
     loss.backward()
     trained = [p for p in model.parameters() if p.requires_grad]
     norm = nn.utils.clip_grad_norm_(trained, config.grad_clip)
-    check_finite(loss.item() + norm.item(), "a loss or gradient of training")
+    check_finite(loss.item() + norm.item(), f"lr = {config.lr}: a loss or gradient")
     optimizer.step()
     return loss.item(), state
 
@@ -464,10 +471,11 @@ def train_arm(base: Base, corpus: dnc_gpt2.Corpus, config: Config, arm: str, see
         for step, (chunk, is_start) in enumerate(training_chunks(corpus.train, config)):
             if is_start:
                 state = model.init_state(config.rows)
-            share = rate_share(step, config.max_steps, config.lr_warmup, floor=0.0)
-            for group in optimizer.param_groups:
-                group["lr"] = group["peak"] * share
-            loss, state = train_step(model, optimizer, chunk, state, config)
+            set_rates(optimizer, step, config)
+            try:
+                loss, state = train_step(model, optimizer, chunk, state, config)
+            except Diverged as error:
+                raise Diverged(f"{arm}, step {step}, {error}") from None
             losses.append(loss)
             tokens += chunk[:, 1:].numel()
             bar.update()

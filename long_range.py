@@ -1832,6 +1832,17 @@ def label_lengths(axis, lengths: list[int]) -> None:
 
 # ══ Main ═════════════════════════════════════════════════════════════════════════════════════════
 PARTS = {"generate": generate, "train": train, "compare": compare, "plot": plot}
+WRITES = {"generate": "data_dir", "train": "save_dir", "compare": "plot_dir", "plot": "plot_dir"}
+
+
+@contextlib.contextmanager
+def writing(config: Config, command: str) -> Iterator[None]:
+    """Lock the folder that a command writes into. Raises ValueError where another one does."""
+    field = WRITES[command]
+    folder = getattr(config, field)
+    check_folder(folder, field)
+    with locked(folder, field, ".long_range.lock"):
+        yield
 
 
 def print_plan(config: Config, full: bool) -> None:
@@ -1867,7 +1878,6 @@ def print_parameters(config: Config) -> None:
                       "such that the arms' parameters match within 2 %; a larger one does")
 
 
-FOLDERS = ("data_dir", "save_dir", "plot_dir")
 SIZES = ("hidden_size, num_layers, mlp_width, mem_slots, mem_width, num_reads, knn_width, "
          "edm_slots, batch_tokens, train_rows, valid_rows or test_rows")
 
@@ -1905,15 +1915,10 @@ def main(argv: list[str]) -> int:
         check_memory(least_bytes(config), SIZES)
         print_plan(config, full)
         print_parameters(config)
-        with contextlib.ExitStack() as locks:
-            folders = {getattr(config, field): field for field in FOLDERS}
-            for folder, field in folders.items():
-                check_folder(folder, field)
-                lock = locked(folder, field, ".long_range.lock")
-                locks.enter_context(lock)
-            for command in commands:
-                if command in ("generate", "train"):
-                    print(f"\n{command}", flush=True)
+        for command in commands:
+            if command in ("generate", "train"):
+                print(f"\n{command}", flush=True)
+            with writing(config, command):
                 PARTS[command](config)
 
     return run_command(job, again=["long_range.py", *argv], saved="finished runs are kept",
