@@ -3342,11 +3342,13 @@ def lasting(stream: io.TextIOBase | None, name: str) -> io.TextIOBase:
         while (number := os.open(os.devnull, os.O_RDWR)) < 2:  # or a file would be taken for it
             pass
         return open(number, "w", encoding="utf-8")
-    is_own = stream is getattr(sys, f"__{name}__")
-    if is_own and isinstance(stream, io.TextIOWrapper):
+    is_own = stream is getattr(sys, f"__{name}__") and isinstance(stream, io.TextIOWrapper)
+    if is_own and not isinstance(stream, Screen):
         encoding = stream.encoding
         by_line = stream.line_buffering
-        return Screen(stream.detach(), encoding, errors="replace", line_buffering=by_line)
+        screen = Screen(stream.detach(), encoding, errors="replace", line_buffering=by_line)
+        setattr(sys, f"__{name}__", screen)
+        return screen
     if hasattr(stream, "reconfigure"):
         stream.reconfigure(errors="replace")
     return stream
@@ -3428,7 +3430,7 @@ def reading(path: str | Path, remedy: str) -> Iterator[None]:
 def read_json(path: Path, remedy: str) -> dict:
     """Read a JSON object; {} where there is no such file. Raises ValueError for anything else, and
     where its digest is not of what it says."""
-    if not path.exists():
+    if not os.path.lexists(path):
         return {}
     check_file(path, remedy)
     with reading(path, remedy):

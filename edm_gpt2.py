@@ -885,14 +885,16 @@ def check_sums(folder: Path) -> None:
     folders have none."""
     finish_save(folder)
     sums, remedy = folder / SUMS, "train again, or name another --save_dir"
-    if not sums.exists():
+    if not os.path.lexists(sums):
         return
     check_file(sums, remedy)
     with reading(sums, remedy):
-        lines = [line.split("  ", 1) for line in sums.read_text(encoding="utf-8").splitlines()]
-        wanted = {name: digest for digest, name in lines if name == Path(name).name}
-        require({"config.json", "model.safetensors", "tokenizer.json"} <= wanted.keys(), "file",
-                str(sums), f"the digests of a saved folder; {remedy}")
+        lines = sums.read_bytes().decode().removesuffix("\n").split("\n")
+        wanted = {line[66:]: line[:64] for line in lines}
+        is_whole = all(name == Path(name).name for name in wanted)
+        is_whole &= {"config.json", "model.safetensors", "tokenizer.json"} <= wanted.keys()
+        require(is_whole and all(line[64:66] == "  " for line in lines), "file", str(sums),
+                f"the digests of a saved folder; {remedy}")
     for name, digest in wanted.items():
         check_file(folder / name, remedy)
         if file_sha(folder / name) != digest:

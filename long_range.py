@@ -17,6 +17,7 @@ n stored tokens, and, where rows are generated, n rows.
 
 import concurrent.futures
 import contextlib
+import ctypes
 import dataclasses
 import functools
 import hashlib
@@ -1341,8 +1342,12 @@ def train_run(config: Config, job: Job) -> str:
 
 # ── Many runs at once ────────────────────────────────────────────────────────────────────────────
 def set_up_worker() -> None:
-    """One thread a run: the result does not depend on how many run at once."""
+    """One thread a run: the result does not depend on how many run at once. A worker dies with its
+    parent: one that was left would write into the folder of the next run."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides
+    with contextlib.suppress(OSError, AttributeError):  # Linux has it
+        parent_death = 1
+        ctypes.CDLL(None).prctl(parent_death, signal.SIGKILL)
     torch.set_num_threads(1)
 
 
