@@ -12,10 +12,12 @@ The page asks no other machine for anything: own fonts, no analytics, and a head
 
 import dataclasses
 import html
+import io
 import ipaddress
 import itertools
 import json
 import os
+import signal
 import socket
 import sys
 import threading
@@ -23,6 +25,9 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated, NamedTuple
+
+if __name__ == "__main__" and not hasattr(sys, "ps1"):  # until main listens: no traceback
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 # isort: off
 from dnc_gpt2 import (
@@ -33,6 +38,7 @@ from dnc_gpt2 import (
     require_field,
     # command
     StopSignal,
+    one_line,
     print_any_character,
     read_config,
     run_command,
@@ -44,6 +50,7 @@ MODES = {"base": "base", "knn": "kNN-LM", "decoder": "memory decoder", "both": "
 MAX_TURNS = 100  # of one conversation: what one visitor can make the server remember
 MAX_ROWS = 60  # changed tokens listed under an answer; the text marks all of them
 MAX_REQUEST = 2**22  # bytes; the longest message is far below
+LOG_LINE = 300  # characters of a line on stderr, whoever wrote what is in it
 EVERY_S = 0.08  # between two updates of the page; a fast model would flood the browser
 STYLE = Path(__file__).with_name("app.css")
 
@@ -288,7 +295,8 @@ def converse(lm: MemoryLM, session: Session, text: str, sampling: Sampling, besi
         for _ in write_answers(session, draft, streams):
             yield View(past, turn_html(text, draft.answers, live=True), notice=told)
     except (ValueError, RuntimeError, MemoryError, OSError) as error:
-        print(f"error: {error!r} in an answer of {sampling.mode}", file=sys.stderr)
+        print(one_line(f"error: {error!r} in an answer of {sampling.mode}", LOG_LINE),
+              file=sys.stderr)
         told = notice_html("The model could not go on with this answer.", "error")
     finally:
         for stream in streams:
@@ -473,8 +481,9 @@ def page(lm: MemoryLM, config: Config):
 
 # ══ The server ═══════════════════════════════════════════════════════════════════════════════════
 class Guard:
-    """ASGI middleware: no request of more than MAX_REQUEST bytes, and a header by which the browser
-    itself refuses to ask any other machine for anything."""
+    """ASGI middleware: no request of more than MAX_REQUEST bytes, as they arrive, whatever its
+    header says; and a header by which the browser itself refuses to ask any other machine for
+    anything."""
 
     POLICY = b"default-src 'self' data: blob: 'unsafe-inline' 'unsafe-eval'; form-action 'self'"
 
@@ -482,19 +491,83 @@ class Guard:
         self.app = app
 
     async def __call__(self, scope, receive, send) -> None:
+        received, is_begun, is_refused = 0, False, False
+
+        async def refuse():
+            nonlocal is_refused
+            is_refused = True
+            if not is_begun:
+                await send({"type": "http.response.start", "status": 413, "headers": [
+                    (b"content-type", b"text/plain"), (b"connection", b"close")]})
+            await send({"type": "http.response.body", "body": b"the request is too large"})
+
+        async def counted():
+            nonlocal received
+            message = await receive()
+            received += len(message.get("body", b""))
+            if received > MAX_REQUEST and not is_refused:
+                await refuse()
+            return {"type": "http.disconnect"} if is_refused else message
+
         async def send_with_policy(message):
+            nonlocal is_begun
+            if is_refused:  # what the page makes of half a request interests nobody
+                return
             if message["type"] == "http.response.start":
+                is_begun = True
                 message["headers"] = [*message.get("headers", []),
                                       (b"content-security-policy", self.POLICY)]
             await send(message)
 
         size = dict(scope.get("headers", [])).get(b"content-length", b"0")
-        if scope["type"] == "http" and size.isdigit() and int(size) > MAX_REQUEST:
-            await send({"type": "http.response.start", "status": 413,
-                        "headers": [(b"content-type", b"text/plain")]})
-            await send({"type": "http.response.body", "body": b"the request is too large"})
+        if scope["type"] == "http" and size.isdigit() and int(size[:20]) > MAX_REQUEST:
+            await refuse()
             return
-        await self.app(scope, receive, send_with_policy)
+        try:
+            await self.app(scope, counted, send_with_policy)
+        except Exception:
+            if not is_refused:
+                raise
+
+
+class Log(io.TextIOBase):
+    """stderr of the server. The libraries of the page print what a visitor sent, with a traceback:
+    here a traceback is its last line, and a line is cut."""
+
+    def __init__(self, stream) -> None:
+        self.stream = stream
+        self.here = threading.local()  # of each thread: the line so far, whether in a traceback
+
+    def write(self, text: str) -> int:
+        begun = getattr(self.here, "line", "")
+        *lines, rest = (begun + text).split("\n")
+        self.here.line = rest[: 4 * LOG_LINE]
+        for line in lines:
+            self.write_line(line[: 4 * LOG_LINE])
+        return len(text)
+
+    def write_line(self, line: str) -> None:
+        """Write a line, unless it stands inside a traceback."""
+        words = line.strip(" |+-")
+        if words.startswith(("Traceback (most recent", "Exception Group Traceback")):
+            self.here.is_inside = True
+            return
+        is_inside = getattr(self.here, "is_inside", False)
+        is_between = words.startswith(("During handling", "The above exception"))
+        if not words or is_between or (is_inside and line.startswith((" ", "\t"))):
+            return
+        self.here.is_inside = False
+        self.stream.write(one_line(("failed: " if is_inside else "") + line, LOG_LINE) + "\n")
+        self.stream.flush()
+
+    def flush(self) -> None:
+        self.stream.flush()
+
+    def isatty(self) -> bool:
+        return self.stream.isatty()
+
+    def fileno(self) -> int:
+        return self.stream.fileno()
 
 
 def check_port(config: Config) -> None:
@@ -540,6 +613,7 @@ def run(config: Config) -> None:
     check_port(config)
     lm = MemoryLM.load(config.model_dir, config.base)
     blocks = page(lm, config)
+    sys.stderr = Log(sys.stderr)
     try:
         address = serve(blocks, config)
         if not is_loopback(config.host):
@@ -550,6 +624,7 @@ def run(config: Config) -> None:
         threading.Event().wait()
     finally:
         blocks.close(verbose=False)
+        sys.stderr = sys.stderr.stream
 
 
 def main(argv: list[str]) -> int:

@@ -12,7 +12,6 @@ Letters: B rows, T tokens, D width of a key, V vocabulary, P tokens of the prefi
 Q queries, k neighbours, c candidates, m positions that a group of windows is read for.
 """
 
-import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -24,7 +23,6 @@ import re
 import shutil
 import threading
 import time
-from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
 from typing import NamedTuple
@@ -36,9 +34,14 @@ from torch import nn
 # isort: off
 from dnc_gpt2 import (
     # checks
+    check_memory,
+    controller_parameters,
     require,
     # files
+    file_sha,
+    growing,
     read_json,
+    reading,
     whole_file,
     write_json,
     # processes and devices
@@ -62,15 +65,6 @@ def sha(*parts: object) -> str:
     digest = hashlib.sha256()
     for part in parts:
         digest.update(part if isinstance(part, bytes) else repr(part).encode())
-    return digest.hexdigest()
-
-
-def file_sha(path: Path) -> str:
-    """Return the sha256 of a file, which may be larger than memory."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(2**22):
-            digest.update(block)
     return digest.hexdigest()
 
 
@@ -199,13 +193,16 @@ def own_base(path: str) -> tuple[nn.Module, object]:
     require(not any(name.startswith("memory.") for name in trained), "base", path,
             f"a checkpoint without a memory (this is {payload['arm']}); GPT2_Baseline_* is one")
 
-    weights = {"transformer." + name.removeprefix("controller."): weight
-               for name, weight in trained.items()}
-    weights["lm_head.weight"] = weights["transformer.wte.weight"]
-    model = GPT2LMHeadModel(GPT2Config.from_dict(json.loads(payload["controller"])))
-    model.load_state_dict(weights)
-    tokenizer = Tokenizer.from_str(payload["tokenizer"])
-    return model, PreTrainedTokenizerFast(tokenizer_object=tokenizer)
+    with reading(path, "name another checkpoint"):
+        weights = {"transformer." + name.removeprefix("controller."): weight
+                   for name, weight in trained.items()}
+        weights["lm_head.weight"] = weights["transformer.wte.weight"]
+        settings = GPT2Config.from_dict(json.loads(payload["controller"]))
+        check_memory(4 * controller_parameters(settings), "base")
+        model = GPT2LMHeadModel(settings)
+        model.load_state_dict(weights)
+        tokenizer = Tokenizer.from_str(payload["tokenizer"])
+        return model, PreTrainedTokenizerFast(tokenizer_object=tokenizer)
 
 
 def foreign_base(name: str) -> tuple[nn.Module, object]:
@@ -216,8 +213,9 @@ def foreign_base(name: str) -> tuple[nn.Module, object]:
         with asking_hub("base", name, "a folder written by save_pretrained"):
             from transformers import AutoModelForCausalLM, AutoTokenizer
 
-            tokenizer = AutoTokenizer.from_pretrained(name)
-            model = AutoModelForCausalLM.from_pretrained(name, use_safetensors=True)
+            tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+            model = AutoModelForCausalLM.from_pretrained(name, use_safetensors=True,
+                                                         trust_remote_code=False)
     except ValueError as refused:
         if re.search(r"gated|\b40[13]\b", str(refused.__context__), re.IGNORECASE):
             raise ValueError(f"base = {name!r}: is gated; ask for access on its page, log in with "
@@ -378,22 +376,15 @@ def shard_path(folder: Path, name: str, rank: int) -> Path:
     return folder / f"{name}.{ending}"
 
 
-@contextlib.contextmanager
-def growing(path: Path) -> Iterator[None]:
-    """Write to a file under construction: a full disk becomes one line, and the file stays."""
-    try:
-        yield
-    except OSError as error:
-        raise ValueError(f"{path}: cannot be written ({error.strerror or error}); free some space, "
-                         "then run the same command again") from None
-
-
 def open_part(path: Path, shape: tuple[int, ...], dtype: str, resume: bool = False) -> np.memmap:
     """Map a file under construction, as it is or anew. Raises ValueError where it would not fit: a
     full disk under a memory-mapped file kills the process without a word."""
     with growing(path):
         if resume:
-            return np.lib.format.open_memmap(path, "r+")
+            part = np.lib.format.open_memmap(path, "r+")
+            require((part.shape, part.dtype) == (shape, np.dtype(dtype)), "file", str(path),
+                    f"{dtype} of shape {shape}; delete it and build again")
+            return part
         need = math.prod(shape) * np.dtype(dtype).itemsize / 2**20  # MiB
         free = shutil.disk_usage(path.parent).free / 2**20  # MiB
         require(free > need, "model_dir", str(path.parent), f"on a disk with {need:,.0f} MiB free "
@@ -411,9 +402,11 @@ def open_shard(job: Build, identity: str, progress: Path, count: int
     resume = state.get("identity") == identity and keys.is_file() and values.is_file()
     if not resume:
         progress.unlink(missing_ok=True)
+    done = state["groups"] if resume else 0
+    require(isinstance(done, int) and done >= 0, "file", str(progress), "of this build; delete it "
+            "and build again")
     return (open_part(keys, (count, job.base.width), "float16", resume),
-            open_part(values, (count,), "int32", resume),
-            state["groups"] if resume else 0)
+            open_part(values, (count,), "int32", resume), done)
 
 
 def write_group(job: Build, group: list[Window], begin: int, keys: np.memmap, values: np.memmap
@@ -584,7 +577,10 @@ def commit_build(job: Build, kind: str) -> None:
     description = job.describe()
     manifest = description | {
         "identity": identity_hash(description), "index": kind,
-        "index_sha256": file_sha(job.folder / INDEX), "settings": {}} | job.extra
+        "index_sha256": file_sha(job.folder / INDEX),
+        "keys_sha256": file_sha(job.folder / KEYS),
+        "values_sha256": file_sha(job.folder / VALUES),
+        "settings": {}} | job.extra
     write_json(manifest, job.folder / MANIFEST)
     for name in (f"{KEYS}.*of*", f"{VALUES}.*of*", f"{INDEX}.*of*", "build.*of*.json"):
         for path in job.folder.glob(name):
@@ -698,8 +694,21 @@ class Datastore(NamedTuple):
 
 
 # ══ Opening what was built ═══════════════════════════════════════════════════════════════════════
-NEEDED = {"base", "count", "width", "vocab", "key", "index", "index_sha256", "identity", "settings",
-          "config", "text_sha256", "domain", "tokenizer_sha256"}
+NEEDED = {
+    "base": str,
+    "count": int,
+    "width": int,
+    "vocab": int,
+    "key": str,
+    "index": str,
+    "index_sha256": str,
+    "identity": str,
+    "settings": dict,
+    "config": dict,
+    "text_sha256": str,
+    "domain": str,
+    "tokenizer_sha256": str,
+}
 
 
 def read_manifest(folder: Path) -> dict:
@@ -710,8 +719,8 @@ def read_manifest(folder: Path) -> dict:
     if not manifest:
         raise FileNotFoundError(f"{path}: is not there; make it with python memory_decoder.py "
                                 "build")
-    require(NEEDED <= manifest.keys(), "file", str(path), "a whole manifest; delete it and build "
-            "again")
+    is_whole = all(isinstance(manifest.get(name), kind) for name, kind in NEEDED.items())
+    require(is_whole, "file", str(path), "a whole manifest; delete it and build again")
     return manifest
 
 
@@ -729,18 +738,19 @@ def check_manifest(folder: Path, base: Base, manifest: dict) -> None:
         check(name, manifest.get(name) == this, manifest.get(name), this)
 
 
-def map_array(path: Path, shape: tuple[int, ...], dtype: str) -> np.ndarray:
+def map_array(path: Path, shape: tuple[int, ...], dtype: str, digest: str | None, remedy: str
+              ) -> np.ndarray:
     """Map an array of keys or values; no pickle is read. Raises FileNotFoundError, or ValueError
-    where it is not of the size that the manifest says."""
+    where it is not of the size and the sha256 that the manifest says; older ones say no sha256."""
     if not path.is_file():
-        raise FileNotFoundError(f"{path}: is not there; build again")
-    try:
-        array = np.load(path, mmap_mode="c", allow_pickle=False)  # "c": torch wants to write
-        fits = array.shape == shape and array.dtype == dtype
-    except (ValueError, OSError, EOFError):
-        fits = False
+        raise FileNotFoundError(f"{path}: is not there; {remedy}")
+    with reading(path, remedy):
+        array = np.lib.format.open_memmap(path, mode="c")  # "c": torch wants to write
+    fits = array.shape == shape and array.dtype == dtype
     require(fits, "file", str(path), f"{dtype} of shape {shape}, whole, as the manifest says; "
-            "build again")
+            f"{remedy}")
+    require(digest in (None, file_sha(path)), "file", str(path), "of the sha256 that the manifest "
+            f"says (it is altered); {remedy}")
     return np.asarray(array)
 
 
@@ -748,11 +758,8 @@ def read_index(path: Path, kind: str, nprobe: int = NPROBE):
     """Open an index file, mapped where its kind can be. Raises ValueError."""
     faiss = import_faiss()
     mapped = {"flat": getattr(faiss, "IO_FLAG_MMAP_IFC", 0), "ivfpq": faiss.IO_FLAG_MMAP}
-    try:
+    with reading(path, "build again, with this version of faiss"):
         index = faiss.read_index(str(path), mapped.get(kind, 0))
-    except RuntimeError:
-        raise ValueError(f"{path}: is no index that this version of faiss reads; build again"
-                         ) from None
     if kind == "ivfpq":
         index.nprobe = min(nprobe, index.nlist)
     return index
@@ -775,10 +782,11 @@ def open_datastore(folder: Path, manifest: dict, nprobe: int = NPROBE, rerank: i
                    ) -> Datastore:
     """Map a built datastore. Raises ValueError or FileNotFoundError, one line, where a file is
     missing, of other sizes than the manifest says, or corrupt."""
-    count = manifest["count"]
+    count, remedy = manifest["count"], "build again"
     return Datastore(
-        keys=map_array(folder / KEYS, (count, manifest["width"]), "float16"),
-        values=map_array(folder / VALUES, (count,), "int32"),
+        keys=map_array(folder / KEYS, (count, manifest["width"]), "float16",
+                       manifest.get("keys_sha256"), remedy),
+        values=map_array(folder / VALUES, (count,), "int32", manifest.get("values_sha256"), remedy),
         index=open_index(folder / INDEX, manifest, nprobe), kind=manifest["index"], rerank=rerank)
 
 

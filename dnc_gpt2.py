@@ -24,6 +24,7 @@ import concurrent.futures
 import contextlib
 import dataclasses
 import datetime
+import errno
 import functools
 import hashlib
 import io
@@ -36,6 +37,7 @@ import re
 import shlex
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import sysconfig
@@ -44,10 +46,16 @@ import threading
 import time
 import urllib.request
 import uuid
+import zipfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Annotated, Literal, NamedTuple, get_args, get_origin, get_type_hints
+
+# Read when torch is imported: threads that spin while they wait starve whatever runs beside them.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+if __name__ == "__main__" and not hasattr(sys, "ps1"):  # until main listens: no traceback
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import torch
 import torch.nn.functional as F
@@ -687,12 +695,6 @@ def head_loss(h: Tensor, weight: Tensor, targets: Tensor, dtype: torch.dtype,
     return fast(h, weight, targets, dtype, slices, pointer, lambda_vocabulary)
 
 
-def next_token_log_p(h: Tensor, weight: Tensor, pointer: Pointer | None) -> Tensor:
-    """log p of every token of the vocabulary (M, V): h (M, C), weight (V, C), pointer of M rows."""
-    log_p = (h @ weight.T).log_softmax(-1)
-    return log_p if pointer is None else pointer.mix(log_p)
-
-
 class GPT2WithMemory(nn.Module):
     """GPT2Model, then the memory of `build_memory`, if any, then the LM head tied to the embedding.
     Every arm is this class, built from the same seed: controllers of one shape start equal."""
@@ -1028,10 +1030,12 @@ def log_row(run: Run, split: str, metrics: dict) -> None:
 
 
 def append_metrics(row: dict, config: Config) -> None:
-    """Append one row to metrics.jsonl, and its figures to TensorBoard's."""
+    """Append one row to metrics.jsonl, and its figures to TensorBoard's. Raises ValueError where
+    the disk is full."""
     if rank_and_size().rank > 0:
         return
-    with open(Path(config.plot_dir) / METRICS_FILE, "a", encoding="utf-8") as file:
+    path = Path(config.plot_dir) / METRICS_FILE
+    with growing(path), open(path, "a", encoding="utf-8") as file:
         file.write(json.dumps(row) + "\n")
     if config.tensorboard:
         name = f"{row['arm']}, seed {config.seed}, rate {config.lr:g}"
@@ -1214,6 +1218,12 @@ METRICS = (
     Metric("write_rate", "Write rate", ".4f", 0, "write_rate"),
     Metric("loss_without", "", ".4f", -1, "nll_without"),
 )
+
+
+def next_token_log_p(h: Tensor, weight: Tensor, pointer: Pointer | None) -> Tensor:
+    """log p of every token of the vocabulary (M, V): h (M, C), weight (V, C), pointer of M rows."""
+    log_p = (h @ weight.T).log_softmax(-1)
+    return log_p if pointer is None else pointer.mix(log_p)
 
 
 def prediction_columns(log_p: Tensor, p: Tensor, target: Tensor) -> list[Tensor]:
@@ -1911,11 +1921,10 @@ def differences_of(runs: dict[str, list[Run]]) -> list[dict]:
     return rows
 
 
-def write_report(runs: dict[str, list[Run]], gains: dict[str, Gains], printed: str,
-                 config: Config, corpus: "Corpus", hardware: "Hardware") -> None:
-    """Write report.md, for people, and results.json, for programs, beside the pictures."""
+def write_results(runs: dict[str, list[Run]], gains: dict[str, Gains], config: Config,
+                  corpus: "Corpus", hardware: "Hardware") -> dict:
+    """Write results.json, for programs -> the facts of the run."""
     facts = run_facts(hardware.named)
-    folder = Path(config.plot_dir)
     write_json({
         "run": facts,
         "corpus": corpus.name,
@@ -1924,9 +1933,15 @@ def write_report(runs: dict[str, list[Run]], gains: dict[str, Gains], printed: s
         "arms": {name: [kept_of_run(run) for run in of_arm] for name, of_arm in runs.items()},
         "differences": differences_of(runs),
         "gains": {name: kept_of_gains(of_arm) for name, of_arm in gains.items()},
-    }, folder / "results.json")
+    }, Path(config.plot_dir) / "results.json")
+    return facts
 
-    path = folder / "report.md"
+
+def write_report(runs: dict[str, list[Run]], gains: dict[str, Gains], printed: str,
+                 config: Config, corpus: "Corpus", hardware: "Hardware") -> None:
+    """Write report.md, for people, and results.json, beside the pictures."""
+    facts = write_results(runs, gains, config, corpus, hardware)
+    path = Path(config.plot_dir) / "report.md"
     write_text(report_text(runs, facts, printed, config, corpus), path)
     print(f"wrote {path} and results.json")
 
@@ -2983,7 +2998,17 @@ class Corpus(NamedTuple):
     @property
     def vocab_size(self) -> int:
         """One more than the largest token id."""
-        return max(self.tokenizer.get_vocab().values()) + 1
+        return vocabulary_size(self.tokenizer)
+
+
+def vocabulary_size(tokenizer: object) -> int:
+    """One more than the largest token id. Raises ValueError where ids lie far apart: each takes a
+    row of the embedding."""
+    ids = tokenizer.get_vocab().values()
+    size = max(ids) + 1
+    require(size <= 2 * len(ids) + 1000, "tokenizer", f"{len(ids):,} tokens",
+            f"with ids that follow each other (the largest is {size - 1:,}); repair tokenizer.json")
+    return size
 
 
 @functools.lru_cache(maxsize=1)
@@ -3016,6 +3041,10 @@ def asking_hub(field: str, name: str, folder: str) -> Iterator[None]:
         why = "the hub does not answer"
         if reachable:
             why = (str(error).splitlines() or [""])[0][:120]
+        if "trust_remote_code" in str(error):
+            why = "it wants code of its own to be run, which is never done"
+        if isinstance(error, RecursionError | UnicodeDecodeError):
+            why = "a file of it is damaged"
         raise ValueError(f"{field} = {name!r}: cannot be had ({why}); connect to the hub, or give "
                          f"{folder}") from None
 
@@ -3118,7 +3147,7 @@ def load_tokenizer(name: str) -> object:
     with asking_hub("tokenizer", name, "a folder written by a tokenizer's save_pretrained"):
         from transformers import AutoTokenizer
 
-        tokenizer = AutoTokenizer.from_pretrained(name).backend_tokenizer
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False).backend_tokenizer
         tokenizer.no_padding()  # tokenizer.json keeps what was on when it was saved
         tokenizer.no_truncation()
     # An unreachable or incomplete name can come back as a tokenizer without a vocabulary.
@@ -3381,11 +3410,25 @@ def evaluation_rows(stream: Tensor, rows: int) -> tuple[Tensor, Tensor]:
 
 
 # ══ Checkpoints: one format, exact resume ════════════════════════════════════════════════════════
-PAYLOAD = (
-    "arm", "config", "corpus", "controller", "fingerprint", "tokenizer", "model_state_dict",
-    "global_step", "epoch", "optimizer_state_dict", "stream_position", "val_ppl", "memory_state",
-    "rng", "history", "meter", "results",
-)
+PAYLOAD = {
+    "arm": str,
+    "config": dict,
+    "corpus": str,
+    "controller": str,
+    "fingerprint": str,
+    "tokenizer": str,
+    "model_state_dict": dict,
+    "global_step": int,
+    "epoch": int,
+    "optimizer_state_dict": dict,
+    "stream_position": int,
+    "val_ppl": float,
+    "memory_state": list | None,
+    "rng": dict,
+    "history": list,
+    "meter": dict,
+    "results": dict,
+}
 # Fields that may differ between the run that saved and the run that resumes.
 FREE_FIELDS = {
     "dataset", "tokenizer", "preset", "log_every_steps", "save_every_steps", "save_dir", "plot_dir",
@@ -3460,7 +3503,11 @@ def save_checkpoint(run: Run, corpus: Corpus, final: bool = False) -> None:
 
 def load_checkpoint(path: str | Path) -> dict:
     """Read a checkpoint. Raises ValueError naming a file that is missing, truncated or foreign."""
-    payload = load_tensors(Path(path), PAYLOAD, "name another checkpoint; see what save_dir holds")
+    remedy = "name another checkpoint; see what save_dir holds"
+    payload = load_tensors(Path(path), PAYLOAD, remedy)
+    with reading(path, remedy):
+        if not all(isinstance(payload[name], kind) for name, kind in PAYLOAD.items()):
+            raise ValueError("of other types")
     payload["config"] = OLDER_FIELDS | payload["config"]
     fields, saved = {field.name for field in dataclasses.fields(Config)}, payload["config"].keys()
     # A field that may differ may also be newer than the checkpoint.
@@ -3493,29 +3540,59 @@ def check_match(run: Run, payload: dict, path: str | Path, corpus: Corpus) -> No
             "of this model's shapes; name another")
 
 
+def check_optimizer(run: Run, saved: dict) -> None:
+    """Raise ValueError where moments of a checkpoint are not of the shapes of the weights."""
+    weights = [weight for group in run.optimizer.param_groups for weight in group["params"]]
+    for number, moments in saved["state"].items():
+        shape = weights[number].shape
+        if not moments["exp_avg"].shape == moments["exp_avg_sq"].shape == shape:
+            raise ValueError("moments of other shapes")
+
+
+def saved_state(run: Run, parts: list[Tensor] | None) -> tuple | None:
+    """The memory's state of a checkpoint, on the run's device; its own where there is none. Raises
+    ValueError where it is of another shape."""
+    if parts is None:
+        return run.state
+    fresh = run.model.init_state(run.config.rows)
+    state = type(fresh)(*parts, *fresh[len(parts):])  # parts that came later are empty
+    if any(part.shape != new.shape for part, new in zip(state, fresh, strict=True)):
+        raise ValueError("a memory of another shape")
+    mine = share_of(run.config.rows)
+    return map_state(lambda tensor: tensor[mine].to(run.device), state)
+
+
 def restore(run: Run, payload: dict, path: str | Path, corpus: Corpus) -> None:
-    """Put a checkpoint's state into a run. Raises ValueError when it is of something else; the run
-    is then as it was."""
+    """Put a checkpoint's state into a run. Raises ValueError when it is of something else, or says
+    what no checkpoint says; the run is then as it was."""
     check_match(run, payload, path, corpus)
-    run.optimizer.load_state_dict(payload["optimizer_state_dict"])  # raises before it changes any
+    with reading(path, "name another"):
+        check_optimizer(run, payload["optimizer_state_dict"])
+        state = saved_state(run, payload["memory_state"])
+        meter = {"validated": [], **payload["meter"]}
+        results = payload["results"]
+        if results and "nll" not in results["valid"]:
+            results = {}  # of an older version, which kept less: it is scored again
+        check_random_states(payload["rng"])
+        run.optimizer.load_state_dict(payload["optimizer_state_dict"])  # raises before any change
     run.model.load_state_dict(payload["model_state_dict"])
-    run.step = payload["global_step"]
-    run.history = payload["history"]
-    run.meter = {"validated": [], **payload["meter"]}
-    run.results = payload["results"]
+    run.step, run.state = payload["global_step"], state
+    run.history, run.meter, run.results = payload["history"], meter, results
     run.lengthened = payload.get("lengthened", [])
     if can_be_lengthened(run, payload):
         lengthen(run)
-    if run.results and "nll" not in run.results["valid"]:
-        run.results = {}  # of an older version, which kept less: it is scored again
     run.last_saved = str(path)
-    if payload["memory_state"] is not None:
-        saved = payload["memory_state"]
-        fresh = run.model.init_state(run.config.rows)
-        state = type(fresh)(*saved, *fresh[len(saved):])  # parts that came later are empty
-        mine = share_of(run.config.rows)
-        run.state = map_state(lambda tensor: tensor[mine].to(run.device), state)
     restore_random_states(payload["rng"], run)
+
+
+def check_random_states(saved: dict) -> None:
+    """Raise RuntimeError or KeyError where no generator could take what a checkpoint says of it."""
+    kept = torch.get_rng_state()
+    try:
+        for of_rank in saved.get("ranks", [saved]):
+            torch.set_rng_state(of_rank["torch"])
+    finally:
+        torch.set_rng_state(kept)
 
 
 def can_be_lengthened(run: Run, payload: dict) -> bool:
@@ -3834,10 +3911,19 @@ class Diverged(RuntimeError):
     """Loss or gradient is not finite; the weights are still those of the step before."""
 
 
+class Refused(ValueError):
+    """A user's mistake, told as it is: nothing has to be said about the file it was read from."""
+
+
 def require(holds: bool, field: str, value: object, requirement: str) -> None:
     """Raise ValueError, naming field, value and requirement, unless the condition holds."""
     if not holds:
-        raise ValueError(f"{field} = {value!r}: must be {requirement}")
+        raise Refused(f"{field} = {cut(repr(value))}: must be {requirement}")
+
+
+def cut(text: str, most: int = 200) -> str:
+    """A text, or its beginning where it is long."""
+    return text if len(text) <= most else text[:most] + " …"
 
 
 def require_field(config: object, field: str, holds: bool, requirement: str) -> None:
@@ -3845,11 +3931,16 @@ def require_field(config: object, field: str, holds: bool, requirement: str) -> 
     require(holds, field, getattr(config, field), requirement)
 
 
+TOO_LARGE = "below 2**63"
+
+
 def misfit(value: object, hint: object) -> str:
     """What a value of the annotated type `hint` has to be; "" where it fits."""
     if get_origin(hint) is Annotated:
         kind, bound = get_args(hint)
-        return misfit(value, kind) or ("" if bound.holds(value) else bound.words)
+        reason = misfit(value, kind)
+        fits_bound = reason not in ("", TOO_LARGE) or bound.holds(value)
+        return reason if fits_bound else bound.words
     if get_origin(hint) is Literal:
         choices = get_args(hint)
         fits = any(type(value) is type(choice) and value == choice for choice in choices)
@@ -3858,6 +3949,8 @@ def misfit(value: object, hint: object) -> str:
         reasons = [misfit(value, option) for option in get_args(hint)]
         return "" if "" in reasons else ", or ".join(reasons)
     fits = type(value) is hint  # a bool is no int here
+    if hint is int and fits and abs(value) >= 2**63:
+        return TOO_LARGE
     if hint is float:
         fits = type(value) in (int, float) and math.isfinite(value)
     words = {bool: "True or False", int: "a whole number", float: "a finite number", str: "text"}
@@ -3934,7 +4027,7 @@ def read_config(cls: type, argv: list[str], description: str, preset: dict | Non
 
     description: the module docstring, of which the part before "Read downward" is shown by --help.
     A path that begins with ~/ is expanded. Raises ValueError where a value breaks a rule of the
-    class, SystemExit (0 after --help, 2 for an unknown name or a mistyped value) as tyro does.
+    class, a name is unknown or a value mistyped, SystemExit 0 after --help, as tyro does.
     """
     import tyro
 
@@ -3943,11 +4036,19 @@ def read_config(cls: type, argv: list[str], description: str, preset: dict | Non
     members = {"__doc__": cls.__doc__, "__module__": cls.__module__,
                "__post_init__": lambda self: None}
     unchecked = type(cls.__name__, (cls,), members)
-    options = tyro.cli(
-        unchecked, args=argv, default=unchecked(**(preset or {})),
-        description=description.partition("\nRead downward")[0],
-        prog=f"python {Path(sys.argv[0]).name}", use_underscores=True,
-        config=(tyro.conf.FlagConversionOff,))
+    box = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(box):
+            options = tyro.cli(
+                unchecked, args=argv, default=unchecked(**(preset or {})),
+                description=description.partition("\nRead downward")[0],
+                prog=f"python {Path(sys.argv[0]).name}", use_underscores=True,
+                config=(tyro.conf.FlagConversionOff,))
+    except SystemExit as done:
+        if not done.code:
+            raise
+        lines = [line.strip("│ ") for line in box.getvalue().splitlines() if line[:1] == "│"]
+        raise Refused("; ".join(line for line in lines if line.strip("─"))) from None
     values = vars(options)
     for name, value in values.items():
         if isinstance(value, str) and value.startswith("~/"):
@@ -3966,12 +4067,14 @@ def split_command(argv: list[str], commands: tuple[str, ...]) -> tuple[tuple[str
 
 
 class StopSignal(KeyboardInterrupt):
-    """SIGINT or SIGTERM. Raised at once, or, inside `held`, by the next `check`."""
+    """SIGINT or SIGTERM. Raised at once, or, inside `held`, by the next `check`. Where nothing
+    meets it, as a library computes or a destructor swallowed it, `watch` ends the process."""
 
     def __init__(self) -> None:
         super().__init__()
         self.signum = 0
         self.is_held = False
+        self.is_met = threading.Event()
 
     def receive(self, number: int, frame: object) -> None:
         """Handle a signal; a second one ends the process."""
@@ -4001,8 +4104,100 @@ class StopSignal(KeyboardInterrupt):
             self.is_held = False
         self.check()
 
+    def watch(self, wake: socket.socket, farewell: str) -> None:
+        """Wait, in a thread of its own, for the number of a signal, which the system writes into
+        wake at once, and then until the signal is met: GRACE seconds while nothing holds it."""
+        numbers = wake.recv(1)
+        left = GRACE
+        while numbers and left > 0:
+            if self.is_met.wait(0.1):
+                return
+            passed_on = signal.getsignal(numbers[0]) not in (self.receive, signal.SIG_DFL)
+            if not self.is_held and not passed_on:
+                left -= 0.1
+        if numbers:
+            end_process(farewell, 128 + numbers[0])
+
+    @contextlib.contextmanager
+    def listening(self, farewell: str) -> Iterator[None]:
+        """Handle both signals inside the block; farewell is what `watch` says."""
+        caught = (signal.SIGINT, signal.SIGTERM)
+        wake, told = socket.socketpair()
+        told.setblocking(False)
+        shown = sys.unraisablehook
+
+        def show_other(lost: object) -> None:
+            if lost.exc_value is not self:
+                shown(lost)
+
+        before = {number: signal.signal(number, self.receive) for number in caught}
+        woken = signal.set_wakeup_fd(told.fileno(), warn_on_full_buffer=False)
+        sys.unraisablehook = show_other
+        threading.Thread(target=self.watch, args=(wake, farewell), daemon=True).start()
+        try:
+            yield
+        finally:
+            self.is_held = True  # a signal that comes now has nothing left to stop
+            self.is_met.set()
+            signal.set_wakeup_fd(woken)
+            sys.unraisablehook = shown
+            for number, handler in before.items():
+                signal.signal(number, handler)
+            told.close()
+
+
+GRACE = 3.0  # seconds that a signal may wait for the line of Python that meets it
+
+
+def end_process(farewell: str, code: int) -> None:
+    """End this process and its workers at once, whatever the main thread is doing."""
+    if "multiprocessing" in sys.modules:
+        import multiprocessing
+
+        for worker in multiprocessing.active_children():
+            worker.kill()
+    with contextlib.suppress(OSError):
+        os.write(2, farewell.encode(errors="replace"))
+    os._exit(code)
+
 
 USER_ERRORS = (ValueError, OSError, MemoryError, concurrent.futures.BrokenExecutor)
+# What the allocators of torch and of the system say where there is not enough memory.
+NO_MEMORY = re.compile(r"can't allocate memory|out of memory|not enough memory|overflow|"
+                       r"Unable to allocate|invalid stride|too large", re.IGNORECASE)
+
+
+def lacks_memory(error: BaseException) -> bool:
+    """Whether an error says that memory could not be had."""
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    is_torchs = isinstance(error, RuntimeError | TypeError | OverflowError)
+    return is_torchs and NO_MEMORY.search(str(error)) is not None
+
+
+def one_line(text: object, most: int = 600) -> str:
+    """A text on one line, cut where it is long."""
+    words = " ".join(str(text).split())
+    return cut("".join(char if char.isprintable() else "?" for char in words), most)
+
+
+def ending(error: BaseException, sizes: str) -> tuple[str, int]:
+    """What a command says of the error that ended it, and its exit code."""
+    said = one_line(error)
+    if isinstance(error, (Diverged, RankLost)):
+        return said, 1
+    if lacks_memory(error):
+        reason = said.partition(". ")[0] or "out of memory"
+        return f"{reason}; set a smaller {sizes}", 2
+    if isinstance(error, USER_ERRORS):
+        return said, 2
+    frame = error.__traceback__
+    while frame.tb_next is not None:
+        frame = frame.tb_next
+    where = f"{Path(frame.tb_frame.f_code.co_filename).name}:{frame.tb_lineno}"
+    kind = type(error).__name__
+    return (f"a fault of this program: {kind} at {where}: {said}; please report it (with "
+            "TRACEBACK=1 in the environment the whole trace is shown)"), 1
 
 
 def run_command(job: Callable[[StopSignal], None], again: list[str], saved: str,
@@ -4010,39 +4205,76 @@ def run_command(job: Callable[[StopSignal], None], again: list[str], saved: str,
     """Run the job of a command -> exit code: 0, 1 diverged, 2 a user's mistake, 128 + signal.
 
     again: the command line that goes on where this one was stopped; saved: what is then on disk;
-    sizes: the fields to make smaller where CUDA is out of memory. Errors are one line on stderr.
+    sizes: the fields to make smaller where memory is short. Errors are one line on stderr.
     """
     stop = StopSignal()
-    caught = (signal.SIGINT, signal.SIGTERM)
-    before = {number: signal.signal(number, stop.receive) for number in caught}
+    farewell = f"\nstopped; {saved}; continue with:\n  {launcher()} {shlex.join(again)}\n"
     try:
-        job(stop)
+        with stop.listening(farewell):
+            job(stop)
         return 0
     except StopSignal:
-        print(f"\nstopped; {saved}; continue with:\n  {launcher()} {shlex.join(again)}",
-              file=sys.stderr)
+        print(farewell, end="", file=sys.stderr)
         return 128 + stop.signum
-    except SystemExit as done:  # tyro has printed the help, or what is wrong
+    except SystemExit as done:  # tyro has printed the help
         return done.code or 0
-    except (Diverged, RankLost) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except torch.OutOfMemoryError as error:
-        reason = str(error).partition(". ")[0]
-        print(f"error: {reason}; set a smaller {sizes}", file=sys.stderr)
-        return 2
-    except USER_ERRORS as error:
-        print(f"error: {str(error) or 'out of memory'}", file=sys.stderr)
-        return 2
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+    except Exception as error:
+        if os.environ.get("TRACEBACK"):
+            raise
+        said, code = ending(error, sizes)
+        print(f"error: {said}", file=sys.stderr)
+        return code
+
+
+class Screen(io.TextIOWrapper):
+    """stdout or stderr that outlives its reader: where nobody takes the text any more, or a disk is
+    full, the rest goes nowhere, and the run, whose results are in files, goes on."""
+
+    def write(self, text: str) -> int:
+        try:
+            return super().write(text)
+        except OSError as error:
+            self.lose(error)
+            return len(text)
+
+    def flush(self) -> None:
+        try:
+            super().flush()
+        except OSError as error:
+            self.lose(error)
+
+    def lose(self, error: OSError) -> None:
+        """Point the stream to nowhere."""
+        null = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(null, self.fileno())
+        os.close(null)
+        if self.name == "<stdout>" and error.errno != errno.EPIPE:  # of head, which has enough
+            print(f"stdout: {error.strerror}; the run goes on, its results are in files",
+                  file=sys.stderr)
+
+
+def lasting(stream: io.TextIOBase | None, name: str) -> io.TextIOBase:
+    """A stream of the interpreter as a Screen, a notebook's as it is."""
+    if stream is None:  # closed by the shell, as in `>&-`
+        while (number := os.open(os.devnull, os.O_RDWR)) < 2:  # or a file would be taken for it
+            pass
+        return open(number, "w", encoding="utf-8")
+    is_own = stream is getattr(sys, f"__{name}__") and isinstance(stream, io.TextIOWrapper)
+    if is_own and not isinstance(stream, Screen):
+        encoding = stream.encoding
+        by_line = stream.line_buffering
+        screen = Screen(stream.detach(), encoding, errors="replace", line_buffering=by_line)
+        setattr(sys, f"__{name}__", screen)
+        return screen
+    if hasattr(stream, "reconfigure"):
+        stream.reconfigure(errors="replace")
+    return stream
 
 
 def print_any_character() -> None:
-    """Let a terminal that lacks ▲ and █ still get the table; a notebook's stdout has them all."""
-    if hasattr(sys.stdout, "reconfigure"):
-        sys.stdout.reconfigure(errors="replace")
+    """Let a terminal that lacks ▲ and █ still get the table, and let the run outlive it."""
+    sys.stdout = lasting(sys.stdout, "stdout")
+    sys.stderr = lasting(sys.stderr, "stderr")
 
 
 # ── Files ────────────────────────────────────────────────────────────────────────────────────────
@@ -4063,49 +4295,133 @@ def whole_file(path: Path, remedy: str = "free some space, or name another folde
         raise ValueError(f"{path}: cannot be written ({error}); {remedy}") from None
 
 
+@contextlib.contextmanager
+def growing(path: Path) -> Iterator[Path]:
+    """Write to a file that grows: a full disk becomes one line, and what is there stays."""
+    try:
+        yield path
+    except (OSError, RuntimeError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise ValueError(f"{path}: cannot be written ({reason}); free some space, then run the "
+                         "same command again") from None
+
+
 def write_text(text: str, path: Path) -> None:
     """Write a text file whole or not at all."""
     with whole_file(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
 
+SEALED = "sha256"  # the key of a JSON file under which the digest of all the others stands
+
+
 def write_json(content: dict, path: Path) -> None:
-    """Write a JSON file whole or not at all."""
-    write_text(json.dumps(content, indent=1), path)
+    """Write a JSON file whole or not at all, with a digest of what it says."""
+    text = json.dumps(content, indent=1)
+    digest = hashlib.sha256(json.dumps(json.loads(text)).encode()).hexdigest()
+    write_text(json.dumps(content | {SEALED: digest}, indent=1), path)
+
+
+def check_file(path: Path, remedy: str) -> None:
+    """Raise ValueError unless there is a regular file: what else could be opened may never end (a
+    device), or keep the reader waiting (a pipe)."""
+    if not path.is_file():
+        problem = "is no regular file" if path.exists() else "is not there"
+        raise Refused(f"{path}: {problem}; {remedy}")
+
+
+@contextlib.contextmanager
+def reading(path: str | Path, remedy: str) -> Iterator[None]:
+    """Turn whatever goes wrong with what a file says into one ValueError with file and remedy. What
+    is refused by name, and a lack of memory, are passed on."""
+    try:
+        yield
+    except Exception as error:
+        names_it = isinstance(error, ValueError | OSError) and str(path) in str(error)
+        if names_it or lacks_memory(error) or isinstance(error, Refused):
+            raise
+        raise ValueError(f"{path}: truncated, altered or not written by this script; {remedy}"
+                         ) from None
 
 
 def read_json(path: Path, remedy: str) -> dict:
-    """Read a JSON object; {} where there is no such file. Raises ValueError for anything else."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    """Read a JSON object; {} where there is no such file. Raises ValueError for anything else, and
+    where its digest is not of what it says."""
+    if not os.path.lexists(path):
         return {}
-    except (ValueError, RecursionError):
-        content = None
-    if not isinstance(content, dict):
-        raise ValueError(f"{path}: truncated or not written by this script; {remedy}")
+    check_file(path, remedy)
+    with reading(path, remedy):
+        content = json.loads(path.read_bytes())
+        said = content.pop(SEALED, None)  # older files have none
+        digest = hashlib.sha256(json.dumps(content).encode()).hexdigest()
+        if said not in (None, digest):
+            raise ValueError(f"{path}: altered, its sha256 is another; {remedy}")
     return content
+
+
+SEAL = b"sha256:"  # and the digest in hexadecimal, at the very end of a file of tensors
+SEAL_BYTES = len(SEAL) + 64
+ZIP_END = b"PK\5\6"  # begins the last 22 bytes of a zip file without a comment
+
+
+def file_sha(path: Path, end: int | None = None) -> str:
+    """Return the sha256 of a file, or of its first bytes; it may be larger than memory."""
+    digest = hashlib.sha256()
+    left = path.stat().st_size if end is None else end
+    with open(path, "rb") as file:
+        while left > 0 and (block := file.read(min(left, 2**22))):
+            digest.update(block)
+            left -= len(block)
+    return digest.hexdigest()
+
+
+def seal(path: Path) -> None:
+    """Append the sha256 of a zip file as its comment, which torch.load passes over."""
+    with open(path, "rb+") as file:
+        file.seek(-2, os.SEEK_END)  # the length of the comment, 0 as torch.save leaves it
+        file.write(SEAL_BYTES.to_bytes(2, "little"))
+    digest = file_sha(path)
+    with open(path, "ab") as file:
+        file.write(SEAL + digest.encode())
+
+
+def check_seal(path: Path, remedy: str) -> None:
+    """Raise ValueError unless a file of tensors ends with the sha256 of all before; an older one
+    ends without. Also where what it unpacks to is larger than the file: torch packs nothing."""
+    size = path.stat().st_size
+    with open(path, "rb") as file:
+        file.seek(max(0, size - SEAL_BYTES))
+        tail = file.read()
+    is_older = tail[-22:-18] == ZIP_END and tail[-2:] == b"\0\0"
+    if not is_older:
+        said = tail.removeprefix(SEAL).decode("ascii", "replace")
+        is_whole = tail.startswith(SEAL) and said == file_sha(path, size - SEAL_BYTES)
+        if not is_whole:
+            raise ValueError(f"{path}: truncated, altered or not written by this script, its "
+                             f"sha256 is another; {remedy}")
+    with reading(path, remedy), zipfile.ZipFile(path) as parts:
+        if sum(part.file_size for part in parts.infolist()) > size:
+            raise ValueError("a bomb")
 
 
 def save_tensors(payload: dict, path: Path,
                  remedy: str = "free some space, then run the same command again") -> None:
-    """torch.save, whole or not at all. Raises ValueError with the remedy."""
-    with whole_file(path, remedy) as temporary, open(temporary, "wb") as file:
-        torch.save(payload, file)
+    """torch.save, whole or not at all, sealed. Raises ValueError with the remedy."""
+    with whole_file(path, remedy) as temporary:
+        with open(temporary, "wb") as file:
+            torch.save(payload, file)
+        seal(temporary)
 
 
 def load_tensors(path: Path, keys: Iterable[str], remedy: str, device: str = "cpu") -> dict:
     """Read what save_tensors wrote: tensors and plain values, never a pickle. Raises ValueError,
-    naming file and remedy, where it is missing, truncated, foreign or lacks one of the keys."""
-    if not path.is_file():
-        raise ValueError(f"{path}: is not there; {remedy}")
-    try:
+    naming file and remedy, where it is missing, truncated, altered, foreign or lacks a key."""
+    check_file(path, remedy)
+    check_seal(path, remedy)
+    with reading(path, remedy):
         payload = torch.load(path, map_location=device, weights_only=True)
-        whole = isinstance(payload, dict) and set(keys) <= payload.keys()
-    except Exception:  # torch.load raises a dozen kinds on what it did not write
-        whole = False
-    if not whole:
-        raise ValueError(f"{path}: truncated or not written by this script; {remedy}")
+        if not (isinstance(payload, dict) and set(keys) <= payload.keys()):
+            raise ValueError("of another kind")
     return payload
 
 
@@ -4126,12 +4442,13 @@ def check_folder(folder: str | Path, field: str, needed_mb: float = 1.0) -> None
 
 
 @contextlib.contextmanager
-def locked(folder: str | Path, field: str) -> Iterator[None]:
-    """One writer a folder, named by a field; the system lets go of the lock of a process that died.
-    Raises ValueError where another is at work."""
+def locked(folder: str | Path, field: str, name: str = ".lock") -> Iterator[None]:
+    """One writer a folder, named by a field, or several who lock files of different names in it;
+    the system lets go of the lock of a process that died. Raises ValueError where another is at
+    work."""
     from filelock import FileLock, Timeout
 
-    lock = FileLock(Path(folder) / ".lock", timeout=0)
+    lock = FileLock(Path(folder) / name, timeout=0)
     try:
         lock.acquire()
     except Timeout:
@@ -4141,6 +4458,76 @@ def locked(folder: str | Path, field: str) -> Iterator[None]:
         yield
     finally:
         lock.release()
+
+
+# ── Memory, before anything is built ─────────────────────────────────────────────────────────────
+SIZES = "hidden_size, num_layers, mem_slots, mem_width, num_reads, batch_size or seq_len"
+
+
+def free_memory(device: torch.device | str = "cpu") -> float:
+    """Bytes that can still be had: of a GPU; or of the machine, of this process's control group and
+    of its limit of addresses, whichever is least."""
+    if torch.device(device).type == "cuda":
+        return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
+    least = math.inf
+    with contextlib.suppress(OSError, TypeError):
+        told = Path("/proc/meminfo").read_text()
+        least = 1024 * int(re.search(r"MemAvailable:\s+(\d+)", told)[1])
+    for limit, used in (("memory.max", "memory.current"),
+                        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes")):
+        with contextlib.suppress(OSError, ValueError):  # "max"
+            group = Path("/sys/fs/cgroup")
+            left = int((group / limit).read_text()) - int((group / used).read_text())
+            least = min(least, left)
+    with contextlib.suppress(OSError, ImportError):
+        import resource
+
+        limit = resource.getrlimit(resource.RLIMIT_AS)[0]
+        pages = int(Path("/proc/self/statm").read_text().split()[0])
+        if limit != resource.RLIM_INFINITY:
+            least = min(least, limit - pages * resource.getpagesize())
+    return least
+
+
+def check_memory(needed: float, fields: str, device: torch.device | str = "cpu") -> None:
+    """Raise ValueError, naming the fields to make smaller, where more bytes are needed than are
+    free. What is needed is counted low: what it refuses could not have run."""
+    free = free_memory(device)
+    if needed > free:
+        raise Refused(f"not enough memory: at least {needed / 2**30:,.1f} GiB are needed, "
+                      f"{max(0, free) / 2**30:,.1f} are free; set a smaller {fields}")
+
+
+def controller_parameters(settings: object) -> int:
+    """The parameters of a GPT2Model of a GPT2Config."""
+    width = settings.n_embd
+    inner = settings.n_inner or 4 * width
+    block = 4 * width * (width + 1) + 2 * width * inner + inner + 5 * width
+    tables = (settings.vocab_size + settings.n_positions) * width
+    return tables + settings.n_layer * block + 2 * width
+
+
+def arm_bytes(config: Config, settings: object, training: bool = True) -> float:
+    """The least bytes that an arm takes: weights, in training gradients and two moments as well,
+    the state of the memory, and what it reads and writes at each token of a step."""
+    objects = 50_000 * settings.n_layer  # a block's modules, in Python
+    weights = controller_parameters(settings)
+    rows, length = (config.rows, config.step_len) if training else (1, 1)
+    held = 0
+    if config.memory != "none":
+        held += rows * config.mem_slots
+    if config.memory == "dnc":
+        held += rows * config.mem_slots * config.mem_width
+        held += rows * length * config.mem_slots * (1 + config.num_reads)
+        objects += 100 * config.num_reads
+    least = objects + 4 * (weights + held)
+    if config.memory == "none" or least > free_memory():
+        return least + (12 * weights if training else 0)
+
+    with torch.device("meta"):  # has shapes and no numbers
+        memory = build_memory(config)
+    weights += count_parameters(memory)
+    return objects + 4 * (weights * (4 if training else 1) + held)
 
 
 # ── A baseline for those who need one ────────────────────────────────────────────────────────────
@@ -4160,12 +4547,20 @@ def train_baseline(**fields: object) -> Path:
     # Of a session of its own: Ctrl-C would reach it twice, and a second signal ends it unsaved.
     alone = {name: value for name, value in os.environ.items() if name not in RANK_VARIABLES}
     process = subprocess.Popen(command, start_new_session=True, env=alone)
+    came = []
+
+    def pass_on(number: int, frame: object) -> None:
+        came.append(number)
+        process.send_signal(number)
+
+    before = {number: signal.signal(number, pass_on) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         code = process.wait()
-    except KeyboardInterrupt as stopped:
-        process.send_signal(getattr(stopped, "signum", signal.SIGINT))
-        process.wait()
-        raise
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    if came:  # what it had is saved
+        signal.raise_signal(came[0])
     require(code == 0, "base", "auto", f"trained, and this ended with exit code {code}; see above")
     return newest_baselines(str(options["save_dir"]))[0]
 
@@ -4613,7 +5008,7 @@ def controller_config(config: Config, vocab_size: int):
             n_layer=config.num_layers, n_head=config.num_heads, n_inner=config.mlp_width or None,
             bos_token_id=None, eos_token_id=None, **dropout)
     with asking_hub("init_from", name, "a folder written by a GPT-2's save_pretrained"):
-        settings = AutoConfig.from_pretrained(name, **dropout)
+        settings = AutoConfig.from_pretrained(name, trust_remote_code=False, **dropout)
     kind = settings.model_type
     positions = getattr(settings, "n_positions", 0)
     require(kind == "gpt2", "init_from", name, f"a GPT-2 (this is {kind})")
@@ -4742,11 +5137,15 @@ def load_trained(path: str | Path, scan: str) -> Trained:
     from transformers import GPT2Config
 
     payload = load_checkpoint(path)
-    trained = Config(**payload["config"] | {"init_from": "scratch", "scan": scan})
-    model = build_model(trained, GPT2Config.from_dict(json.loads(payload["controller"])))
-    model.load_state_dict(payload["model_state_dict"])
+    with reading(path, "name another checkpoint"):
+        trained = Config(**payload["config"] | {"init_from": "scratch", "scan": scan})
+        settings = GPT2Config.from_dict(json.loads(payload["controller"]))
+        check_memory(arm_bytes(trained, settings, training=False), SIZES)
+        model = build_model(trained, settings)
+        model.load_state_dict(payload["model_state_dict"])
+        tokenizer = Tokenizer.from_str(payload["tokenizer"])
     print(f"{path}: {payload['arm']}, step {payload['global_step']}, {payload['corpus']}")
-    return Trained(model.eval(), Tokenizer.from_str(payload["tokenizer"]), payload)
+    return Trained(model.eval(), tokenizer, payload)
 
 
 def load_chosen(config: Config) -> Trained:
@@ -4900,6 +5299,7 @@ def report(runs: dict[str, list[Run]], config: Config, corpus: Corpus, hardware:
            stop: StopSignal) -> None:
     """Print the tables and the gates of the sample, draw the pictures, and write both down."""
     folder, dnc = Path(config.plot_dir), runs.get("dnc")
+    write_results(runs, {}, config, corpus, hardware)  # before anything can fail that prints them
     with recorded() as printed:
         print_tables(runs, config, corpus)
         gains = print_gains(runs, config, corpus) if len(runs) > 1 else {}
@@ -4933,6 +5333,7 @@ def run_comparison(config: Config, preset: str, stop: StopSignal) -> None:
             check_folder(config.save_dir, "save_dir")
             check_folder(config.plot_dir, "plot_dir")
             stack.enter_context(locked(config.save_dir, "save_dir"))
+            stack.enter_context(locked(config.plot_dir, "plot_dir", ".dnc_gpt2.lock"))
         corpus = load_corpus(config)
         stack.enter_context(joined(ranks, device))
         compare_arms(config, corpus, device, gpus, preset, stop)
@@ -4954,7 +5355,9 @@ def compare_arms(config: Config, corpus: Corpus, device: torch.device, gpus: int
     hardware = Hardware(device, gpus, named)
     announce(config, corpus, named, preset)
     for name in config.arm_list:  # what cannot run is said before the first arm trains
-        controller_config(arm_config(name, config), corpus.vocab_size)
+        of_arm = arm_config(name, config)
+        settings = controller_config(of_arm, corpus.vocab_size)
+        check_memory(arm_bytes(of_arm, settings), SIZES, device)
     if {"dnc", "dnc_reset"} & set(config.arm_list):
         memory = build_memory(config).to(device)
         pick_scan(config.scan, memory.init_state(1), memory.options)
@@ -4989,7 +5392,7 @@ def main(argv: list[str]) -> int:
 
     again = ["dnc_gpt2.py", *argv, "--resume", "auto"]
     with first_rank_speaks():
-        return run_command(job, again, saved="training is saved")
+        return run_command(job, again, saved="training is saved", sizes=SIZES)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,10 @@ import collections
 import dataclasses
 import json
 import math
+import os
 import re
+import shutil
+import signal
 import sys
 import tempfile
 import time
@@ -22,6 +25,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, NamedTuple
 
+if __name__ == "__main__" and not hasattr(sys, "ps1"):  # until main listens: no traceback
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+# isort: off
+import dnc_gpt2  # before torch: it says how threads wait
+# isort: on
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -29,7 +38,6 @@ import transformers
 from torch import Tensor, nn
 from transformers import AutoConfig, GPT2Config, GPT2Model, PreTrainedTokenizerFast
 
-import dnc_gpt2
 import edm_model
 
 # Names stand by what they are for.
@@ -38,16 +46,17 @@ from dnc_gpt2 import (
     # types of Config fields
     Bound, Count, NotNegative, Positive, Whole,
     # checks
-    check_fields, require, require_field,
+    check_fields, check_memory, controller_parameters, require, require_field,
     # the shell of a command, and its device
     Diverged, StopSignal, local_device, print_any_character, read_config, run_command,
     # files
-    check_folder, load_tensors, save_tensors, write_json, write_text,
+    check_file, check_folder, file_sha, load_tensors, locked, reading, save_tensors, write_json,
+    write_text,
     # the base
     load_checkpoint, newest_baselines, train_baseline,
     # what a reader is told
     LINE, PALETTE, cell, dark_figure, device_name, print_banner, print_heading, rate_share,
-    run_facts,
+    perplexity, run_facts,
     # generation and export
     map_state, pick_token, standalone_source, with_end_token,
     # data and loss
@@ -159,8 +168,9 @@ class Config:
         require_field(self, "arms", set(self.arm_list) <= set(TRAINED),
                       "a comma-separated choice of " + ", ".join(TRAINED))
         seeds = [seed.strip() for seed in self.seeds.split(",")]
-        are_seeds = all(seed.isdecimal() and int(seed) < 2**32 for seed in seeds)
-        require_field(self, "seeds", are_seeds, "a comma-separated list of whole numbers from 0")
+        are_seeds = all(re.fullmatch(r"[0-9]{1,10}", seed) and int(seed) < 2**32 for seed in seeds)
+        require_field(self, "seeds", are_seeds, "a comma-separated list of whole numbers from 0 to "
+                      "2**32 - 1")
         require_field(self, "bptt_segments", self.batch_size % self.bptt_segments == 0,
                       f"a divisor of batch_size ({self.batch_size})")
         require_field(self, "slots", self.window <= self.slots <= MOST_SLOTS,
@@ -233,7 +243,7 @@ def base_of_model(name: str, config: Config) -> Base:
     """A GPT-2 of the hub or of a folder written by save_pretrained."""
     with asking_hub("base", name, "a folder written by a GPT-2's save_pretrained, or a checkpoint "
                     "of dnc_gpt2.py"):
-        settings = AutoConfig.from_pretrained(name)
+        settings = AutoConfig.from_pretrained(name, trust_remote_code=False)
     check_base(name, settings, config)
     with asking_hub("base", name, "a folder with the weights of a GPT-2"):
         weights = GPT2Model.from_pretrained(name).float().state_dict()
@@ -245,16 +255,18 @@ def base_of_checkpoint(path: Path, config: Config) -> Base:
     from tokenizers import Tokenizer
 
     payload = load_checkpoint(path)
-    settings = GPT2Config(**json.loads(payload["controller"]))
-    check_base(str(path), settings, config)
+    with reading(path, "name another --base"):
+        settings = GPT2Config(**json.loads(payload["controller"]))
+        check_base(str(path), settings, config)
+        tokenizer = Tokenizer.from_str(payload["tokenizer"])
     require(payload["arm"] == dnc_gpt2.ARMS["baseline"], "base", str(path),
             f"a baseline (this is {payload['arm']}, whose memory would be left out)")
     weights = {name.removeprefix("controller."): weight
                for name, weight in payload["model_state_dict"].items()
                if name.startswith("controller.")}
     no_ends = {"bos_token_id": None, "eos_token_id": None}
-    return Base(path.name, settings.to_dict() | no_ends, weights,
-                Tokenizer.from_str(payload["tokenizer"]), origin=payload["corpus"])
+    return Base(path.name, settings.to_dict() | no_ends, weights, tokenizer,
+                origin=payload["corpus"])
 
 
 def check_base(name: str, settings: transformers.PretrainedConfig, config: Config) -> None:
@@ -302,14 +314,34 @@ def build_model(base: Base, config: Config, arm: str, seed: int) -> EDMGPT2ForCa
         eos_token_id=None,
         pad_token_id=None,
     )
+    rows = max(config.rows, config.eval_rows, config.topic_rows)
+    check_memory(model_bytes(settings, rows), SIZES)
     model = EDMGPT2ForCausalLM(settings)
-    model.transformer.load_state_dict(base.weights)
+    with reading(base.name, "name another --base"):
+        model.transformer.load_state_dict(base.weights)
     if has_notebook:
         model.edm.start_from(model.transformer.h[settings.read_layer])
     if config.lora and arm != "base":
         adapt(model, config)
     model.freeze()
     return model.to(device())
+
+
+SIZES = ("window, slots, edm_heads, key_width, recurrent_width, batch_size, eval_rows, topic_rows "
+         "or recall_rows")
+
+
+def model_bytes(settings: EDMGPT2Config, rows: int) -> float:
+    """The least bytes that a model takes with the state of so many rows."""
+    width = settings.hidden_size
+    across = settings.edm_heads * settings.key_width if settings.edm else 0  # of all heads
+    late = settings.recurrent_width if settings.early or settings.late else 0
+    weights = controller_parameters(GPT2Config(**settings.base))
+    weights += 3 * width * across + 2 * late * (late + width)
+    if settings.lora:
+        weights += 2 * settings.lora["r"] * width * settings.num_hidden_layers
+    state = (settings.window + 1) * width + 2 * settings.slots * across
+    return 4 * (weights + rows * state)
 
 
 def document_end(base: Base, config: Config) -> int:
@@ -381,6 +413,13 @@ def make_optimizer(model: EDMGPT2ForCausalLM, config: Config) -> torch.optim.Opt
                              weight_decay=config.weight_decay)
 
 
+def set_rates(optimizer: torch.optim.Optimizer, step: int, config: Config) -> None:
+    """Give both groups their rates of this step."""
+    share = rate_share(step, config.max_steps, config.lr_warmup, floor=0.0)
+    for group in optimizer.param_groups:
+        group["lr"] = group["peak"] * share
+
+
 def train_step(model: EDMGPT2ForCausalLM, optimizer: torch.optim.Optimizer, chunk: Tensor,
                state: EDMGPT2State, config: Config) -> tuple[float, EDMGPT2State]:
     """One step on chunk (rows, step_len + 1) -> loss, state without its graph."""
@@ -390,9 +429,16 @@ def train_step(model: EDMGPT2ForCausalLM, optimizer: torch.optim.Optimizer, chun
     optimizer.zero_grad(set_to_none=True)
     loss.backward()
     trained = [p for p in model.parameters() if p.requires_grad]
-    nn.utils.clip_grad_norm_(trained, config.grad_clip)
+    norm = nn.utils.clip_grad_norm_(trained, config.grad_clip)
+    check_finite(loss.item() + norm.item(), f"lr = {config.lr}: a loss or gradient")
     optimizer.step()
     return loss.item(), state
+
+
+def check_finite(value: float, what: str) -> None:
+    """Raise Diverged where a value is not finite."""
+    if not math.isfinite(value):
+        raise Diverged(f"{what} is not finite; set a lower --lr")
 
 
 def training_chunks(stream: Tensor, config: Config) -> Iterator[tuple[Tensor, bool]]:
@@ -405,11 +451,10 @@ def training_chunks(stream: Tensor, config: Config) -> Iterator[tuple[Tensor, bo
         yield rows[:, at : at + step_len + 1].to(device()), at == 0
 
 
-def finite_mean(losses: list[float], arm: str, config: Config) -> float:
+def finite_mean(losses: list[float], arm: str) -> float:
     """The mean loss of some steps. Raises Diverged where it is not finite."""
     mean = sum(losses) / len(losses)
-    if not math.isfinite(mean):
-        raise Diverged(f"lr = {config.lr}: the loss of {arm} is not finite; lower it")
+    check_finite(mean, f"the loss of {arm}")
     return mean
 
 
@@ -427,17 +472,18 @@ def train_arm(base: Base, corpus: dnc_gpt2.Corpus, config: Config, arm: str, see
         for step, (chunk, is_start) in enumerate(training_chunks(corpus.train, config)):
             if is_start:
                 state = model.init_state(config.rows)
-            share = rate_share(step, config.max_steps, config.lr_warmup, floor=0.0)
-            for group in optimizer.param_groups:
-                group["lr"] = group["peak"] * share
-            loss, state = train_step(model, optimizer, chunk, state, config)
+            set_rates(optimizer, step, config)
+            try:
+                loss, state = train_step(model, optimizer, chunk, state, config)
+            except Diverged as error:
+                raise Diverged(f"{arm}, step {step}, {error}") from None
             losses.append(loss)
             tokens += chunk[:, 1:].numel()
             bar.update()
 
             done = step + 1
             if done % config.log_every_steps == 0 or done == config.max_steps:
-                mean = finite_mean(losses, arm, config)
+                mean = finite_mean(losses, arm)
                 history.append({"arm": arm, "seed": seed, "step": done, "loss": mean})
                 bar.set_postfix_str(f"loss {mean:.3f}")
                 losses.clear()
@@ -450,7 +496,7 @@ def train_arm(base: Base, corpus: dnc_gpt2.Corpus, config: Config, arm: str, see
 def evaluate(model: EDMGPT2ForCausalLM, stream: Tensor, rows: int, swap: bool = False) -> Tensor:
     """Negative log-likelihood (rows, L) in nats of every token of a stream but the first; 0 where a
     row is filled up. With `swap` a row is scored with the memory that the row before it has at that
-    place, and goes on with its own."""
+    place, and goes on with its own. Raises Diverged where one is not finite."""
     inputs, targets = evaluation_rows(stream, rows)
     W = model.config.window
     state = model.init_state(rows)
@@ -466,7 +512,9 @@ def evaluate(model: EDMGPT2ForCausalLM, stream: Tensor, rows: int, swap: bool = 
         else:
             h, state, passes = read_tokens(model, x, state)
         nll.append(score(model, h, passes, y)[1].double().cpu())
-    return torch.cat(nll, dim=1)
+    nll = torch.cat(nll, dim=1)
+    check_finite(float(nll.sum()), "a loss of evaluation")
+    return nll
 
 
 def with_memories_of_others(state: EDMGPT2State) -> EDMGPT2State:
@@ -555,6 +603,7 @@ def plant(stream: Tensor, windows: int, config: Config, vocabulary: int, swap: b
     """
     n, W = config.recall_rows, config.window
     length = windows * W
+    check_memory(3 * 8 * n * (length + W), "recall_rows")
     draw = np.random.default_rng([windows, 17])
     planted = torch.from_numpy(draw.integers(0, vocabulary, (n, 8)))
     starts = draw.integers(0, len(stream) - length, n)
@@ -702,10 +751,10 @@ def print_perplexity(arms: dict[str, list[dict]]) -> None:
     print(f"  {'Perplexity ↓':<22}{'validation':>15}{'swapped':>15}{'test':>15}{'of the gap':>15}"
           f"{'tokens/s':>10}\n{LINE}")
     for arm, runs in arms.items():
-        row = cell([math.exp(run["valid_loss"]) for run in runs], ",.2f", 15)
+        row = cell([perplexity(run["valid_loss"]) for run in runs], ",.2f", 15)
         swapped = [run["swapped_loss"] for run in runs if "swapped_loss" in run]
-        row += cell([math.exp(loss) for loss in swapped], ",.2f", 15)
-        row += cell([math.exp(run["test_loss"]) for run in runs], ",.2f", 15)
+        row += cell([perplexity(loss) for loss in swapped], ",.2f", 15)
+        row += cell([perplexity(run["test_loss"]) for run in runs], ",.2f", 15)
         if arm in names or gap <= 0:
             row += cell(None, "", 15)
         else:
@@ -724,7 +773,7 @@ def print_by_distance(arms: dict[str, list[dict]]) -> None:
     for i, bucket in enumerate(arms["base"][0]["by_distance"]):
         if bucket["tokens"]:
             losses = [[run["by_distance"][i]["loss"] for run in runs] for runs in arms.values()]
-            cells = [cell([math.exp(loss) for loss in of_arm], ",.1f", 15) for of_arm in losses]
+            cells = [cell([*map(perplexity, of_arm)], ",.1f", 15) for of_arm in losses]
             print(f"  {bucket['windows_back']:<15}{bucket['tokens']:>9,}" + "".join(cells))
 
 
@@ -763,7 +812,7 @@ def plot_runs(runs: list[dict], config: Config) -> None:
             style["label"] = f"base, window {of_arm[0]['window']}" if is_base else arm
             losses = np.array([[row["loss"] for row in run["by_distance"] if row["tokens"]]
                                for run in of_arm])
-            left.plot(range(len(buckets)), np.exp(losses).mean(0), **style)
+            left.plot(range(len(buckets)), np.exp(np.minimum(losses, 700)).mean(0), **style)
             recall = np.array([[row["loss"] for row in run["recall"]] for run in of_arm])
             right.plot([row["windows"] for row in of_arm[0]["recall"]], recall.mean(0), **style)
         left.set(yscale="log", ylabel="perplexity", xlabel="windows back",
@@ -781,9 +830,11 @@ def plot_runs(runs: list[dict], config: Config) -> None:
 # ══ Saving and generating ════════════════════════════════════════════════════════════════════════
 def save_model(model: EDMGPT2ForCausalLM, base: Base, folder: Path) -> None:
     """Write a folder that from_pretrained and AutoModelForCausalLM load, without this repository:
-    weights, configuration, tokenizer and code. In generation the window leaves by halves.
-    Raises ValueError where it cannot be written."""
+    weights, configuration, tokenizer, code and SUMS. In generation the window leaves by halves.
+    Raises ValueError where it cannot be written; what was there is then as it was."""
     from safetensors import SafetensorError
+
+    new = folder / NEW
 
     blocks = model.config.stride
     model.config.stride = max(1, model.config.window // 2)
@@ -794,11 +845,15 @@ def save_model(model: EDMGPT2ForCausalLM, base: Base, folder: Path) -> None:
     transformers.utils.logging.disable_progress_bar()
     tokenizer = give_end_token(model, base)
     try:
-        model.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
-        source = standalone_source(Path(edm_model.__file__))
-        write_text(source, folder / "edm_model.py")
-    except (OSError, SafetensorError) as error:
+        shutil.rmtree(new, ignore_errors=True)  # of a run that was killed
+        model.save_pretrained(new)
+        tokenizer.save_pretrained(new)
+        write_text(standalone_source(Path(edm_model.__file__)), new / "edm_model.py")
+        sums = [f"{file_sha(path)}  {path.name}\n" for path in sorted(new.iterdir())]
+        write_text("".join(sums), new / SUMS)
+        finish_save(folder)
+    except (OSError, SafetensorError, ValueError) as error:
+        shutil.rmtree(new, ignore_errors=True)
         raise ValueError(f"save_dir = {str(folder)!r}: cannot be written ({error}); free some "
                          "space, or name another folder") from None
     model.config.stride = blocks
@@ -818,6 +873,44 @@ def give_end_token(model: EDMGPT2ForCausalLM, base: Base) -> PreTrainedTokenizer
         settings.eos_token_id = tokenizer.eos_token_id
         settings.pad_token_id = tokenizer.pad_token_id
     return tokenizer
+
+
+NEW, SUMS = ".new", "sha256.txt"  # `sha256sum -c sha256.txt` checks a saved folder
+
+
+def finish_save(folder: Path) -> None:
+    """Move what a save has written whole to where it belongs, SUMS last: also that of a process
+    which was killed on the way."""
+    new = folder / NEW
+    if not (new / SUMS).is_file():
+        return
+    for path in sorted(new.iterdir(), key=lambda path: path.name == SUMS):
+        with open(path, "rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(path, folder / path.name)
+    new.rmdir()
+
+
+def check_sums(folder: Path) -> None:
+    """Raise ValueError, naming the file, where one of a saved folder is not what SUMS says. Older
+    folders have none."""
+    finish_save(folder)
+    sums, remedy = folder / SUMS, "train again, or name another --save_dir"
+    if not os.path.lexists(sums):
+        return
+    check_file(sums, remedy)
+    with reading(sums, remedy):
+        lines = sums.read_bytes().decode().removesuffix("\n").split("\n")
+        wanted = {line[66:]: line[:64] for line in lines}
+        is_whole = all(name == Path(name).name for name in wanted)
+        is_whole &= {"config.json", "model.safetensors", "tokenizer.json"} <= wanted.keys()
+        require(is_whole and all(line[64:66] == "  " for line in lines), "file", str(sums),
+                f"the digests of a saved folder; {remedy}")
+    for name, digest in wanted.items():
+        check_file(folder / name, remedy)
+        if file_sha(folder / name) != digest:
+            raise ValueError(f"{folder / name}: truncated or altered, its sha256 is another; "
+                             f"{remedy}")
 
 
 def save_memory(state: EDMGPT2State, model: EDMGPT2ForCausalLM, path: str | Path) -> None:
@@ -888,15 +981,31 @@ def recalled(last: Pass, state: EDMGPT2State, tokenizer: object, count: int = 3)
 
 # ══ Main ═════════════════════════════════════════════════════════════════════════════════════════
 def run_generation(config: Config) -> None:
-    """--generate: continue a prompt with the model in save_dir."""
+    """--generate: continue a prompt with the model in save_dir; one process a memory_file."""
+    if not config.memory_file:
+        generate(config)
+        return
+    memory = Path(config.memory_file)
+    check_folder(memory.parent, "memory_file")
+    with locked(memory.parent, "memory_file", f".{memory.name}.lock"):
+        generate(config)
+
+
+def generate(config: Config) -> None:
+    """As run_generation."""
     from tokenizers import Tokenizer
 
     folder = Path(config.save_dir)
-    for name in ("config.json", "tokenizer.json"):
+    check_sums(folder)
+    for name in ("config.json", "tokenizer.json", "model.safetensors"):
         require_field(config, "save_dir", (folder / name).is_file(),
                       "a folder that a run of edm_gpt2.py wrote; train one first")
-    model = EDMGPT2ForCausalLM.from_pretrained(folder).eval().to(device())
-    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    with reading(folder, "train again, or name another --save_dir"):
+        settings = EDMGPT2Config.from_pretrained(folder)
+        settings.check()
+        check_memory(model_bytes(settings, rows=1), "slots, or name another --save_dir")
+        model = EDMGPT2ForCausalLM.from_pretrained(folder).eval().to(device())
+        tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
     state = None
     if config.memory_file and Path(config.memory_file).exists():
         state = load_memory(model, config.memory_file)
@@ -963,9 +1072,10 @@ def train_and_measure(base: Base, corpus: dnc_gpt2.Corpus, config: Config, runs:
             history += rows
             run = measure(model, corpus, base.tokenizer, config, arm, seed)
             runs.append(run | {"training_tokens_per_s": speed})
-            perplexity, of_base = (math.exp(r["valid_loss"]) for r in (run, runs[0]))
-            print(f"  {arm}, seed {seed}: validation perplexity {perplexity:.2f}, "
-                  f"base {of_base:.2f}", flush=True)
+            write_measurements(runs, history, base, corpus, config)  # what the next one may not be
+            ppl, of_base = (perplexity(r["valid_loss"]) for r in (run, runs[0]))
+            print(f"  {arm}, seed {seed}: validation perplexity {ppl:.2f}, base {of_base:.2f}",
+                  flush=True)
             if saved is None and arm == config.arm_list[-1]:
                 saved = model
                 save_model(model, base, Path(config.save_dir))
@@ -976,6 +1086,13 @@ def run_comparison(config: Config) -> None:
     """The main job: base, corpus, every arm and seed; then tables, plot, continuation."""
     check_folder(config.save_dir, "save_dir", 64)
     check_folder(config.plot_dir, "plot_dir", 1)
+    with (locked(config.save_dir, "save_dir"),
+          locked(config.plot_dir, "plot_dir", ".edm_gpt2.lock")):
+        compare_arms(config)
+
+
+def compare_arms(config: Config) -> None:
+    """`run_comparison` in folders that can be written."""
     ask_hub_once()
     base = load_base(config)
     corpus = load_text(base, config)
@@ -1013,7 +1130,7 @@ def main(argv: list[str]) -> int:
 
     return run_command(job, again=[Path(__file__).name, *argv],
                        saved="nothing is saved but a base, whose training goes on",
-                       sizes="window, batch_size or eval_rows")
+                       sizes=SIZES)
 
 
 if __name__ == "__main__":

@@ -16,6 +16,8 @@ n stored tokens, and, where rows are generated, n rows.
 """
 
 import concurrent.futures
+import contextlib
+import ctypes
 import dataclasses
 import functools
 import hashlib
@@ -31,6 +33,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated, Literal, NamedTuple
 
+if __name__ == "__main__" and not hasattr(sys, "ps1"):  # until main listens: no traceback
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+# isort: off
+import dnc_gpt2  # noqa: F401, before torch: it says how threads wait
+# isort: on
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -47,6 +55,7 @@ from dnc_gpt2 import (
     Seed,
     Share,
     check_fields,
+    check_memory,
     require,
     require_field,
     # command
@@ -60,7 +69,9 @@ from dnc_gpt2 import (
     # files
     check_folder,
     load_tensors,
+    locked,
     read_json,
+    reading,
     save_tensors,
     write_json,
     # what a reader is told
@@ -70,6 +81,7 @@ from dnc_gpt2 import (
     dark_figure,
     device_name,
     mean_and_half,
+    perplexity,
     print_banner,
     print_heading,
     run_facts,
@@ -219,9 +231,10 @@ def words(text: str) -> list[str]:
 def numbers(field: str, text: str, kind: type) -> list:
     """ "1,2" -> [1, 2]. Raises ValueError naming the field."""
     try:
-        values = [kind(word) for word in words(text)]
+        values = [kind(word) for word in words(text) if len(word) < 40]
     except ValueError:
         values = []
+    values = values if len(values) == len(words(text)) else []
     what = "numbers" if kind is float else "whole numbers"
     holds = values != [] and all(math.isfinite(value) for value in values)
     require(holds, field, text, f"a comma-separated list of {what}")
@@ -235,6 +248,8 @@ def specs(field: str, text: str) -> list[tuple[int, int]]:
         for word in words(text):
             length, colon, items = word.partition(":")
             pairs.append((int(length), int(items) if colon else 0))
+        if any(abs(number) > MOST for pair in pairs for number in pair):
+            pairs = []
     except ValueError:
         pairs = []
     require(pairs != [], field, text, "lengths, each with :items or without, as in 64:4,128:8")
@@ -781,12 +796,14 @@ def load_data(config: Config, task: str, part: str) -> tuple[list[dict], str]:
     require(path.is_file(), "file", str(path), f"there; run: {command}")
     payload = load_tensors(path, ("fields", "sha256", "groups"), f"delete it, then run: {command}")
 
+    with reading(path, f"delete it, then run: {command}"):
+        actual = content_hash(payload["groups"])
+        saved_fields = dict(payload["fields"])
     for name, value in data_fields(config, part).items():
-        saved = payload["fields"].get(name)
+        saved = saved_fields.get(name)
         if saved != value:
             raise OtherFields(f"{path}: was generated with {name} = {saved!r}, this run has "
                               f"{value!r}; set --{name} {saved}, or generate again")
-    actual = content_hash(payload["groups"])
     if actual != payload["sha256"]:
         raise ValueError(f"{path}: its rows have sha256 {actual[:16]}…, generated were "
                          f"{payload['sha256'][:16]}…: altered; delete it and generate again")
@@ -1120,8 +1137,12 @@ def load_checkpoint(config: Config, job: Job) -> dict:
             "there; run: python long_range.py train, with the same fields")
     payload = load_tensors(path, CHECKPOINT_KEYS, "delete it, or set another save_dir")
     free = free_fields(job)
+    with reading(path, "delete it, or set another save_dir"):
+        saved_config = dict(payload["config"])
+        for name in ("val_loss", "val_accuracy", "seconds"):
+            float(payload[name])
     for name, value in dataclasses.asdict(config).items():
-        saved = payload["config"].get(name)
+        saved = saved_config.get(name)
         if name not in free and saved != value:
             raise ValueError(f"checkpoint {path}: was trained with {name} = {saved!r}, this run "
                              f"has {value!r}; set --{name} {saved}, or another --save_dir")
@@ -1311,7 +1332,7 @@ def train_run(config: Config, job: Job) -> str:
         "epoch": steps * config.batch_tokens / tokens,
         "val_accuracy": last["accuracy"],
         "val_loss": last["val_loss"],
-        "val_ppl": math.exp(min(700, last["val_loss"])),
+        "val_ppl": perplexity(last["val_loss"]),
         "history": history,
         "seconds": seconds,
         "rows": sum(len(group["inputs"]) for group in train)}
@@ -1322,8 +1343,12 @@ def train_run(config: Config, job: Job) -> str:
 
 # ── Many runs at once ────────────────────────────────────────────────────────────────────────────
 def set_up_worker() -> None:
-    """One thread a run: the result does not depend on how many run at once."""
+    """One thread a run: the result does not depend on how many run at once. A worker dies with its
+    parent: one that was left would write into the folder of the next run."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides
+    with contextlib.suppress(OSError, AttributeError):  # Linux has it
+        parent_death = 1
+        ctypes.CDLL(None).prctl(parent_death, signal.SIGKILL)
     torch.set_num_threads(1)
 
 
@@ -1511,7 +1536,8 @@ def measure_run(config: Config, job: Job) -> list[dict]:
     """The rows of plots/long_range.json of one run: every test group that its arm can read."""
     payload = load_checkpoint(config, job)
     model = build_model(config, job.task, job.arm, job.seed)
-    model.load_state_dict(payload["model_state_dict"])
+    with reading(job.path(config), "delete it, or set another save_dir"):
+        model.load_state_dict(payload["model_state_dict"])
     model.eval()
     groups = load_data(config, job.task, "test")[0]
     if job.arm == "full":  # its positions end there
@@ -1812,6 +1838,17 @@ def label_lengths(axis, lengths: list[int]) -> None:
 
 # ══ Main ═════════════════════════════════════════════════════════════════════════════════════════
 PARTS = {"generate": generate, "train": train, "compare": compare, "plot": plot}
+WRITES = {"generate": "data_dir", "train": "save_dir", "compare": "plot_dir", "plot": "plot_dir"}
+
+
+@contextlib.contextmanager
+def writing(config: Config, command: str) -> Iterator[None]:
+    """Lock the folder that a command writes into. Raises ValueError where another one does."""
+    field = WRITES[command]
+    folder = getattr(config, field)
+    check_folder(folder, field)
+    with locked(folder, field, ".long_range.lock"):
+        yield
 
 
 def print_plan(config: Config, full: bool) -> None:
@@ -1847,6 +1884,31 @@ def print_parameters(config: Config) -> None:
                       "such that the arms' parameters match within 2 %; a larger one does")
 
 
+SIZES = ("hidden_size, num_layers, mlp_width, mem_slots, mem_width, num_reads, knn_width, "
+         "edm_slots, batch_tokens, train_rows, valid_rows or test_rows")
+
+
+def least_bytes(config: Config) -> float:
+    """The least bytes that the data and the largest model of a run take."""
+    width = config.hidden_size
+    weights = width * config.knn_width
+    weights += config.num_reads * config.mem_width
+    weights += config.num_layers * 4 * width**2
+    weights += config.num_layers * 2 * width * config.mlp_width
+
+    held = config.mem_slots * config.mem_width
+    held += config.mem_slots * config.num_reads
+    if "edm" in config.arm_list:
+        held += 2 * config.edm_slots * width
+
+    tokens = config.batch_tokens * width
+    tokens += 2 * max(config.length_list) * config.test_rows
+    tokens += 10 * config.window * config.train_rows
+    tokens += 2 * config.window * config.valid_rows
+    objects = 50_000 * config.num_layers
+    return objects + 4 * (4 * weights + held + tokens)
+
+
 def main(argv: list[str]) -> int:
     """Run a command line -> exit code: 0, 1 diverged, 2 a user's mistake, 128 + signal stopped."""
 
@@ -1856,15 +1918,17 @@ def main(argv: list[str]) -> int:
         options = [word for word in options if word != "--full"]
         config = read_config(Config, options, __doc__, preset=FULL if full else {})
         torch.set_num_threads(1)
+        check_memory(least_bytes(config), SIZES)
         print_plan(config, full)
         print_parameters(config)
         for command in commands:
             if command in ("generate", "train"):
                 print(f"\n{command}", flush=True)
-            PARTS[command](config)
+            with writing(config, command):
+                PARTS[command](config)
 
     return run_command(job, again=["long_range.py", *argv], saved="finished runs are kept",
-                       sizes="batch_tokens or hidden_size")
+                       sizes=SIZES)
 
 
 if __name__ == "__main__":

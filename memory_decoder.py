@@ -24,6 +24,7 @@ import math
 import os
 import platform
 import re
+import signal
 import statistics
 import sys
 import time
@@ -31,6 +32,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Literal, NamedTuple
 
+if __name__ == "__main__" and not hasattr(sys, "ps1"):  # until main listens: no traceback
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+# isort: off
+import dnc_gpt2  # before torch: it says how threads wait
+# isort: on
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -57,8 +64,11 @@ from dnc_gpt2 import (
     split_command,
     # files, and finding or training a base
     check_folder,
+    file_sha,
+    growing,
     locked,
     newest_baselines,
+    reading,
     save_tensors,
     train_baseline,
     write_json,
@@ -92,10 +102,10 @@ from datastore import (
     Window,
     build_datastore,
     check_manifest,
-    growing,
     import_faiss,
     knn_weights,
     load_base,
+    map_array,
     open_datastore,
     open_part,
     plan_windows,
@@ -298,6 +308,9 @@ def folder_domain(folder: str) -> dict[str, list[str]]:
         return folder_texts(folder)
     texts = []
     for path in sorted(Path(folder).rglob("*.txt")):
+        if not path.is_file():  # a pipe or a device, which may never end
+            print(f"domain: {path.name} is no regular file; left out")
+            continue
         try:
             texts.append(path.read_text(encoding="utf-8"))
         except UnicodeDecodeError as error:
@@ -426,8 +439,8 @@ class Scores(NamedTuple):
 
 
 def perplexity(log_p: np.ndarray) -> float:
-    """Return exp of minus the mean over tokens; at most exp(700), where one has probability 0."""
-    return float(np.exp(min(700.0, -np.mean(log_p, dtype=np.float64))))
+    """Return the perplexity of log-probabilities (n,)."""
+    return dnc_gpt2.perplexity(-float(np.mean(log_p, dtype=np.float64)))
 
 
 def knn_columns(store: Datastore, queries: np.ndarray, targets: np.ndarray, grid: Grid
@@ -636,9 +649,9 @@ def write_targets(config: Config, store: Datastore, manifest: dict, count: int
     made = sha(manifest["identity"], manifest["index_sha256"], settings["tau"], settings["k"],
                width, config.rerank, config.nprobe)
     paths = [config.folder / "targets_tokens.npy", config.folder / "targets_weights.npy"]
-    old = manifest.get("targets", {"made": None, "count": 0})
-    covers = old["made"] == made and old["count"] >= count
-    if not covers or not all(path.is_file() for path in paths):
+    try:
+        return map_targets(paths, manifest.get("targets", {}), made, count, width)
+    except (ValueError, FileNotFoundError):  # missing, altered, too few or of other settings
         parts = [path.with_name(path.name + ".part") for path in paths]
         tokens = open_part(parts[0], (count, width), "int32")
         weights = open_part(parts[1], (count, width), "float16")
@@ -647,10 +660,25 @@ def write_targets(config: Config, store: Datastore, manifest: dict, count: int
             with growing(path):
                 array.flush()
             os.replace(part, path)
-        manifest["targets"] = {"made": made, "count": count}
+        digests = [file_sha(path) for path in paths]
+        manifest["targets"] = {"made": made, "count": count, "sha256": digests}
         save_manifest(config, manifest)
-    tokens, weights = (np.load(path, mmap_mode="r", allow_pickle=False) for path in paths)
-    return tokens, weights
+        return map_targets(paths, manifest["targets"], made, count, width)
+
+
+def map_targets(paths: list[Path], made_of: dict, made: str, count: int, width: int
+                ) -> tuple[np.ndarray, np.ndarray]:
+    """Map targets that are on disk. Raises ValueError or FileNotFoundError where there are none of
+    these settings, or not what the manifest says."""
+    with reading(paths[0], "train again"):
+        whole = made_of["count"]
+        if made_of["made"] != made or whole < count:
+            raise ValueError("of other settings")
+        digests = made_of.get("sha256", [None, None])  # older ones have none
+    arrays = []
+    for path, dtype, digest in zip(paths, ("int32", "float16"), digests, strict=True):
+        arrays.append(map_array(path, (whole, width), dtype, digest, "train again"))
+    return arrays[0], arrays[1]
 
 
 # ══ Training: one loop for the decoders, the plain distillation and the fine-tuned base ══════════
@@ -871,9 +899,11 @@ def load_systems(config: Config, base: Base, domain: Domain) -> tuple[dict, Syst
                 for arm in config.arm_list if arm != "finetuned"}
     finetuned = None
     if "finetuned" in config.arm_list:
-        payload = load_trained(arm_path(config, "finetuned"), manifest)
+        path = arm_path(config, "finetuned")
+        payload = load_trained(path, manifest)
         model = copy.deepcopy(base.model)
-        model.load_state_dict(payload["model_state_dict"])
+        with reading(path, "train again: python memory_decoder.py train"):
+            model.load_state_dict(payload["model_state_dict"])
         finetuned = dataclasses.replace(base, model=model)
     return manifest, Systems(decoders, finetuned, store)
 

@@ -26,9 +26,11 @@ from torch import nn
 # isort: off
 from dnc_gpt2 import (
     # checks
+    check_memory,
     require,
     # files
     load_tensors,
+    reading,
 )
 # isort: on
 from datastore import (
@@ -205,16 +207,32 @@ def load_trained(path: Path, manifest: dict) -> dict:
 def load_decoder(path: Path, base: Base, manifest: dict) -> Decoder:
     """Load a trained decoder. Raises ValueError with one line."""
     payload = load_trained(path, manifest)
-    try:
+    with reading(path, "train again"):
         sizes = payload["sizes"]
         same_width = sizes["kind"] == "tokens" or sizes["key_width"] == base.width
         fits = sizes["vocab"] == base.vocab and same_width
+        require(fits, "file", str(path), "a decoder for this base; train again")
+        check_memory(decoder_bytes(sizes), "decoder_dim, decoder_layers or decoder_reach")
         decoder = Decoder(**sizes)
         decoder.load_state_dict(payload["model_state_dict"])
-    except (KeyError, TypeError, RuntimeError):
-        fits = False
-    require(fits, "file", str(path), "a decoder for this base; train again")
-    return decoder.to(base.device).ready()
+        return decoder.to(base.device).ready()
+
+
+def decoder_bytes(sizes: dict) -> float:
+    """The least bytes that the weights of a decoder of these sizes and its attention bias take."""
+    width, reach = sizes["width"], sizes["reach"]
+    weights = 12 * sizes["layers"] * width**2 + width * (sizes["vocab"] + sizes["key_width"])
+    return 4 * (weights + 2 * sizes["heads"] * reach**2) + 50_000 * sizes["layers"]
+
+
+def check_settings(settings: dict) -> None:
+    """Raise ValueError, TypeError or KeyError where tuned settings are not the numbers they are."""
+    both = settings["both"]
+    shares = (settings["alpha"], settings["lambda"], both["alpha"], both["lambda"])
+    if not all(0 <= share <= 1 for share in shares) or not 0 < settings["tau"] < math.inf:
+        raise ValueError("shares out of range")
+    if not 1 <= settings["k"] < 2**31 or settings.get("mixing") not in ("probability", "logits"):
+        raise ValueError("no number of neighbours, or no mixing")
 
 
 # ══ One model for many users ═════════════════════════════════════════════════════════════════════
@@ -250,7 +268,10 @@ class MemoryLM:
             raise FileNotFoundError(f"{folder / MANIFEST}: holds no tuned settings; make them with "
                                     "python memory_decoder.py train, then tune")
         where = manifest["base"] if base == "auto" else base
-        model = load_base(where, manifest["config"]["window"], manifest["key"])
+        with reading(folder / MANIFEST, "run python memory_decoder.py tune again"):
+            check_settings(settings)
+            window = int(manifest["config"]["window"])
+        model = load_base(where, window, manifest["key"])
         check_manifest(folder, model, manifest)
         return MemoryLM(
             name=f"{Path(where).stem} + {manifest['domain']}",

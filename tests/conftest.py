@@ -197,3 +197,33 @@ def error_line(captured_err: str) -> str:
     assert lines and lines[-1].startswith("error: "), captured_err
     assert sum(line.startswith("error: ") for line in lines) == 1, captured_err
     return lines[-1]
+
+
+# ── counts of the fault suite ────────────────────────────────────────────────────────────────────
+@pytest.fixture
+def fault(request):
+    """fault(kind, survived) counts a try; the counts are printed when all tests are done."""
+
+    def count(kind: str, survived: bool) -> None:
+        request.node.user_properties.append(("fault", [kind, bool(survived)]))
+        assert survived, kind
+
+    return count
+
+
+def pytest_terminal_summary(terminalreporter) -> None:
+    """Print tried and survived of every kind of fault, from whatever worker."""
+    counts: dict[str, list[int]] = {}
+    for reports in terminalreporter.stats.values():
+        for report in reports:
+            if getattr(report, "when", "") != "call":
+                continue
+            for name, value in report.user_properties:
+                if name == "fault":
+                    row = counts.setdefault(value[0], [0, 0])
+                    row[0] += 1
+                    row[1] += value[1]
+    if counts:
+        terminalreporter.section("faults: tried, survived")
+        for kind, (tried, survived) in sorted(counts.items()):
+            terminalreporter.write_line(f"{kind:<44} {tried:>6,} {survived:>6,}")

@@ -45,6 +45,7 @@ VOLATILE = {
     "seconds", "tokens_per_s", "peak_mb", "ms_per_token", "train_seconds", "memory_bytes",
     "training_tokens_per_s", "about", "config", "id", "device", "torch", "versions", "command",
     "source", "run", "index_sha256",
+    "sha256", "keys_sha256", "values_sha256",  # of a file, or of bytes whose digest stands here
 }
 
 

@@ -429,4 +429,5 @@ def test_generate_goes_on_with_its_notebook(finished, edm_tokenizer, monkeypatch
     assert config.count("edm_model.EDM") == 2
     (saved / "config.json").write_text(config.replace("edm_model.EDM", "edm_gpt2.EDM"))
     (saved / "edm_model.py").rename(saved / "edm_gpt2.py")
+    (saved / eg.SUMS).unlink()
     assert eg.main(argv) == 0

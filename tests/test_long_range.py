@@ -1018,9 +1018,9 @@ def jobs_run(monkeypatch) -> list:
 
 
 def files(folder: Path) -> dict[str, tuple]:
-    """Every file below a folder, with its content and time."""
+    """Every file below a folder but locks, with its content and time."""
     return {str(path.relative_to(folder)): (path.read_bytes(), path.stat().st_mtime_ns)
-            for path in folder.rglob("*") if path.is_file()}
+            for path in folder.rglob("*") if path.is_file() and path.name[0] != "."}
 
 
 def results_of(config: lr.Config) -> dict:
