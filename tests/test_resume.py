@@ -104,7 +104,7 @@ def test_finished_run_leaves_its_checkpoints_measurements_and_pictures(finished)
     assert {path.name for path in finished.save_dir.glob("*.pt")} == expected | set(FINALS.values())
     pictures = "training_curves.png", "memory_trace.png", "where_memory_helps.png"
     assert {path.name for path in finished.plot_dir.iterdir()} == {
-        *pictures, "metrics.jsonl", "report.md", "results.json"}
+        *pictures, ".dnc_gpt2.lock", "metrics.jsonl", "report.md", "results.json"}
     for name in pictures:
         content = (finished.plot_dir / name).read_bytes()
         assert content.startswith(b"\x89PNG") and len(content) > 10_000
