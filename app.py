@@ -48,6 +48,7 @@ from memory_lm import MESSAGE_LIMIT, MemoryLM, Neighbour, Sampling, Step, chat_i
 
 MODES = {"base": "base", "knn": "kNN-LM", "decoder": "memory decoder", "both": "both"}
 MAX_TURNS = 100  # of one conversation: what one visitor can make the server remember
+MAX_SESSIONS = 500  # conversations that the server keeps; the one not used longest is forgotten
 MAX_ROWS = 60  # changed tokens listed under an answer; the text marks all of them
 MAX_REQUEST = 2**22  # bytes; the longest message is far below
 LOG_LINE = 300  # characters of a line on stderr, whoever wrote what is in it
@@ -604,6 +605,7 @@ def serve(blocks, config: Config) -> str:
         css=STYLE.read_text(encoding="utf-8"), theme=theme, footer_links=[],
         share=False, run_history=False, ssr_mode=False, mcp_server=False, pwa=False,
         inbrowser=False, enable_monitoring=False, max_file_size=1, max_threads=40,
+        state_session_capacity=MAX_SESSIONS,
         app_kwargs={"middleware": [Middleware(Guard)]})
     return address
 
