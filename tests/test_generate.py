@@ -276,8 +276,9 @@ def test_trainer_takes_a_step_in_float32_and_bf16_generates(tmp_path):
 
 
 def test_trainer_takes_a_step_on_a_notebook(edm_base, tmp_path):
-    import edm_gpt2
     import edm_oracle
+
+    import edm_gpt2
 
     model = edm_gpt2.build_model(edm_base, edm_oracle.edm_config(), "edm", 0)
     train_one_step(model, tmp_path)
