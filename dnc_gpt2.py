@@ -889,7 +889,8 @@ def add_gradients(run: Run, forward: nn.Module, tokens: Tensor) -> tuple[Tensor,
         at = slice(number * len(some), (number + 1) * len(some))
         sampled = None if positions is None else positions[at]
         with gradients_stay(forward, number < parts - 1):
-            output = forward(some[:, :-1], some[:, 1:], rows_of(run.state, at), sampled)
+            before = run.state if parts == 1 else rows_of(run.state, at)
+            output = forward(some[:, :-1], some[:, 1:], before, sampled)
             loss = total_loss(output, sampled, run.config) / parts
             loss.backward()
         means.append(step_means(output, loss * parts))
