@@ -5,9 +5,11 @@ that the server speaks to no other machine.
 
 from __future__ import annotations
 
+import asyncio
 import concurrent.futures
 import contextlib
 import importlib.util
+import io
 import itertools
 import os
 import re
@@ -16,6 +18,7 @@ import socket
 import subprocess
 import sys
 import time
+import traceback
 import urllib.error
 import urllib.request
 from html.parser import HTMLParser
@@ -375,6 +378,43 @@ def test_server_limits_requests_and_names_no_other_machine(lm):
         with pytest.raises((urllib.error.HTTPError, urllib.error.URLError, OSError)) as refused:
             urllib.request.urlopen(huge)
         assert getattr(refused.value, "code", 413) == 413
+
+
+@pytest.mark.parametrize("headers", [[], [(b"content-length", b"10")], [(b"content-length", b"x")]])
+def test_request_is_refused_when_too_much_of_it_has_arrived(headers):
+    """Whatever its header says; and what the page makes of the rest is not sent."""
+    sent, read = [], []
+
+    async def endless():
+        read.append(2**20)
+        return {"type": "http.request", "body": bytes(2**20), "more_body": True}
+
+    async def send(message):
+        sent.append(message)
+
+    async def page(scope, receive, send):
+        while (await receive())["type"] != "http.disconnect":
+            pass
+        await send({"type": "http.response.start", "status": 200})
+        raise ValueError("half a request")
+
+    asyncio.run(app.Guard(page)({"type": "http", "headers": headers}, endless, send))
+    assert sent[0]["status"] == 413 and sum(read) <= app.MAX_REQUEST + 2**20
+    assert [message["type"] for message in sent] == ["http.response.start", "http.response.body"]
+
+
+def test_log_is_one_cut_line_whoever_wrote_it():
+    stream = io.StringIO()
+    log = app.Log(stream)
+    try:
+        raise ValueError("x" * 4_000_000 + "\x1b[31m\n" + "y" * 1000)
+    except ValueError:
+        traceback.print_exc(file=log)
+    print("a line", file=log)
+    lines = stream.getvalue().splitlines()
+    assert lines[0].startswith("failed: ValueError: xxx") and lines[-1] == "a line"
+    assert len(lines) == 3 and all(len(line) <= app.LOG_LINE + 2 for line in lines)
+    assert "Traceback" not in stream.getvalue() and "\x1b" not in stream.getvalue()
 
 
 # ── the command ──────────────────────────────────────────────────────────────────────────────────

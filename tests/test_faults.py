@@ -720,6 +720,47 @@ def test_size_that_cannot_be_had_is_refused_before_it_is_built(fields, data_fold
     assert ended.code == 2 and list(fields)[0] in ended.told, ended.said
 
 
+class Vocabulary(dict):
+    """A tokenizer of these tokens."""
+
+    def get_vocab(self) -> dict:
+        return self
+
+
+def test_tokenizer_whose_ids_lie_far_apart_is_refused():
+    assert dnc_gpt2.vocabulary_size(Vocabulary(a=0, b=1, padded=900)) == 901
+    with pytest.raises(ValueError, match="the largest is 20,000,000"):
+        dnc_gpt2.vocabulary_size(Vocabulary(a=0, b=20_000_000))
+
+
+def test_code_of_a_folder_is_never_run_whatever_the_terminal_says(tmp_path, monkeypatch):
+    folder = tmp_path / "code"
+    folder.mkdir()
+    (folder / "evil.py").write_text(f"open({str(tmp_path / 'PWNED')!r}, 'w')")
+    classes = {"AutoConfig": "evil.A", "AutoTokenizer": ["evil.B", None],
+               "AutoModelForCausalLM": "evil.C"}
+    for name in ("config.json", "tokenizer_config.json"):
+        (folder / name).write_text(json.dumps({"model_type": "evil", "auto_map": classes,
+                                               "tokenizer_class": "B"}))
+    monkeypatch.setattr("builtins.input", lambda *_: "y")
+    monkeypatch.setattr(sys, "stdin", io.StringIO("y\n" * 9))
+    for use in (dnc_gpt2.load_tokenizer, ds.foreign_base,
+                lambda name: edm_gpt2.base_of_model(name, edm_gpt2.Config()),
+                lambda name: dnc_gpt2.controller_config(dnc_gpt2.Config(init_from=name), 9)):
+        with pytest.raises(ValueError, match="code of its own to be run, which is never done"):
+            use(str(folder))
+    assert not (tmp_path / "PWNED").exists()
+
+
+def test_pipe_and_device_in_a_folder_of_texts_are_left_out(tmp_path, capsys):
+    for number in range(30):
+        (tmp_path / f"{number}.txt").write_text(f"text {number}")
+    os.mkfifo(tmp_path / "pipe.txt")
+    os.symlink("/dev/zero", tmp_path / "zero.txt")
+    assert sum(map(len, memory_decoder.folder_domain(str(tmp_path)).values())) == 30
+    assert capsys.readouterr().out.count("is no regular file; left out") == 2
+
+
 # ── two at once, and data that changed ───────────────────────────────────────────────────────────
 @by_command()
 def test_second_run_in_a_folder_is_refused(name, count, jobs, tmp_path, fault):
