@@ -15,6 +15,7 @@ import json
 import statistics
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -40,11 +41,12 @@ MODELS = {
 class Clock(BaseStreamer):
     """When each token came; the first call is the prompt's."""
 
-    def __init__(self) -> None:
+    def __init__(self, now: Callable[[], float]) -> None:
+        self.now = now
         self.times: list[float] = []
 
     def put(self, value: torch.Tensor) -> None:
-        self.times.append(time.perf_counter())
+        self.times.append(self.now())
 
     def end(self) -> None:
         pass
@@ -57,10 +59,10 @@ def build(size: str, fields: dict, device: str) -> DNCGPT2ForCausalLM:
     return DNCGPT2ForCausalLM(DNCGPT2Config(base=base, **fields)).eval().to(device)
 
 
-def run(model: DNCGPT2ForCausalLM, tokens: int) -> list[float]:
+def run(model: DNCGPT2ForCausalLM, tokens: int, now: Callable[[], float]) -> list[float]:
     """Seconds of every token but the first, which waits for the prompt."""
     prompt = torch.arange(1, 17, device=model.device).unsqueeze(0)
-    clock = Clock()
+    clock = Clock(now)
     model.generate(prompt, max_new_tokens=tokens, do_sample=False, pad_token_id=0, streamer=clock,
                    attention_mask=torch.ones_like(prompt))
     times = clock.times[1:]
@@ -74,20 +76,23 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--size", choices=SIZES, default="card")
     parser.add_argument("--tokens", type=int, default=2000)
     parser.add_argument("--rounds", type=int, default=1)
+    parser.add_argument("--cpu_time", action="store_true",
+                        help="seconds of the CPU: for one thread beside other work")
     parser.add_argument("--json", default="")
     args = parser.parse_args(argv)
 
+    now = time.process_time if args.cpu_time else time.perf_counter
     device = "cuda" if torch.cuda.is_available() else "cpu"
     models = {name: build(args.size, fields, device) for name, fields in MODELS.items()}
     rounds = {name: [] for name in models}
     for model in models.values():
-        run(model, 8)  # warm-up
+        run(model, 8, now)  # warm-up
     for _ in range(args.rounds):
         for name, model in models.items():
-            rounds[name].append(run(model, args.tokens))
+            rounds[name].append(run(model, args.tokens, now))
 
     print(f"{args.size}, {args.tokens} tokens, {device}, {torch.get_num_threads()} threads, "
-          f"float32, torch {torch.__version__}")
+          f"float32, torch {torch.__version__}" + (", CPU time" if args.cpu_time else ""))
     print(f"{'':<12}{'parameters':>14}{'tokens/s':>10}{'of baseline':>13}   tokens/s by quarter")
     report = {}
     for name, of_model in rounds.items():
