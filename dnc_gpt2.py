@@ -4023,6 +4023,16 @@ def rates_of(text: str) -> bool:
     return len(set(rates)) == len(rates) and all(0 < rate < math.inf for rate in rates)
 
 
+@functools.cache
+def without_rules(cls: type) -> type:
+    """A Config class whose rules do not run inside tyro, so that what they say stays one line. One
+    for each: tyro reads the comments of the fields anew for every class."""
+    # It says it is of the class's own file, where tyro looks for those comments.
+    members = {"__doc__": cls.__doc__, "__module__": cls.__module__,
+               "__post_init__": lambda self: None}
+    return type(cls.__name__, (cls,), members)
+
+
 def read_config(cls: type, argv: list[str], description: str, preset: dict | None = None):
     """Read `--name value` words over `preset` over the defaults of the Config class `cls`.
 
@@ -4032,11 +4042,7 @@ def read_config(cls: type, argv: list[str], description: str, preset: dict | Non
     """
     import tyro
 
-    # The rules of the class run below, outside tyro, so that what they say stays one line.
-    # It says it is of the class's own file, where tyro looks for the comments of the fields.
-    members = {"__doc__": cls.__doc__, "__module__": cls.__module__,
-               "__post_init__": lambda self: None}
-    unchecked = type(cls.__name__, (cls,), members)
+    unchecked = without_rules(cls)
     box = io.StringIO()
     try:
         with contextlib.redirect_stderr(box):

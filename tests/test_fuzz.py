@@ -83,8 +83,11 @@ def hold(count: int):
                     suppress_health_check=list(HealthCheck))
 
 
-@cases(8, 400)
-@pytest.mark.parametrize("script", SCRIPTS)
+# The parser reads the source of dnc_gpt2.py a dozen times for a line: a second each.
+@pytest.mark.parametrize("script, count", [
+    ("app", 6), ("memory_decoder", 6),
+    *(pytest.param(script, count, marks=pytest.mark.faults, id=f"{script}-whole") for script, count
+      in zip(SCRIPTS, (100, 100, 100, 400, 400), strict=True))])
 def test_any_command_line_is_taken_or_refused_in_one_line(script, count, up_to_work, capfd, fault):
     module = importlib.import_module(script)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -110,7 +113,7 @@ ANYTHING = st.one_of(
     st.sampled_from(["9" * 5000, 10**400, -10**400, 1e308, "auto", b"x", [], {}]), NUMBERS, WORDS)
 
 
-@cases(60, 1600)
+@cases(60, 1800)
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_any_config_is_taken_or_refused_with_one_line(script, count, fault):
     module = importlib.import_module(script)
