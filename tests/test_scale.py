@@ -117,6 +117,7 @@ def ranks_of(process: subprocess.Popen) -> dict[int, int]:
     return found
 
 
+@pytest.mark.faults
 @pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="finds ranks in /proc")
 @pytest.mark.parametrize("killed", [0, 1])
 def test_a_killed_rank_stops_the_other_and_a_restart_goes_on(killed, texts, two_ranks, tmp_path):
