@@ -531,8 +531,10 @@ def add_keys(index, keys: np.ndarray, begin: int, end: int) -> None:
 
 def write_index(index, path: Path) -> None:
     """Write an index whole or not at all. Raises ValueError."""
-    with whole_file(path) as temporary:
-        import_faiss().write_index(index, str(temporary))
+    faiss = import_faiss()
+    # Through Python: faiss itself only warns where the last block does not fit on the disk.
+    with whole_file(path) as temporary, open(temporary, "wb") as file:
+        faiss.write_index(index, faiss.PyCallbackIOWriter(file.write))
 
 
 def build_index(folder: Path, wanted: str, count: int) -> str:
@@ -573,7 +575,8 @@ def commit_build(job: Build, kind: str) -> None:
     finds the files that it describes."""
     (job.folder / MANIFEST).unlink(missing_ok=True)
     for name in (KEYS, VALUES, INDEX):
-        os.replace(job.folder / f"{name}.part", job.folder / name)
+        with growing(job.folder / name) as path:
+            os.replace(job.folder / f"{name}.part", path)
     description = job.describe()
     manifest = description | {
         "identity": identity_hash(description), "index": kind,

@@ -3900,7 +3900,8 @@ def export_model(trained: Trained, folder: Path, config: Config) -> None:
         save_file(whole, temporary, metadata={"format": "pt"})
     write_json(settings | ends, folder / "config.json")
     write_json(ends, folder / "generation_config.json")
-    tokenizer.save_pretrained(folder)
+    with growing(folder):
+        tokenizer.save_pretrained(folder)
     write_text(standalone_source(code), folder / "dnc_model.py")
     write_text(model_card(trained, config), folder / "README.md")
     print(f"wrote {folder}/: load it with AutoModelForCausalLM.from_pretrained({str(folder)!r}, "
@@ -3953,7 +3954,7 @@ def misfit(value: object, hint: object) -> str:
     if hint is int and fits and abs(value) >= 2**63:
         return TOO_LARGE
     if hint is float:
-        fits = type(value) in (int, float) and math.isfinite(value)
+        fits = type(value) in (int, float) and abs(value) <= sys.float_info.max  # NaN is not
     words = {bool: "True or False", int: "a whole number", float: "a finite number", str: "text"}
     return "" if fits else words[hint]
 
@@ -4296,7 +4297,7 @@ def whole_file(path: Path, remedy: str = "free some space, or name another folde
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:  # torch and faiss report a full disk as RuntimeError
+    except Exception as error:  # each library reports a full disk in a class of its own
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
         raise ValueError(f"{path}: cannot be written ({error}); {remedy}") from None
@@ -4304,10 +4305,13 @@ def whole_file(path: Path, remedy: str = "free some space, or name another folde
 
 @contextlib.contextmanager
 def growing(path: Path) -> Iterator[Path]:
-    """Write to a file that grows: a full disk becomes one line, and what is there stays."""
+    """Write to a file that grows, or let a library write to a folder: a full disk becomes one line,
+    and what is there stays."""
     try:
         yield path
-    except (OSError, RuntimeError) as error:
+    except Refused:
+        raise
+    except Exception as error:
         reason = getattr(error, "strerror", None) or error
         raise ValueError(f"{path}: cannot be written ({reason}); free some space, then run the "
                          "same command again") from None

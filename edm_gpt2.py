@@ -50,8 +50,8 @@ from dnc_gpt2 import (
     # the shell of a command, and its device
     Diverged, StopSignal, local_device, print_any_character, read_config, run_command,
     # files
-    check_file, check_folder, file_sha, load_tensors, locked, reading, save_tensors, write_json,
-    write_text,
+    check_file, check_folder, file_sha, growing, load_tensors, locked, reading, save_tensors,
+    write_json, write_text,
     # the base
     load_checkpoint, newest_baselines, train_baseline,
     # what a reader is told
@@ -832,8 +832,6 @@ def save_model(model: EDMGPT2ForCausalLM, base: Base, folder: Path) -> None:
     """Write a folder that from_pretrained and AutoModelForCausalLM load, without this repository:
     weights, configuration, tokenizer, code and SUMS. In generation the window leaves by halves.
     Raises ValueError where it cannot be written; what was there is then as it was."""
-    from safetensors import SafetensorError
-
     new = folder / NEW
 
     blocks = model.config.stride
@@ -845,17 +843,17 @@ def save_model(model: EDMGPT2ForCausalLM, base: Base, folder: Path) -> None:
     transformers.utils.logging.disable_progress_bar()
     tokenizer = give_end_token(model, base)
     try:
-        shutil.rmtree(new, ignore_errors=True)  # of a run that was killed
-        model.save_pretrained(new)
-        tokenizer.save_pretrained(new)
-        write_text(standalone_source(Path(edm_model.__file__)), new / "edm_model.py")
-        sums = [f"{file_sha(path)}  {path.name}\n" for path in sorted(new.iterdir())]
-        write_text("".join(sums), new / SUMS)
-        finish_save(folder)
-    except (OSError, SafetensorError, ValueError) as error:
-        shutil.rmtree(new, ignore_errors=True)
-        raise ValueError(f"save_dir = {str(folder)!r}: cannot be written ({error}); free some "
-                         "space, or name another folder") from None
+        with growing(folder):
+            shutil.rmtree(new, ignore_errors=True)  # of a run that was killed
+            model.save_pretrained(new)
+            tokenizer.save_pretrained(new)
+            write_text(standalone_source(Path(edm_model.__file__)), new / "edm_model.py")
+            sums = [f"{file_sha(path)}  {path.name}\n" for path in sorted(new.iterdir())]
+            write_text("".join(sums), new / SUMS)
+            finish_save(folder)
+    finally:
+        if not (new / SUMS).is_file():  # else the next reader moves the rest
+            shutil.rmtree(new, ignore_errors=True)
     model.config.stride = blocks
 
 
@@ -1018,7 +1016,8 @@ def generate(config: Config) -> None:
 def load_text(base: Base, config: Config) -> dnc_gpt2.Corpus:
     """The corpus in tokens of the base."""
     with tempfile.TemporaryDirectory() as folder:
-        PreTrainedTokenizerFast(tokenizer_object=base.tokenizer).save_pretrained(folder)
+        with growing(Path(folder)):
+            PreTrainedTokenizerFast(tokenizer_object=base.tokenizer).save_pretrained(folder)
         corpus = load_corpus(dnc_gpt2.Config(
             dataset=config.dataset, tokenizer=folder, batch_size=config.batch_size,
             bptt_segments=config.bptt_segments, seq_len=config.window, eval_rows=config.eval_rows))

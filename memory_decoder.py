@@ -659,7 +659,7 @@ def write_targets(config: Config, store: Datastore, manifest: dict, count: int
         for array, part, path in zip((tokens, weights), parts, paths, strict=True):
             with growing(path):
                 array.flush()
-            os.replace(part, path)
+                os.replace(part, path)
         digests = [file_sha(path) for path in paths]
         manifest["targets"] = {"made": made, "count": count, "sha256": digests}
         save_manifest(config, manifest)
