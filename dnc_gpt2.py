@@ -3898,8 +3898,8 @@ def export_model(trained: Trained, folder: Path, config: Config) -> None:
     with whole_file(folder / "model.safetensors") as temporary:
         whole = {name: tensor.contiguous() for name, tensor in weights.items()}
         save_file(whole, temporary, metadata={"format": "pt"})
-    write_json(settings | ends, folder / "config.json")
-    write_json(ends, folder / "generation_config.json")
+    write_text(json.dumps(settings | ends, indent=1), folder / "config.json")
+    write_text(json.dumps(ends, indent=1), folder / "generation_config.json")
     with growing(folder):
         tokenizer.save_pretrained(folder)
     write_text(standalone_source(code), folder / "dnc_model.py")
