@@ -4328,7 +4328,8 @@ SEALED = "sha256"  # the key of a JSON file under which the digest of all the ot
 
 def write_json(content: dict, path: Path) -> None:
     """Write a JSON file whole or not at all, with a digest of what it says."""
-    text = json.dumps(content, indent=1)
+    content = {name: value for name, value in content.items() if name != SEALED}  # an older one's
+    text = json.dumps(content)
     digest = hashlib.sha256(json.dumps(json.loads(text)).encode()).hexdigest()
     write_text(json.dumps(content | {SEALED: digest}, indent=1), path)
 
