@@ -2705,10 +2705,9 @@ def read_on(model: nn.Module, tokens: Tensor, counts: Tensor, state: Reading, st
         places.append(place)
         unread = unread - take
 
-    joined = []
-    for of_all in zip(*parts, strict=True):
-        joined.append(join_passes(of_all, places, tokens.shape[1]))
-    h, h_out, *fields = joined
+    if not parts:
+        raise ValueError("no token to read: every one is padding")
+    h, h_out, *fields = join_all(parts, places, counts, tokens.shape[1])
     return h, h_out, state, type(trace)(*fields) if fields else None
 
 
@@ -2722,6 +2721,17 @@ def next_tokens(tokens: Tensor, done: Tensor, take: Tensor) -> tuple[Tensor, Ten
     place = place.masked_fill(is_none, tokens.shape[1])
     padded = F.pad(tokens, (0, 1))
     return place, padded.gather(1, place)
+
+
+def join_all(parts: list[tuple], places: list[Tensor], counts: Tensor, length: int
+             ) -> list[Tensor] | tuple:
+    """`join_passes` of each kind of part; one pass over rows that are full is its own result."""
+    if len(parts) == 1 and bool((counts == length).all()):
+        return parts[0]
+    joined = []
+    for of_all in zip(*parts, strict=True):
+        joined.append(join_passes(of_all, places, length))
+    return joined
 
 
 def join_passes(parts: Iterable[Tensor], places: list[Tensor], length: int) -> Tensor:

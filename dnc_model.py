@@ -54,13 +54,23 @@ class StateCache:
             self.state = map_state(lambda x: x.index_select(0, index), self.state)
 
 
-def unread_inputs(input_ids: Tensor, attention_mask: Tensor | None, kwargs: dict) -> dict:
-    """What prepare_inputs_for_generation returns: the columns that the cache has not seen, of all,
-    which generate() hands over."""
-    cache = kwargs.get(CACHE)
-    seen = 0 if cache is None else cache.get_seq_length()
-    return {"input_ids": input_ids[:, seen:], "attention_mask": attention_mask, CACHE: cache,
-            "use_cache": True, "logits_to_keep": 1}
+class StatefulCausalLM(PreTrainedModel, GenerationMixin):
+    """A model whose forward takes and returns a StateCache."""
+    main_input_name = "input_ids"
+    accepts_loss_kwargs = False  # Trainer then divides by the batches that it accumulates
+
+    @classmethod
+    def _supports_default_dynamic_cache(cls) -> bool:
+        return False  # forward makes its own
+
+    def prepare_inputs_for_generation(self, input_ids: Tensor,
+                                      attention_mask: Tensor | None = None,
+                                      **kwargs: object) -> dict:
+        """The columns that the cache has not seen, of all, which generate() hands over."""
+        cache = kwargs.get(CACHE)
+        seen = 0 if cache is None else cache.get_seq_length()
+        return {"input_ids": input_ids[:, seen:], "attention_mask": attention_mask, CACHE: cache,
+                "use_cache": True, "logits_to_keep": 1}
 
 
 def refuse_unused(kwargs: dict, name: str) -> None:
@@ -172,7 +182,7 @@ class DNCGPT2Config(PretrainedConfig):
 
 
 # ══ Model ════════════════════════════════════════════════════════════════════════════════════════
-class DNCGPT2ForCausalLM(PreTrainedModel, GenerationMixin):
+class DNCGPT2ForCausalLM(StatefulCausalLM):
     """GPT2Model, the memory over its last hidden states, the head tied to the embedding.
 
     When the window is full its first `stride` tokens leave it and the rest is encoded again; the
@@ -181,8 +191,6 @@ class DNCGPT2ForCausalLM(PreTrainedModel, GenerationMixin):
     """
     config_class = DNCGPT2Config
     base_model_prefix = "controller"
-    main_input_name = "input_ids"
-    accepts_loss_kwargs = False  # Trainer then divides by the batches that it accumulates
 
     def __init__(self, config: DNCGPT2Config) -> None:
         super().__init__(config)
@@ -201,6 +209,17 @@ class DNCGPT2ForCausalLM(PreTrainedModel, GenerationMixin):
         model = cls(DNCGPT2Config(base=base, **{"pointer_gate": True} | fields))
         model.controller.load_state_dict(controller.state_dict())
         return model
+
+    @classmethod
+    def from_pretrained(cls, *args: object, output_loading_info: bool = False, **kwargs: object):
+        """As PreTrainedModel's; what a file lacks, such as a memory that is new, starts as in a
+        model that was built."""
+        model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
+        if info["missing_keys"]:
+            fresh, own = cls(model.config).state_dict(), model.state_dict()
+            for name in info["missing_keys"]:
+                own[name].copy_(fresh[name])
+        return (model, info) if output_loading_info else model
 
     def _init_weights(self, module: nn.Module) -> None:
         """Leave parameters as they were built: the memory's first values are chosen ones."""
@@ -227,10 +246,6 @@ class DNCGPT2ForCausalLM(PreTrainedModel, GenerationMixin):
         embedding = super().resize_token_embeddings(*args, **kwargs)
         self.config.base = self.config.base | {"vocab_size": self.config.vocab_size}
         return embedding
-
-    @classmethod
-    def _supports_default_dynamic_cache(cls) -> bool:
-        return False  # forward makes its own
 
     def init_state(self, rows: int) -> tuple | None:
         """The memory's state of rows that have read nothing."""
@@ -299,12 +314,6 @@ class DNCGPT2ForCausalLM(PreTrainedModel, GenerationMixin):
             alone = next_token_loss(h[kept] @ weight.T, labels)
             loss = loss + self.config.lambda_vocabulary * alone
         return CausalLMOutputWithPast(loss=loss, logits=logits, **{CACHE: cache})
-
-    def prepare_inputs_for_generation(self, input_ids: Tensor,
-                                      attention_mask: Tensor | None = None,
-                                      **kwargs: object) -> dict:
-        """The columns that the cache has not seen."""
-        return unread_inputs(input_ids, attention_mask, kwargs)
 
 
 def rows_at(x: Tensor, index: Tensor) -> Tensor:

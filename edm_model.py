@@ -21,7 +21,7 @@ from typing import Literal, NamedTuple, get_args
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import GenerationMixin, GPT2Config, GPT2Model, PretrainedConfig, PreTrainedModel
+from transformers import GPT2Config, GPT2Model, PretrainedConfig
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.pytorch_utils import Conv1D
 
@@ -30,11 +30,11 @@ from dnc_model import (
     CACHE,
     TINY_BASE,
     StateCache,
+    StatefulCausalLM,
     head_logits,
     next_token_loss,
     open_from_zero,
     refuse_unused,
-    unread_inputs,
 )
 
 Eviction = Literal["fifo", "lru", "usage"]  # what makes room when every slot is taken
@@ -734,7 +734,7 @@ def dequantize(transformer: nn.Module) -> None:
 
 
 # ══ Model ════════════════════════════════════════════════════════════════════════════════════════
-class EDMGPT2ForCausalLM(PreTrainedModel, GenerationMixin):
+class EDMGPT2ForCausalLM(StatefulCausalLM):
     """tokens, embeddings, early memory, GPT-2 up to read_layer, notebook, GPT-2, late memory, head.
 
     When the window is full its first `stride` tokens leave it, into the memories, and the rest is
@@ -743,8 +743,6 @@ class EDMGPT2ForCausalLM(PreTrainedModel, GenerationMixin):
     """
     config_class = EDMGPT2Config
     base_model_prefix = "transformer"
-    main_input_name = "input_ids"
-    accepts_loss_kwargs = False  # Trainer then divides by the batches that it accumulates
 
     def __init__(self, config: EDMGPT2Config) -> None:
         super().__init__(config)
@@ -821,10 +819,6 @@ class EDMGPT2ForCausalLM(PreTrainedModel, GenerationMixin):
             module.reset_parameters()
         elif isinstance(module, (EDM, RecurrentMemory)):
             module.reset_own()
-
-    @classmethod
-    def _supports_default_dynamic_cache(cls) -> bool:
-        return False  # forward makes its own
 
     # ── state ──
     def init_state(self, batch: int) -> EDMGPT2State:
@@ -1102,12 +1096,6 @@ class EDMGPT2ForCausalLM(PreTrainedModel, GenerationMixin):
         if labels is not None:
             loss = next_token_loss(logits, labels)
         return CausalLMOutputWithPast(loss=loss, logits=logits, **{CACHE: cache})
-
-    def prepare_inputs_for_generation(self, input_ids: Tensor,
-                                      attention_mask: Tensor | None = None,
-                                      **kwargs: object) -> dict:
-        """The columns that the cache has not seen."""
-        return unread_inputs(input_ids, attention_mask, kwargs)
 
 
 # ══ A memory in a file ═══════════════════════════════════════════════════════════════════════════

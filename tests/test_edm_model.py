@@ -849,7 +849,7 @@ def test_qlora_stays_in_four_bits_when_saving_fails(adapted, tmp_path, monkeypat
     def fail(*args, **kwargs):
         raise OSError("no space left")
 
-    monkeypatch.setattr(em.PreTrainedModel, "save_pretrained", fail)
+    monkeypatch.setattr(em.StatefulCausalLM, "save_pretrained", fail)
     with pytest.raises(OSError):
         model.save_pretrained(tmp_path)
     assert type(model.transformer.h[0].attn.c_attn.base_layer).__name__ == "Linear4bit"

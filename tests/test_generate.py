@@ -306,6 +306,23 @@ def test_resized_model_is_saved_and_comes_back(tmp_path):
     assert torch.allclose(logits(loaded, tokens), logits(model, tokens), atol=1e-5)
 
 
+def test_what_a_file_lacks_starts_as_it_is_built(tmp_path):
+    """A baseline loaded with a DNC, and a gate of pointing: not whatever lay in memory."""
+    make(torch.float32, memory="none").save_pretrained(tmp_path)
+    fields = {"memory": "dnc", "mem_slots": 5, "mem_width": 8, "pointer_gate": True}
+    model, info = dm.DNCGPT2ForCausalLM.from_pretrained(tmp_path, output_loading_info=True,
+                                                        **fields)
+    assert {"gate", "memory.read_proj.weight"} <= set(info["missing_keys"])
+    assert model.gate == 0 and not model.memory.read_proj.weight.any()
+    row_key = model.memory.interface.row_key.weight
+    assert torch.allclose(row_key @ row_key.T, torch.eye(len(row_key)), atol=1e-5)
+
+
+def test_padding_alone_is_refused():
+    with pytest.raises(ValueError, match="every one is padding"):
+        make()(draw(1, 3), attention_mask=torch.zeros(1, 3, dtype=torch.long))
+
+
 def test_push_to_hub_sends_the_card_of_the_folder(tmp_path, monkeypatch):
     import huggingface_hub
 
