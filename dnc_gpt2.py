@@ -26,6 +26,7 @@ import dataclasses
 import datetime
 import errno
 import functools
+import gc
 import hashlib
 import io
 import itertools
@@ -3063,8 +3064,13 @@ def asking_hub(field: str, name: str, folder: str) -> Iterator[None]:
 def module_docstrings(path: Path) -> str:
     """The docstrings of a Python file, read as source text: nothing is imported."""
     kinds = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
-    nodes = [node for node in ast.walk(ast.parse(path.read_bytes())) if isinstance(node, kinds)]
-    return "\n\n".join(filter(None, map(ast.get_docstring, nodes)))
+    docstrings, level = [], [ast.parse(path.read_bytes())]
+    while level:
+        docstrings += [ast.get_docstring(node) for node in level if isinstance(node, kinds)]
+        # Only statements hold definitions; most of a tree is expressions.
+        level = [child for node in level for child in ast.iter_child_nodes(node)
+                 if not isinstance(child, ast.expr)]
+    return "\n\n".join(filter(None, docstrings))
 
 
 def embedded_texts() -> dict[str, list[str]]:
@@ -3073,6 +3079,7 @@ def embedded_texts() -> dict[str, list[str]]:
     (posixpath, ntpath) leak none from split to split."""
     from pydoc_data.topics import topics
 
+    gc.freeze()  # else every tree below has the collector walk through all of torch
     documents = [topics[name] for name in sorted(topics)]
     skip = {"test", "tests", "idlelib", "lib2to3", "site-packages", "turtledemo", "pydoc_data"}
     stdlib = Path(sysconfig.get_paths()["stdlib"])
@@ -4609,7 +4616,8 @@ def device_name(device: torch.device | str) -> str:
         return torch.cuda.get_device_name(device)
     if torch.device(device).type == "mps":
         return "Apple GPU (mps)"
-    return f"CPU, {torch.get_num_threads()} threads"
+    spins = os.environ.get("OMP_WAIT_POLICY", "").lower() != "passive"
+    return f"CPU, {torch.get_num_threads()} threads, which {'spin' if spins else 'sleep'} to wait"
 
 
 def run_facts(device: str) -> dict:
