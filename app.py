@@ -52,6 +52,7 @@ MAX_SESSIONS = 500  # conversations that the server keeps; the one not used long
 MAX_ROWS = 60  # changed tokens listed under an answer; the text marks all of them
 MAX_REQUEST = 2**22  # bytes; the longest message is far below
 LOG_LINE = 300  # characters of a line on stderr, whoever wrote what is in it
+BLANK_TOKENS = 16  # of white space alone, after which an answer ends
 EVERY_S = 0.08  # between two updates of the page; a fast model would flood the browser
 STYLE = Path(__file__).with_name("app.css")
 
@@ -69,7 +70,7 @@ class Config:
     # model
     model_dir: str = "trained_models/"  # what memory_decoder.py wrote
     base: str = "auto"  # auto (the one that it was made for) | where that base is now
-    # answers: where the sliders stand at first; alpha stands at the value tuned on validation
+    # answers: where the sliders stand at first; alpha and lambda stand at the tuned values
     temperature: Temperature = 0.8  # 0 = greedy, at most 2
     top_k: TopK = 50  # sample among so many tokens, 0 = all, at most 200
     max_new_tokens: Length = 80  # length of an answer, at most 500
@@ -128,6 +129,12 @@ class Answer:
             self.marked.append(shown)
             self.is_changed = False
 
+    @property
+    def is_stuck(self) -> bool:
+        """Whether it has been writing nothing but white space for a while."""
+        last = self.steps[-BLANK_TOKENS:]
+        return len(last) == BLANK_TOKENS and not any(step.text.strip() for step in last)
+
     def to_html(self, heading: bool, live: bool) -> str:
         """The answer as HTML; `heading` names its mode, `live` says that it is being written."""
         body = "".join(self.marked)
@@ -148,9 +155,15 @@ def turn_html(text: str, answers: list[Answer], live: bool) -> str:
 def neighbour_item(neighbour: Neighbour, heaviest: float) -> str:
     """A place in the datastore as an item of a list; its bar is full at the heaviest weight."""
     context = safe(neighbour.context.replace("\n", "⏎"))
-    return (f"<li><span>…{context}<b>{safe(neighbour.token)}</b></span>"
-            f'<span class="weight" style="--w:{100 * neighbour.weight / heaviest:.0f}%">'
-            f"{percent(neighbour.weight)}</span></li>")
+    said = f"…{context}<b>{safe(neighbour.token)}</b>"
+    weight = (f'<span class="weight" style="--w:{100 * neighbour.weight / heaviest:.0f}%">'
+              f"{percent(neighbour.weight)}</span>")
+    if not neighbour.place:
+        return f"<li><span>{said}</span>{weight}</li>"
+    before, behind = map(safe, neighbour.passage)
+    return (f"<li><details><summary>{said} <cite>{safe(neighbour.place)}</cite></summary>"
+            f"<pre>{before}<mark>{safe(neighbour.token)}</mark>{behind}</pre></details>{weight}"
+            "</li>")
 
 
 def changed_row(step: Step) -> str:
@@ -186,6 +199,8 @@ EMPTY = '<p class="quiet">Write a message below; the answer appears here word by
 WAITING = '<p class="quiet waiting">Waiting for a free place …</p>'
 REFUSED = ("The server did not take the message: too many people are waiting, the message is far "
            "too long, or the server is gone.")
+BLANK = ("The model wrote nothing but blank lines. A temperature above 0, another mode, or less of "
+         "the memory may help.")
 
 
 @dataclasses.dataclass
@@ -266,8 +281,10 @@ def write_answers(session: Session, draft: Draft, streams: list[Iterator[Step]])
         if draft.wish or session.draft is not draft:
             return
         for answer, step in zip(draft.answers, steps, strict=True):
-            if step is not None:
+            if step is not None and not answer.is_stuck:
                 answer.add(step)
+        if all(answer.is_stuck for answer in draft.answers):
+            return
         if time.monotonic() - sent >= EVERY_S:
             yield
             sent = time.monotonic()
@@ -308,6 +325,8 @@ def converse(lm: MemoryLM, session: Session, text: str, sampling: Sampling, besi
     if draft.wish == "clear":
         session.clear()
         evidence = told = ""
+    if is_ours and not (draft.wish or told or draft.answers[-1].text.strip()):
+        told = notice_html(BLANK)
     if is_ours:  # the run has the last word: another event's view could overtake it
         yield View(session.past(), evidence=evidence, notice=told)
 
@@ -336,18 +355,14 @@ def about_html(lm: MemoryLM) -> str:
     return "".join(f"<p>{safe(line)}</p>" for line in lines)
 
 
-def tuned_alpha(lm: MemoryLM, mode: str) -> float:
-    """The weight of memory that was tuned for a mode; in mode knn it is called lambda."""
-    settings = {**lm.settings, **(lm.settings.get("both", {}) if mode == "both" else {})}
-    return float(settings.get("lambda" if mode == "knn" else "alpha", 0.5))
-
-
 def controls(gr, lm: MemoryLM, config: Config) -> list:
-    """The sliders and what is said about them -> [alpha, temperature, top-k, length]."""
-    best = lm.modes()[-1]
+    """The sliders and what is said about them -> [alpha, lambda, temperature, top-k, length]."""
+    alpha, lambda_ = lm.tuned(lm.modes()[-1])
     sliders = [
-        gr.Slider(0, 1, tuned_alpha(lm, best), step=0.01, label="alpha", elem_id="alpha",
-                  info="weight of memory; a mode sets the tuned one"),
+        gr.Slider(0, 1, alpha, step=0.01, label="memory decoder (alpha)", elem_id="alpha",
+                  info="0 = without it; in modes memory decoder and both"),
+        gr.Slider(0, 1, lambda_, step=0.01, label="datastore (lambda)", elem_id="lambda",
+                  info="0 = without it; in modes kNN-LM and both. Both 0: the base, word for word"),
         gr.Slider(0, 2, config.temperature, step=0.05, label="temperature", elem_id="temperature",
                   info="0 = greedy"),
         gr.Slider(0, 200, config.top_k, step=1, label="top-k", elem_id="top_k",
@@ -356,6 +371,23 @@ def controls(gr, lm: MemoryLM, config: Config) -> list:
                   elem_id="max_new_tokens", info="longest answer")]
     gr.HTML(about_html(lm), elem_id="about")
     return sliders
+
+
+# Of the embedded corpus, which python memory_decoder.py builds where no domain is named.
+EXAMPLES = (
+    "What does the pass statement do in Python?",
+    "What is the difference between is and ==?",
+    "When is the finally clause executed?",
+)
+# The last answer goes to the clipboard; pages of other machines without https have none.
+COPY = """() => {
+  const answers = document.querySelectorAll('#log .answer p');
+  const button = document.querySelector('#copy');
+  if (!answers.length || !navigator.clipboard) return;
+  navigator.clipboard.writeText(answers[answers.length - 1].innerText);
+  button.textContent = 'Copied';
+  setTimeout(() => { button.textContent = 'Copy'; }, 1200);
+}"""
 
 
 def refusal_script(skip: object) -> str:
@@ -380,7 +412,9 @@ class Parts(NamedTuple):
     stopped: object
     left: object  # "Stop waiting"
     cleared: object
-    sliders: list  # alpha, temperature, top-k, length
+    copied: object
+    examples: list  # buttons
+    sliders: list  # alpha, lambda, temperature, top-k, length
     found: object  # what memory changed
 
 
@@ -398,6 +432,10 @@ def layout(gr, lm: MemoryLM, config: Config) -> Parts:
                                      elem_id="beside")
             with gr.Column(elem_id="log"), gr.Column():
                 past, live = gr.HTML(EMPTY, elem_id="past"), gr.HTML(elem_id="live")
+            examples = []
+            if "Python" in lm.name and "documentation" in lm.name:
+                with gr.Row(elem_id="examples"):
+                    examples = [gr.Button(text, size="sm") for text in EXAMPLES]
             notice = gr.HTML(elem_id="notice")
             with gr.Row(elem_id="composer"):
                 box = gr.Textbox(placeholder="Write a message", lines=1, max_lines=6, scale=1,
@@ -405,13 +443,14 @@ def layout(gr, lm: MemoryLM, config: Config) -> Parts:
                 sent = gr.Button("Send", variant="primary", elem_id="send")
                 stopped = gr.Button("Stop", elem_id="stop")
                 left = gr.Button("Stop waiting", elem_id="leave")
+                copied = gr.Button("Copy", elem_id="copy")
                 cleared = gr.Button("Clear", elem_id="clear")
         with gr.Column(elem_id="settings"):
             sliders = controls(gr, lm, config)
         found = gr.HTML(elem_id="found")
     return Parts(session=session, mode=mode, beside=beside, past=past, live=live, notice=notice,
-                 box=box, sent=sent, stopped=stopped, left=left, cleared=cleared, sliders=sliders,
-                 found=found)
+                 box=box, sent=sent, stopped=stopped, left=left, cleared=cleared, copied=copied,
+                 examples=examples, sliders=sliders, found=found)
 
 
 class Events:
@@ -421,9 +460,10 @@ class Events:
         self.lm = lm
         self.skip = skip  # gr.skip: leave a component as it is
 
-    def send(self, session, text, mode, beside, alpha, temperature, top_k, max_new_tokens):
+    def send(self, session, text, mode, beside, alpha, lambda_, temperature, top_k,
+             max_new_tokens):
         """Answer a message; a generator."""
-        sampling = Sampling(mode, float(alpha), float(temperature), int(top_k),
+        sampling = Sampling(mode, float(alpha), float(lambda_), float(temperature), int(top_k),
                             int(max_new_tokens), seed=len(session.turns))
         yield from converse(self.lm, session, text, sampling, beside, self.skip())
 
@@ -462,8 +502,11 @@ def wire(gr, lm: MemoryLM, config: Config, parts: Parts) -> None:
     parts.cleared.click(events.clear, parts.session, view, api_name="clear", **quiet)
     parts.left.click(events.leave, parts.session, view, cancels=run, api_visibility="private",
                      **quiet)
-    tuned = json.dumps({name: tuned_alpha(lm, name) for name in lm.modes()})
-    parts.mode.change(None, parts.mode, parts.sliders[0], js=f"mode => ({tuned})[mode]", **quiet)
+    tuned = json.dumps({name: lm.tuned(name) for name in lm.modes()})
+    parts.mode.change(None, parts.mode, parts.sliders[:2], js=f"mode => ({tuned})[mode]", **quiet)
+    parts.copied.click(None, None, None, js=COPY, **quiet)
+    for button, text in zip(parts.examples, EXAMPLES, strict=False):
+        button.click(None, None, parts.box, js=f"() => {json.dumps(text)}", **quiet)
 
 
 def page(lm: MemoryLM, config: Config):

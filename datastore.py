@@ -51,10 +51,13 @@ from dnc_gpt2 import (
     asking_hub,
     load_checkpoint,
 )
+from packaged import NAME as PACKAGED
+from packaged import packaged_base
 # isort: on
 
 KEYS, VALUES, INDEX = "datastore_keys.npy", "datastore_values.npy", "faiss_index.bin"
-MANIFEST = "manifest.json"
+STATES = "datastore_states.npy"  # of a base with a tail: what enters its last blocks
+MANIFEST, SOURCES = "manifest.json", "sources.json"
 FLAT_UP_TO = 20_000  # keys: a query that reads them all is soon slower than the model itself
 NPROBE = 32  # lists of ivfpq that a search visits, as shipped
 RERANK = 2  # candidates of ivfpq a neighbour, as shipped
@@ -70,40 +73,65 @@ def sha(*parts: object) -> str:
 
 # ══ Base: any causal language model, and the keys of its forward pass ════════════════════════════
 class KeyTap:
-    """The keys of the forward pass that this same thread ran last.
+    """The keys, and where they are wanted the states, of the forward pass that this same thread ran
+    last.
 
-    A hook takes the input of a module on the way. It is kept by thread, so that users who share
-    the model never see each other's.
+    Hooks take the input of modules on the way: of the last feed-forward, or of the head, and of one
+    of the last blocks. It is kept by thread, so that users who share the model never see each
+    other's.
     """
 
-    def __init__(self, model: nn.Module, key: str):
+    def __init__(self, model: nn.Module, key: str, tail: int = 0):
         self.key = key  # feed_forward | final
+        self.tail = tail  # the states are what enters the last so many blocks; 0 = none are taken
         self.here = threading.local()
         module = model.get_output_embeddings() if key == "final" else last_feed_forward(model)
-        self.hook = module.register_forward_pre_hook(self.take, with_kwargs=True)
+        self.hook_onto(module, "keys")
+        if tail:
+            blocks = blocks_of(model)
+            require(tail <= len(blocks), "tail_blocks", tail, f"at most the {len(blocks)} blocks "
+                    "of the base")
+            self.hook_onto(blocks[-tail], "states")
 
     def __deepcopy__(self, memo: dict) -> "KeyTap":
         return self  # a copy of the model, to be fine-tuned, may share it
 
-    def take(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
-        """Keep what enters the module."""
-        inputs = [*args, *kwargs.values()]
-        self.here.keys = inputs[0]
+    def hook_onto(self, module: nn.Module, name: str) -> None:
+        """Keep under a name what enters a module."""
+
+        def take(module: nn.Module, args: tuple, kwargs: dict) -> None:
+            inputs = [*args, *kwargs.values()]
+            setattr(self.here, name, inputs[0])
+
+        module.register_forward_pre_hook(take, with_kwargs=True)
+
+
+def blocks_of(model: nn.Module) -> nn.ModuleList:
+    """Return the blocks of a causal language model. Raises ValueError where none are found."""
+    layers = model.config.get_text_config().num_hidden_layers
+    for blocks in model.modules():
+        if isinstance(blocks, nn.ModuleList) and len(blocks) == layers:
+            return blocks
+    raise ValueError(f"base: a {model.config.model_type} has no list of its {layers} blocks")
 
 
 def last_feed_forward(model: nn.Module) -> nn.Module:
     """Return the feed-forward of the last block; what enters it has passed its norm. Raises
     ValueError where the block has none of a known name."""
-    layers = model.config.get_text_config().num_hidden_layers
-    for blocks in model.modules():
-        if not isinstance(blocks, nn.ModuleList) or len(blocks) != layers:
-            continue
-        for name in ("mlp", "feed_forward", "ffn", "fc1"):
-            module = getattr(blocks[-1], name, None)
-            if isinstance(module, nn.Module):
-                return module
+    last = blocks_of(model)[-1]
+    for name in ("mlp", "feed_forward", "ffn", "fc1"):
+        module = getattr(last, name, None)
+        if isinstance(module, nn.Module):
+            return module
     raise ValueError(f"key = 'feed_forward': the last block of a {model.config.model_type} has no "
                      "feed-forward that is found; set --key final")
+
+
+@functools.cache
+def cache_argument(model: nn.Module) -> str:
+    """What this version of transformers calls the cache in a model's forward."""
+    names = inspect.signature(model.forward).parameters
+    return "cache" if "cache" in names else "past_key_values"
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -139,19 +167,22 @@ class Base:
         """The number of its last block, which the keys come from."""
         return self.model.config.get_text_config().num_hidden_layers - 1
 
-    @functools.cached_property
-    def cache_argument(self) -> str:
-        """What this version of transformers calls the cache in the model's forward."""
-        names = inspect.signature(self.model.forward).parameters
-        return "cache" if "cache" in names else "past_key_values"
-
     @torch.no_grad()
-    def forward(self, ids: torch.Tensor, cache=None) -> tuple[torch.Tensor, torch.Tensor]:
-        """Read ids (B, T) -> float32 logits (B, T, V) and keys (B, T, D). `cache`, a transformers
-        DynamicCache, holds what was read before and is extended."""
-        options = {self.cache_argument: cache, "use_cache": cache is not None}
+    def forward(self, ids: torch.Tensor, cache=None, kept: int = 0
+                ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Read ids (B, T) -> float32 logits (B, T, V), or (B, kept, V) of the last so many tokens,
+        and keys (B, T, D). `cache`, a transformers DynamicCache, holds what was read before and is
+        extended."""
+        options = {cache_argument(self.model): cache, "use_cache": cache is not None,
+                   "logits_to_keep": kept}  # over 50,000 tokens, logits take most of the memory
         out = self.model(input_ids=ids.to(self.device), **options)
         return out.logits.float(), self.tap.here.keys.float()
+
+    @property
+    def states(self) -> torch.Tensor | None:
+        """What entered the last `tail` blocks in this thread's last forward (B, T, D); None where
+        that is not taken."""
+        return self.tap.here.states.float() if self.tap.tail else None
 
     def encode(self, text: str) -> list[int]:
         """Tokenize a text, without the prefix."""
@@ -237,11 +268,15 @@ def prefix_of(tokenizer) -> tuple[int, ...]:
     return (begin,) if puts_it else ()
 
 
-def load_base(name: str, window: int, key: str) -> Base:
+def load_base(name: str, window: int, key: str, tail: int = 0) -> Base:
     """Load the base that --base names, to be read in windows of so many tokens, with keys from its
-    last feed_forward or its final state. Raises ValueError with one line that says what to do."""
+    last feed_forward or its final state, and states from before its last `tail` blocks. Raises
+    ValueError with one line that says what to do."""
     own = name.endswith(".pt") or Path(name).is_file()
-    model, tokenizer = own_base(name) if own else foreign_base(name)
+    if own:
+        model, tokenizer = own_base(name)
+    else:
+        model, tokenizer = foreign_base(str(packaged_base()) if name == PACKAGED else name)
     model = model.eval().requires_grad_(False)
     where = local_device()
     model = model.float() if where.type == "cpu" else model.to(where)
@@ -259,7 +294,7 @@ def load_base(name: str, window: int, key: str) -> Base:
         window=min(window, positions) - len(prefix),
         prefix=prefix,
         own=own,
-        tap=KeyTap(model, key),
+        tap=KeyTap(model, key, tail),
         fingerprint=fingerprint(model, tokenizer))
 
 
@@ -272,9 +307,9 @@ class Window(NamedTuple):
     end: int
 
     @property
-    def used(self) -> slice:
-        """What of its row is used."""
-        return slice(self.first - self.start, self.end - self.start)
+    def count(self) -> int:
+        """Positions that are used, the last of its row."""
+        return self.end - self.first
 
 
 def plan_windows(positions: int, window: int, stride: int, batch: int) -> list[list[Window]]:
@@ -292,25 +327,55 @@ def plan_windows(positions: int, window: int, stride: int, batch: int) -> list[l
     return [windows[i : i + batch] for i in range(0, len(windows), batch)]
 
 
+def most_used(group: list[Window]) -> int:
+    """The most positions that a window of a group is read for."""
+    return max(window.count for window in group)
+
+
 def used(x: torch.Tensor, group: list[Window]) -> torch.Tensor:
-    """Take from rows (B, T, …) of a group the positions that it is read for, in order (m, …)."""
-    parts = [row[window.used] for row, window in zip(x, group, strict=True)]
+    """Take from rows (B, …) of a group, which end where it ends, the positions that it is read for,
+    in order (m, …)."""
+    parts = [row[len(row) - window.count :]
+             for row, window in zip(x, group, strict=True)]
     return torch.cat(parts)
+
+
+def stack_group(base: Base, stream: torch.Tensor, group: list[Window]) -> torch.Tensor:
+    """The tokens of a group behind the prefix (B, P + T)."""
+    ids = torch.stack([stream[window.start : window.end] for window in group])  # (B, T)
+    prefix = torch.tensor(base.prefix, dtype=torch.int64)  # (P,)
+    prefixes = prefix.expand(len(ids), -1)  # (B, P)
+    return torch.cat([prefixes, ids], dim=1)
 
 
 def read_group(base: Base, stream: torch.Tensor, group: list[Window]
                ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Read a group in one forward pass -> ids (B, T), logits (B, T, V) and keys (B, T, D), the
-    prefix left out."""
-    ids = torch.stack([stream[window.start : window.end] for window in group])  # (B, T)
-    prefix = torch.tensor(base.prefix, dtype=torch.int64)  # (P,)
-    prefixes = prefix.expand(len(ids), -1)  # (B, P)
-    logits, keys = base.forward(torch.cat([prefixes, ids], dim=1))
+    """Read a group in one forward pass -> ids (B, T), keys (B, T, D), the prefix left out, and the
+    logits (m, V) of the positions that it is read for."""
+    ids = stack_group(base, stream, group)
+    logits, keys = base.forward(ids, kept=most_used(group))
     skipped = len(base.prefix)
-    return ids, logits[:, skipped:], keys[:, skipped:]
+    return ids[:, skipped:], keys[:, skipped:], used(logits, group)
+
+
+def read_keys(base: Base, stream: torch.Tensor, group: list[Window]
+              ) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Read a group for its keys alone (m, D), of the positions that it is read for, and its states
+    (m, D), None where none are taken."""
+    _, keys = base.forward(stack_group(base, stream, group), kept=1)
+    states = base.states
+    return used(keys, group), None if states is None else used(states, group)
 
 
 # ══ Building: keys and values in blocks, in shards, resumed where a build was killed ═════════════
+class Source(NamedTuple):
+    """Where a document of the stream is from."""
+
+    start: int  # its first token in the stream
+    name: str  # a file below the domain's folder, a topic, a row
+    line: int  # of that file, which it begins with; 0 = the file holds more than the document
+
+
 class Build(NamedTuple):
     """What a datastore is built from, where, and how."""
 
@@ -332,7 +397,8 @@ class Build(NamedTuple):
     def describe(self) -> dict:
         """Return all that decides the bytes of the datastore, as the manifest holds it."""
         vocabulary = sorted(self.base.tokenizer.get_vocab().items())
-        return {
+        tail = {"tail": self.base.tap.tail} if self.base.tap.tail else {}
+        return tail | {
             "base": self.base.name, "base_fingerprint": self.base.fingerprint,
             "key": self.base.tap.key, "layer": self.base.layer, "window": self.base.window,
             "stride": self.stride, "batch_windows": self.batch_windows, "domain": self.domain,
@@ -392,38 +458,49 @@ def open_part(path: Path, shape: tuple[int, ...], dtype: str, resume: bool = Fal
         return np.lib.format.open_memmap(path, "w+", dtype, shape)
 
 
+def array_files(count: int, width: int, tail: int) -> dict[str, tuple[tuple[int, ...], str]]:
+    """The files of arrays that a build writes: name -> shape and dtype."""
+    files = {KEYS: ((count, width), "float16"), VALUES: ((count,), "int32")}
+    if tail:
+        files[STATES] = ((count, width), "float16")
+    return files
+
+
 def open_shard(job: Build, identity: str, progress: Path, count: int
-               ) -> tuple[np.memmap, np.memmap, int]:
-    """Map this rank's `count` keys and values -> both, and how many groups of windows a killed
-    build of the same identity has already written."""
+               ) -> tuple[dict[str, np.memmap], int]:
+    """Map this rank's `count` rows of every array -> the arrays by name, and how many groups of
+    windows a killed build of the same identity has already written."""
     rank, _ = rank_and_size()
-    keys, values = (shard_path(job.folder, name, rank) for name in (KEYS, VALUES))
+    files = array_files(count, job.base.width, job.base.tap.tail)
+    paths = {name: shard_path(job.folder, name, rank) for name in files}
     state = read_json(progress, "delete it and build again")
-    resume = state.get("identity") == identity and keys.is_file() and values.is_file()
+    resume = state.get("identity") == identity and all(path.is_file() for path in paths.values())
     if not resume:
         progress.unlink(missing_ok=True)
     done = state["groups"] if resume else 0
     require(isinstance(done, int) and done >= 0, "file", str(progress), "of this build; delete it "
             "and build again")
-    return (open_part(keys, (count, job.base.width), "float16", resume),
-            open_part(values, (count,), "int32", resume), done)
+    arrays = {name: open_part(paths[name], shape, dtype, resume)
+              for name, (shape, dtype) in files.items()}
+    return arrays, done
 
 
-def write_group(job: Build, group: list[Window], begin: int, keys: np.memmap, values: np.memmap
-                ) -> None:
-    """Compute the keys and values of a group and flush them, from row 0 at position `begin`."""
-    _, _, states = read_group(job.base, job.stream, group)
+def write_group(job: Build, group: list[Window], begin: int, arrays: dict[str, np.memmap]) -> None:
+    """Compute the rows of a group and flush them, from row 0 at position `begin`."""
     first = group[0].first
     end = group[-1].end
-    block = used(states, group).half().cpu().numpy()  # (m, D)
-    require(np.isfinite(block).all(), "key", job.base.tap.key, "finite in float16, and is not at "
-            f"position {first}; set --key final")
+    keys, states = read_keys(job.base, job.stream, group)
+    block = {KEYS: keys, STATES: states}
+    block = {name: x.half().cpu().numpy() for name, x in block.items() if x is not None}  # (m, D)
+    for x in block.values():
+        require(np.isfinite(x).all(), "key", job.base.tap.key, "finite in float16, and is not at "
+                f"position {first}; set --key final, or --decoder_kind hidden")
+    block[VALUES] = job.stream[first + 1 : end + 1].numpy()
     rows = slice(first - begin, end - begin)
     with growing(job.folder / KEYS):
-        keys[rows] = block
-        values[rows] = job.stream[first + 1 : end + 1].numpy()
-        keys.flush()
-        values.flush()
+        for name, array in arrays.items():
+            array[rows] = block[name]
+            array.flush()
 
 
 def build_shard(job: Build, identity: str) -> None:
@@ -440,7 +517,7 @@ def build_shard(job: Build, identity: str) -> None:
     end = mine[-1][-1].end
 
     progress = job.folder / f"build.{rank}of{size}.json"
-    keys, values, done = open_shard(job, identity, progress, end - begin)
+    arrays, done = open_shard(job, identity, progress, end - begin)
     position = mine[done][0].first if done < len(mine) else end
     if done > 0:
         print(f"build: resumed at position {position:,}")
@@ -448,18 +525,18 @@ def build_shard(job: Build, identity: str) -> None:
     with tqdm(total=end - begin, initial=position - begin, desc="keys", unit="key",
               disable=rank > 0) as bar:
         for number, group in enumerate(mine[done:], done + 1):
-            write_group(job, group, begin, keys, values)
+            write_group(job, group, begin, arrays)
             write_json({"identity": identity, "groups": number}, progress)
             bar.update(group[-1].end - group[0].first)
 
 
-def merge_shards(folder: Path, count: int, width: int) -> None:
+def merge_shards(folder: Path, files: dict[str, tuple[tuple[int, ...], str]]) -> None:
     """Copy the shards of all ranks into one pair of files, still under temporary names. One rank
     alone has written in place."""
     _, size = rank_and_size()
     if size == 1:
         return
-    for name, shape, dtype in ((KEYS, (count, width), "float16"), (VALUES, (count,), "int32")):
+    for name, (shape, dtype) in files.items():
         path = folder / f"{name}.part"
         whole, at = open_part(path, shape, dtype), 0
         for rank in range(size):
@@ -574,7 +651,9 @@ def commit_build(job: Build, kind: str) -> None:
     """Rename what was built into place. The manifest goes first and comes last: whoever finds one
     finds the files that it describes."""
     (job.folder / MANIFEST).unlink(missing_ok=True)
-    for name in (KEYS, VALUES, INDEX):
+    (job.folder / STATES).unlink(missing_ok=True)
+    files = array_files(job.count, job.base.width, job.base.tap.tail)
+    for name in (*files, INDEX):
         with growing(job.folder / name) as path:
             os.replace(job.folder / f"{name}.part", path)
     description = job.describe()
@@ -584,8 +663,10 @@ def commit_build(job: Build, kind: str) -> None:
         "keys_sha256": file_sha(job.folder / KEYS),
         "values_sha256": file_sha(job.folder / VALUES),
         "settings": {}} | job.extra
+    if STATES in files:
+        manifest["states_sha256"] = file_sha(job.folder / STATES)
     write_json(manifest, job.folder / MANIFEST)
-    for name in (f"{KEYS}.*of*", f"{VALUES}.*of*", f"{INDEX}.*of*", "build.*of*.json"):
+    for name in (*(f"{name}.*of*" for name in (*files, INDEX)), "build.*of*.json"):
         for path in job.folder.glob(name):
             path.unlink()
 
@@ -606,7 +687,7 @@ def build_datastore(job: Build) -> None:
     build_shard(job, identity)
     barrier()
     if rank == 0:
-        merge_shards(job.folder, count, width)
+        merge_shards(job.folder, array_files(count, width, job.base.tap.tail))
     barrier()
 
     keyed = time.perf_counter()
@@ -628,6 +709,7 @@ class Datastore(NamedTuple):
     index: object
     kind: str  # flat | ivfpq | hnsw
     rerank: int = RERANK
+    states: np.ndarray | None = None  # (n, D) float16, memory-mapped, of a base with a tail
 
     def search(self, queries: np.ndarray, k: int, exclude: np.ndarray | None = None
                ) -> tuple[np.ndarray, np.ndarray]:
@@ -737,6 +819,7 @@ def check_manifest(folder: Path, base: Base, manifest: dict) -> None:
 
     check("base", manifest.get("base_fingerprint") == base.fingerprint, manifest["base"], base.name)
     these = {"width": base.width, "vocab": base.vocab, "key": base.tap.key, "window": base.window}
+    these |= {"tail": base.tap.tail} if base.tap.tail else {}
     for name, this in these.items():
         check(name, manifest.get(name) == this, manifest.get(name), this)
 
@@ -790,7 +873,31 @@ def open_datastore(folder: Path, manifest: dict, nprobe: int = NPROBE, rerank: i
         keys=map_array(folder / KEYS, (count, manifest["width"]), "float16",
                        manifest.get("keys_sha256"), remedy),
         values=map_array(folder / VALUES, (count,), "int32", manifest.get("values_sha256"), remedy),
-        index=open_index(folder / INDEX, manifest, nprobe), kind=manifest["index"], rerank=rerank)
+        index=open_index(folder / INDEX, manifest, nprobe),
+        kind=manifest["index"],
+        rerank=rerank,
+        states=open_states(folder, manifest))
+
+
+def open_states(folder: Path, manifest: dict) -> np.ndarray | None:
+    """Map the states of a datastore, None where it was built without. Raises as open_datastore."""
+    if not manifest.get("tail"):
+        return None
+    return map_array(folder / STATES, (manifest["count"], manifest["width"]), "float16",
+                     manifest.get("states_sha256"), "build again")
+
+
+def read_sources(folder: Path) -> list[Source]:
+    """Where the documents of a datastore are from; [] for one that was built before they were kept.
+    Raises ValueError."""
+    path = folder / SOURCES
+    kept = read_json(path, "build again").get("sources", [])
+    with reading(path, "build again"):
+        sources = [Source(*source) for source in kept]
+        starts = [source.start for source in sources]
+        if starts != sorted(starts) or not all(isinstance(start, int) for start in starts):
+            raise ValueError("not in order")
+    return sources
 
 
 # ══ The kNN distribution ═════════════════════════════════════════════════════════════════════════

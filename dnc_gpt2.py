@@ -3074,30 +3074,37 @@ def module_docstrings(path: Path) -> str:
 
 
 def embedded_texts() -> dict[str, list[str]]:
-    """English documentation that every CPython carries: language topics, then docstrings by module,
-    split 8 : 1 : 1 by document. A paragraph seen before is left out: modules that share text
-    (posixpath, ntpath) leak none from split to split."""
+    """English documentation that every CPython carries, by split: see embedded_documents."""
+    return {split: [text for _, text in documents]
+            for split, documents in embedded_documents().items()}
+
+
+def embedded_documents() -> dict[str, list[tuple[str, str]]]:
+    """Language topics, then docstrings by module, each with the name of its topic or file, split
+    8 : 1 : 1 by document. A paragraph seen before is left out: modules that share text (posixpath,
+    ntpath) leak none from split to split."""
     from pydoc_data.topics import topics
 
     gc.freeze()  # else every tree below has the collector walk through all of torch
-    documents = [topics[name] for name in sorted(topics)]
+    documents = [(f"topic {name}", topics[name]) for name in sorted(topics)]
     skip = {"test", "tests", "idlelib", "lib2to3", "site-packages", "turtledemo", "pydoc_data"}
     stdlib = Path(sysconfig.get_paths()["stdlib"])
     for path in sorted(stdlib.rglob("*.py")):
-        if skip.isdisjoint(path.relative_to(stdlib).parts):
+        name = path.relative_to(stdlib)
+        if skip.isdisjoint(name.parts):
             with contextlib.suppress(SyntaxError, ValueError, OSError):  # templates, not Python
-                documents.append(module_docstrings(path))
+                documents.append((name.as_posix(), module_docstrings(path)))
 
-    texts, seen = {split: [] for split in SPLITS}, set()
+    splits, seen = {split: [] for split in SPLITS}, set()
     split_of = ["train"] * 8 + ["valid", "test"]
-    for i, document in enumerate(filter(None, documents)):
+    for i, (name, document) in enumerate(filter(lambda named: named[1], documents)):
         parts = dict.fromkeys(document.split("\n\n"))
         new = [part for part in parts if part.strip() not in seen]
         seen.update(map(str.strip, new))
         if new:
             split = split_of[i % 10]
-            texts[split].append("\n\n".join(new) + "\n\n")
-    return texts
+            splits[split].append((name, "\n\n".join(new) + "\n\n"))
+    return splits
 
 
 def folder_texts(folder: str) -> dict[str, list]:
@@ -3298,10 +3305,10 @@ def encode_batch(tokenizer: object, lines: list[str]) -> Tensor:
     return torch.tensor(ids, dtype=torch.int64)
 
 
-def token_folder() -> Path:
-    """Where the tokens of large texts are kept, beside the hub's own cache."""
+def cache_folder() -> Path:
+    """Where what can be made again is kept, beside the hub's own cache."""
     caches = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return Path(caches).expanduser() / "dnc_gpt2" / "tokens"
+    return Path(caches).expanduser() / "dnc_gpt2"
 
 
 def text_key(tokenizer: object, documents: list) -> str:
@@ -3323,7 +3330,7 @@ def kept_tokens(tokenizer: object, documents: list) -> Tensor:
     in memory, said in one line, where none can be made."""
     from filelock import FileLock
 
-    path = token_folder() / f"{text_key(tokenizer, documents)}.int64"
+    path = cache_folder() / "tokens" / f"{text_key(tokenizer, documents)}.int64"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(path.with_suffix(".lock")):  # one of several processes tokenizes

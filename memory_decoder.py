@@ -3,6 +3,7 @@
 
     python memory_decoder.py                   build, train, tune, evaluate; fills trained_models/
     python memory_decoder.py build|train|tune|evaluate    one part, on what the part before left
+    python memory_decoder.py --base smollm2    a pretrained base that a package carries
     python memory_decoder.py --base google/gemma-2b --domain ibunescu/qa_legal_dataset_train \\
         --text_template "{Title} {Question} {Answer}"
     torchrun --standalone --nproc_per_node 2 memory_decoder.py build       the datastore, in shards
@@ -86,8 +87,9 @@ from dnc_gpt2 import (
     # data and model
     asking_hub,
     count_parameters,
-    embedded_texts,
+    embedded_documents,
     folder_texts,
+    hub_reachable,
     pieces_of,
     tokenize,
 )
@@ -96,9 +98,11 @@ from datastore import (
     MANIFEST,
     NPROBE,
     RERANK,
+    SOURCES,
     Base,
     Build,
     Datastore,
+    Source,
     Window,
     build_datastore,
     check_manifest,
@@ -106,6 +110,7 @@ from datastore import (
     knn_weights,
     load_base,
     map_array,
+    most_used,
     open_datastore,
     open_part,
     plan_windows,
@@ -120,16 +125,22 @@ from memory_lm import (
     Conversation,
     Decoder,
     MemoryLM,
+    TailDecoder,
     distribution,
+    inputs_of,
     load_decoder,
     load_trained,
     made_for,
+    make_tail,
     mix,
 )
+from packaged import INSTALL, packaged_file
+from packaged import NAME as PACKAGED
 
 COMMANDS = ("build", "train", "tune", "evaluate")
 # What is trained, and the file of each; that of decoder_kind is memory_decoder.pt.
 ARM_FILES = {
+    "tail": "decoder_tail.pt",
     "hidden": "decoder_hidden.pt",
     "tokens": "decoder_tokens.pt",
     "text": "decoder_text.pt",
@@ -145,7 +156,7 @@ class Config:
     """Every constant of a run. Edit here, or override as `--name value`."""
 
     # what
-    base: str = "auto"  # auto (newest of save_dir, else trained) | hub name | folder | .pt
+    base: str = "auto"  # auto (yours, SmolLM2, or trained) | smollm2 | hub name | folder | .pt
     domain: str = "auto"  # auto (the embedded corpus) | hub data set | folder of .txt files
     text_template: str = ""  # one text of a hub data set's row, as "{Question} {Answer}"
     model_dir: str = "trained_models/"  # what is built and trained
@@ -164,7 +175,8 @@ class Config:
     rerank: Count = RERANK  # candidates of ivfpq a neighbour; the distances of all are then exact
     knn_k: Count = 128  # most neighbours; tuned among it, its 4th and its 16th part
     # decoder
-    decoder_kind: Literal["hidden", "tokens"] = "hidden"  # what memory_decoder.pt reads
+    decoder_kind: Literal["hidden", "tokens", "tail"] = "hidden"  # what memory_decoder.pt reads
+    tail_blocks: Count = 4  # of kind tail: so many last blocks of the base, trained on
     decoder_dim: Count = 256  # width
     decoder_layers: Count = 6  # transformer blocks
     decoder_heads: Count = 32  # attention heads; divides decoder_dim
@@ -176,7 +188,7 @@ class Config:
     beta: Share = 0.5  # of the loss: beta KL(p_knn || p_dec) + (1 - beta) CE
     target_width: Count = 64  # M, heaviest tokens of a kNN target that are kept
     arms: str = "hidden,tokens,text,distilled,finetuned"  # trained beside decoder_kind
-    finetune_lrs: str = "1e-4,3e-4"  # of the fine-tuned base; the better on validation is kept
+    finetune_lrs: str = "1e-4,3e-4"  # of the fine-tuned base, and of a tail: the better is kept
     # mixing
     mixing: Literal["probability", "logits"] = "probability"  # of base and decoder
     alpha: float | Literal["auto"] = "auto"  # share of the decoder, from 0 to 1; auto: tuned
@@ -193,13 +205,19 @@ class Config:
         return list(dict.fromkeys([self.decoder_kind, *filter(None, names)]))
 
     @property
+    def tail(self) -> int:
+        """The last blocks of the base that a decoder of kind tail is made of; 0 = no such one."""
+        return self.tail_blocks if "tail" in self.arm_list else 0
+
+    @property
     def folder(self) -> Path:
         """model_dir as a path."""
         return Path(self.model_dir)
 
     @property
     def rates(self) -> list[float]:
-        """The learning rates of the fine-tuned base. Raises ValueError where one is no number."""
+        """The learning rates of what starts from trained weights. Raises ValueError where one is
+        no number."""
         return [float(rate) for rate in self.finetune_lrs.split(",")]
 
     def __post_init__(self) -> None:
@@ -228,63 +246,95 @@ def are_rates(text: str) -> bool:
 
 
 # ══ Base and domain: three splits of one token stream ════════════════════════════════════════════
+HUB_BASE = "HuggingFaceTB/SmolLM2-135M-Instruct"
+
+
 def find_base(config: Config) -> str:
-    """Return the newest finished baseline of save_dir; where there is none, the small one is
-    trained. Raises ValueError, or StopSignal where that is stopped: it goes on where it was."""
+    """Choose a base, said in one line: the newest finished baseline of save_dir; SmolLM2 from the
+    hub, or from the package that carries it; a small one that is trained now. Raises ValueError, or
+    StopSignal where training is stopped: it goes on where it was."""
     paths = newest_baselines(config.save_dir)
     if paths:
+        print(f"base auto: {paths[0]}, the newest that you trained; --base smollm2 is a pretrained "
+              "one", flush=True)
         return str(paths[0])
+    if hub_reachable():
+        print(f"base auto: {HUB_BASE}, from the hub", flush=True)
+        return HUB_BASE
+    if packaged_file():
+        print(f"base auto: {PACKAGED}, from its package; the hub does not answer", flush=True)
+        return PACKAGED
     require(rank_and_size()[1] == 1, "base", "auto", "a trained one under torchrun; train it "
             f"first, into {config.save_dir}")
-    print(f"base auto: no GPT2_Baseline_FINAL_* in {config.save_dir}; training the small one "
-          "first, on what dnc_gpt2.py --dataset auto finds", flush=True)
+    print(f"base auto: training the small one of dnc_gpt2.py; for a pretrained one: {INSTALL}",
+          flush=True)
     return str(train_baseline(batch_size=4, seq_len=128, save_dir=config.save_dir,
                               plot_dir=config.folder / "base"))
 
 
-def distinct(texts: list[str]) -> list[str]:
-    """Return the texts that hold more than white space, each once."""
-    return [text for text in dict.fromkeys(texts) if text.strip()]
+class Document(NamedTuple):
+    """A text, and where a reader finds it."""
+
+    text: object  # str, or a TextFile where it is large
+    name: str  # a file below the domain's folder, a topic, a row
+    line: int = 1  # of that file, which the text begins with; 0 = the file holds more
 
 
-def split_texts(texts: list[str], field: str, value: str) -> dict[str, list[str]]:
-    """Split texts 90 : 5 : 5, each text once. Where there are few, their paragraphs are the texts.
-    Raises ValueError, naming field and value, where even these are few."""
-    texts = distinct(texts)
-    if len(texts) < 20:
-        print(f"{field}: {len(texts)} texts are few; their paragraphs are split 90 : 5 : 5 instead")
-        paragraphs = []
-        for text in texts:
-            paragraphs += [part + "\n\n" for part in re.split(r"\n\s*\n", text)]
-        texts = distinct(paragraphs)
-    require(len(texts) >= 20, field, value, "20 texts or paragraphs, to be split 90 : 5 : 5 "
-            f"({len(texts)} found)")
+def distinct(documents: list[Document]) -> list[Document]:
+    """Return the documents that hold more than white space, each text once."""
+    first = {document.text: document for document in reversed(documents)}
+    return [document for document in documents
+            if document.text.strip() and first[document.text] is document]
+
+
+def paragraphs_of(document: Document) -> list[Document]:
+    """Cut a document at its empty lines."""
+    parts, at, line = [], 0, document.line
+    for gap in [*re.finditer(r"\n\s*\n", document.text), None]:
+        end = gap.start() if gap else len(document.text)
+        parts.append(Document(document.text[at:end] + "\n\n", document.name, line))
+        at_next = gap.end() if gap else end
+        line += document.text.count("\n", at, at_next)
+        at = at_next
+    return parts
+
+
+def split_documents(documents: list[Document], field: str, value: str) -> dict[str, list[Document]]:
+    """Split documents 90 : 5 : 5, each text once. Where there are few, their paragraphs are the
+    documents. Raises ValueError, naming field and value, where even these are few."""
+    documents = distinct(documents)
+    if len(documents) < 20:
+        print(f"{field}: {len(documents)} texts are few; their paragraphs are split 90 : 5 : 5 "
+              "instead")
+        documents = distinct([part for whole in documents for part in paragraphs_of(whole)])
+    require(len(documents) >= 20, field, value, "20 texts or paragraphs, to be split 90 : 5 : 5 "
+            f"({len(documents)} found)")
 
     split_of = {18: "valid", 19: "test"}
-    splits: dict[str, list[str]] = {"train": [], "valid": [], "test": []}
-    for i, text in enumerate(texts):
+    splits: dict[str, list[Document]] = {"train": [], "valid": [], "test": []}
+    for i, document in enumerate(documents):
         split = split_of.get(i % 20, "train")
-        splits[split].append(text)
+        splits[split].append(document)
     return splits
 
 
-def row_texts(rows, template: str, domain: str) -> list[str]:
+def row_documents(rows, template: str, domain: str) -> list[Document]:
     """Write each row of a hub data set through a template, by default its column text. Raises
     ValueError naming the columns that there are."""
     template = template or "{text}"
-    texts = []
+    documents = []
     try:
-        for row in rows:
+        for number, row in enumerate(rows):
             filled = {name: "" if value is None else value for name, value in row.items()}
-            texts.append(template.format(**filled) + "\n")
+            documents.append(Document(template.format(**filled) + "\n", f"row {number:,}"))
     except (KeyError, IndexError, ValueError, AttributeError):
         columns = rows.column_names
         raise ValueError(f"text_template = {template!r}: must name columns of {domain}: "
                          f"{', '.join(columns)}, as in {{{columns[0]}}}") from None
-    return texts
+    return documents
 
 
-def hub_domain(domain: str, template: str) -> dict[str, list[str]]:
+def hub_domain(domain: str, template: str) -> dict[str, list[Document]]:
     """Read a hub data set through a template; its own splits where it has all three. Raises
     ValueError."""
     with asking_hub("domain", domain, "a folder of text files"):
@@ -293,32 +343,35 @@ def hub_domain(domain: str, template: str) -> dict[str, list[str]]:
         rows_of = load_dataset(domain)
     names = {"train": "train", "valid": "validation", "test": "test"}
     if set(names.values()) <= rows_of.keys():
-        return {ours: row_texts(rows_of[name], template, domain) for ours, name in names.items()}
-    texts = []
+        return {ours: row_documents(rows_of[name], template, domain)
+                for ours, name in names.items()}
+    documents = []
     for rows in rows_of.values():
-        texts += row_texts(rows, template, domain)
-    return split_texts(texts, "domain", domain)
+        documents += row_documents(rows, template, domain)
+    return split_documents(documents, "domain", domain)
 
 
-def folder_domain(folder: str) -> dict[str, list[str]]:
+def folder_domain(folder: str) -> dict[str, list[Document]]:
     """Read train.txt, valid.txt and test.txt, or else any .txt files, split. Raises ValueError."""
     require(Path(folder).is_dir(), "domain", folder, "a folder of .txt files, a hub data set, or "
             "auto")
     if all((Path(folder) / f"{split}.txt").is_file() for split in ("train", "valid", "test")):
-        return folder_texts(folder)
-    texts = []
+        return {split: [Document(text, f"{split}.txt") for text in texts]
+                for split, texts in folder_texts(folder).items()}
+    documents = []
     for path in sorted(Path(folder).rglob("*.txt")):
         if not path.is_file():  # a pipe or a device, which may never end
             print(f"domain: {path.name} is no regular file; left out")
             continue
         try:
-            texts.append(path.read_text(encoding="utf-8"))
+            text = path.read_text(encoding="utf-8")
+            documents.append(Document(text, path.relative_to(folder).as_posix()))
         except UnicodeDecodeError as error:
             raise ValueError(f"domain = {folder!r}: {path.name} is not UTF-8 (at byte "
                              f"{error.start}); convert it, for example with iconv") from None
-    require(any(text.strip() for text in texts), "domain", folder, "a folder with text in .txt "
-            "files (there is none)")
-    return split_texts(texts, "domain", folder)
+    some = any(document.text.strip() for document in documents)
+    require(some, "domain", folder, "a folder with text in .txt files (there is none)")
+    return split_documents(documents, "domain", folder)
 
 
 class Domain(NamedTuple):
@@ -329,45 +382,54 @@ class Domain(NamedTuple):
     valid: torch.Tensor
     test: torch.Tensor
     fingerprint: str  # sha256 of the training tokens
+    sources: list[Source]  # of the training documents, in order
 
 
-def domain_texts(config: Config) -> tuple[str, dict[str, list[str]]]:
+def domain_documents(config: Config) -> tuple[str, dict[str, list[Document]]]:
     """Return the name and the three splits of the domain that Config names. Raises ValueError."""
     name = config.domain
     if name == "auto":
-        return f"Python {platform.python_version()} documentation", embedded_texts()
+        splits = {split: [Document(text, source, line=0) for source, text in named]
+                  for split, named in embedded_documents().items()}
+        return f"Python {platform.python_version()} documentation", splits
     if Path(name).exists() or name.startswith((".", "/", "~")) or name.count("/") > 1:
         return Path(name).resolve().name, folder_domain(name)
     return name, hub_domain(name, config.text_template)
 
 
-def encode_documents(base: Base, documents: list) -> torch.Tensor:
-    """Tokenize documents into one stream (n,), as the base reads them: by line, as dnc_gpt2.py
-    trained it, or each with an end-of-text token behind it."""
+def encode_documents(base: Base, documents: list[Document]) -> tuple[torch.Tensor, list[Source]]:
+    """Tokenize documents as the base reads them: by line, as dnc_gpt2.py trained it, or each with
+    an end-of-text token behind it -> one stream (n,), and where in it each begins."""
     backend = base.tokenizer.backend_tokenizer
     if base.own:
-        return tokenize(backend, documents)
-    end = base.tokenizer.eos_token_id
-    ends = [] if end is None else [end]
-    stream: list[int] = []
-    whole = ["".join(pieces_of(document)) for document in documents]
-    for encoding in backend.encode_batch(whole, add_special_tokens=False):
-        stream += [*encoding.ids, *ends]
-    return torch.tensor(stream)
+        streams = [tokenize(backend, [document.text]) for document in documents]
+    else:
+        end = backend.token_to_id("<|endoftext|>")  # a model of dialogues ends its turns otherwise
+        end = base.tokenizer.eos_token_id if end is None else end
+        ends = [] if end is None else [end]
+        whole = ["".join(pieces_of(document.text)) for document in documents]
+        encodings = backend.encode_batch(whole, add_special_tokens=False)
+        streams = [torch.tensor([*encoding.ids, *ends]) for encoding in encodings]
+    sources, at = [], 0
+    for document, stream in zip(documents, streams, strict=True):
+        sources.append(Source(at, document.name, document.line))
+        at += len(stream)
+    return torch.cat(streams), sources
 
 
 def load_domain(config: Config, base: Base) -> Domain:
     """Read and tokenize the domain. Raises ValueError where it cannot be had or is too short."""
-    name, texts = domain_texts(config)
-    streams = {}
-    for split, documents in texts.items():
-        stream = encode_documents(base, documents)
+    name, splits = domain_documents(config)
+    streams, sources = {}, {}
+    for split, documents in splits.items():
+        stream, sources[split] = encode_documents(base, documents)
         require(len(stream) > 8, "domain", config.domain, f"longer: {split} has {len(stream)} "
                 "tokens")
         streams[split] = stream.long()
     if config.max_keys > 0:
         streams["train"] = streams["train"][: config.max_keys + 1]
-    return Domain(name, **streams, fingerprint=sha(streams["train"].numpy().tobytes()))
+    digest = sha(streams["train"].numpy().tobytes())
+    return Domain(name, **streams, fingerprint=digest, sources=sources["train"])
 
 
 # ══ Build ════════════════════════════════════════════════════════════════════════════════════════
@@ -382,6 +444,9 @@ def build(config: Config, base: Base, domain: Domain) -> None:
     count = len(domain.train) - 1
     require(config.knn_k < count, "knn_k", config.knn_k, f"below the keys of the datastore "
             f"({count:,})")
+    if rank_and_size()[0] == 0:
+        kept = [source for source in domain.sources if source.start < count]
+        write_json({"sources": kept}, config.folder / SOURCES)
     build_datastore(Build(
         folder=config.folder,
         base=base,
@@ -477,21 +542,23 @@ def mixed_columns(log_base: torch.Tensor, log_memory: torch.Tensor, at: torch.Te
 def score_group(config: Config, base: Base, stream: torch.Tensor, group: list[Window],
                 systems: Systems, grid: Grid) -> Scores:
     """Score the positions that one group of windows is read for."""
-    ids, logits, keys = read_group(base, stream, group)
+    ids, keys, logits = read_group(base, stream, group)
+    states = None if base.states is None else base.states[:, len(base.prefix) :]
     targets = stream[group[0].first + 1 : group[-1].end + 1]  # (m,)
     at = targets.to(base.device).unsqueeze(1)  # (m, 1)
-    log_base = used(logits, group).log_softmax(-1)  # (m, V)
+    log_base = logits.log_softmax(-1)  # (m, V)
     log_p = {"base": taken(log_base, at).cpu().numpy()}
 
     mixed = {}
     for arm, decoder in systems.decoders.items():
-        out = decoder(keys, ids.to(base.device))  # (B, T, V)
+        inputs = inputs_of(decoder, keys, states)
+        out = decoder(inputs, ids.to(base.device), kept=most_used(group))
         log_memory = used(out, group).log_softmax(-1)  # (m, V)
         mixed[arm] = mixed_columns(log_base, log_memory, at, grid.alphas, config.mixing)
 
     if systems.finetuned is not None:
-        _, logits, _ = read_group(systems.finetuned, stream, group)
-        log_tuned = used(logits, group).log_softmax(-1)  # (m, V)
+        _, _, logits = read_group(systems.finetuned, stream, group)
+        log_tuned = logits.log_softmax(-1)  # (m, V)
         log_p["finetuned"] = taken(log_tuned, at).cpu().numpy()
 
     knn = np.zeros((0, 0, len(targets)))
@@ -730,17 +797,21 @@ def optimize(model: nn.Module, lr: float, steps: list[np.ndarray], loss_of: Call
 
 
 @torch.no_grad()
-def new_decoder(config: Config, base: Base, kind: str) -> Decoder:
-    """Make a decoder that starts near the base: its head is the base's, seen through the directions
-    P (D, C) in which the base's output embedding varies most, and hidden states enter through the
-    same P. From a random head, a datastore of some million tokens teaches too little."""
+def new_decoder(config: Config, base: Base, kind: str) -> Decoder | TailDecoder:
+    """Make a decoder. A tail starts as the base, another near it: its head is the base's, seen
+    through the directions P (D, C) in which the base's output embedding varies most, and hidden
+    states enter through the same P. From a random head, a datastore of some million tokens teaches
+    too little."""
     torch.manual_seed(config.seed)
+    reach = min(config.decoder_reach, base.window)
+    if kind == "tail":
+        return make_tail(base, config.tail_blocks, reach)
     decoder = Decoder(
         kind,
         width=config.decoder_dim,
         layers=config.decoder_layers,
         heads=config.decoder_heads,
-        reach=min(config.decoder_reach, base.window),
+        reach=reach,
         vocab=base.vocab,
         key_width=base.width)
     embedding = base.model.get_output_embeddings().weight.detach().float().cpu()  # (V, D)
@@ -784,25 +855,26 @@ def read_rows(stream: torch.Tensor, starts: np.ndarray, window: int, device: tor
 
 
 def train_decoder(config: Config, base: Base, domain: Domain, store: Datastore, arm: str,
-                  targets: tuple[np.ndarray, np.ndarray]) -> Decoder:
+                  targets: tuple[np.ndarray, np.ndarray], lr: float) -> Decoder | TailDecoder:
     """Train beta KL(teacher || decoder) + (1 - beta) CE; the teacher is the kNN distribution.
 
     Controls in which the datastore has no part: arm text has no teacher (beta 0), in arm distilled
     it is the base itself. What the datastore adds is the difference to them.
     """
-    kind = config.decoder_kind if arm in ("text", "distilled") else arm
+    kind = kind_of(config, arm)
     beta = 0.0 if arm == "text" else config.beta
     decoder = new_decoder(config, base, kind)
     count = training_positions(config, len(store.keys))
     # The base as a teacher is given its whole window.
     window = min(base.window if arm == "distilled" else decoder.reach, count)
+    stored = store.states if kind == "tail" else store.keys
 
     def loss_of(starts: np.ndarray) -> tuple[torch.Tensor, str]:
         at, ids, next_ids = read_rows(domain.train, starts, window, base.device)
-        keys = None
-        if kind == "hidden":
-            keys = torch.from_numpy(store.keys[at]).to(base.device).float()  # (B, T, D)
-        log_q = decoder(keys, ids).flatten(0, 1).log_softmax(-1)  # (B*T, V)
+        inputs = None
+        if kind != "tokens":
+            inputs = torch.from_numpy(stored[at]).to(base.device).float()  # (B, T, D)
+        log_q = decoder(inputs, ids).flatten(0, 1).log_softmax(-1)  # (B*T, V)
         ce = F.nll_loss(log_q, next_ids)
         if arm == "distilled":
             kl = base_divergence(base, ids, log_q)
@@ -811,8 +883,34 @@ def train_decoder(config: Config, base: Base, domain: Domain, store: Datastore, 
         return beta * kl + (1 - beta) * ce, f"KL {kl.item():.3f} CE {ce.item():.3f}"
 
     steps = batches(config, count, window)
-    optimize(decoder, config.decoder_lr, steps, loss_of, f"decoder {arm}", "decoder_lr")
+    field = "finetune_lrs" if kind == "tail" else "decoder_lr"
+    optimize(decoder, lr, steps, loss_of, f"decoder {arm}", field)
     return decoder.eval().requires_grad_(False)
+
+
+def kind_of(config: Config, arm: str) -> str:
+    """The kind of decoder of an arm."""
+    return config.decoder_kind if arm in ("text", "distilled") else arm
+
+
+def best_decoder(config: Config, base: Base, domain: Domain, store: Datastore, arm: str,
+                 targets: tuple[np.ndarray, np.ndarray]) -> Decoder | TailDecoder:
+    """Train a decoder. A tail, which starts from trained weights, is trained at every rate of
+    fine-tuning, and the one whose mixture with the base is better on validation is kept."""
+    if kind_of(config, arm) != "tail":
+        return train_decoder(config, base, domain, store, arm, targets, config.decoder_lr)
+    best, kept = math.inf, None
+    for lr in config.rates:
+        decoder = train_decoder(config, base, domain, store, arm, targets, lr)
+        if len(config.rates) == 1:
+            return decoder
+        scores = score(config, base, domain.valid, config.tune_tokens, Systems({arm: decoder}),
+                       Grid(alphas=[*SHARES, 1.0]), f"{arm} at {lr:g}")
+        ppl = min(map(perplexity, scores.mixed[arm]))
+        print(f"decoder {arm} at {lr:g}: validation perplexity {ppl:,.2f} with the base")
+        if ppl <= best:
+            best, kept = ppl, decoder
+    return kept
 
 
 def finetune(config: Config, base: Base, domain: Domain, lr: float) -> Base:
@@ -851,6 +949,11 @@ def train_finetuned(config: Config, base: Base, domain: Domain) -> dict:
     return payload
 
 
+def decoder_size(decoder: Decoder | TailDecoder) -> int:
+    """The parameters of a decoder, those of the base that a tail shares apart."""
+    return sum(weight.numel() for weight in decoder.state_dict().values())
+
+
 def arm_path(config: Config, arm: str) -> Path:
     """Return the file of an arm."""
     return config.folder / (DECODER_FILE if arm == config.decoder_kind else ARM_FILES[arm])
@@ -869,10 +972,10 @@ def train(config: Config, base: Base, domain: Domain) -> None:
         if arm == "finetuned":
             payload = train_finetuned(config, base, domain)
         else:
-            decoder = train_decoder(config, base, domain, store, arm, targets)
+            decoder = best_decoder(config, base, domain, store, arm, targets)
             kind = decoder.kind
             payload = {"sizes": decoder.sizes, "model_state_dict": decoder.state_dict()}
-            print(f"decoder {arm}: {count_parameters(decoder):,} parameters")
+            print(f"decoder {arm}: {decoder_size(decoder):,} parameters")
         path = arm_path(config, arm)
         save_tensors(payload | {"arm": arm, "identity": made_for(manifest, kind)}, path)
         print(f"wrote {path} ({time.perf_counter() - began:.0f} s)", flush=True)
@@ -882,6 +985,7 @@ def train(config: Config, base: Base, domain: Domain) -> None:
 NAMES = {
     "base": "base",
     "knn": "kNN-LM",
+    "tail": "memory decoder (tail)",
     "hidden": "memory decoder (hidden)",
     "tokens": "memory decoder (tokens)",
     "both": "both",
@@ -995,13 +1099,13 @@ def latency(config: Config, base: Base, systems: Systems, chosen: dict, prompt: 
     for turn in range(config.latency_rounds + 1):
         for system, (lm, mode) in answering.items():
             settings = settings_of(system, chosen)
-            share = settings["lambda"] if mode == "knn" else settings["alpha"]
+            alpha, lambda_ = settings["alpha"] or 0, settings["lambda"] or 0
             conversation = Conversation(lm, mode)
             reading = conversation.feed(prompt)
 
             began = time.perf_counter()
             for _ in range(config.latency_tokens):
-                log_p, _ = distribution(lm, mode, share, reading)
+                log_p, _ = distribution(lm, mode, alpha, lambda_, reading)
                 reading = conversation.feed([int(log_p.argmax())])
             if turn > 0:  # the first warms up
                 times[system].append(1e3 * (time.perf_counter() - began) / config.latency_tokens)
@@ -1109,7 +1213,7 @@ def print_gains(rows: dict[str, dict]) -> None:
     base, knn = rows["base"], rows["knn"]
     gain = base["test_ppl"] - knn["test_ppl"]
     for system, row in rows.items():
-        if gain > 0 and system in ("hidden", "tokens", "text", "distilled"):
+        if gain > 0 and system in ("tail", "hidden", "tokens", "text", "distilled"):
             share = (base["test_ppl"] - row["test_ppl"]) / gain
             slower = ""
             if row["ms_per_token"] and base["ms_per_token"]:
@@ -1186,7 +1290,7 @@ def run(config: Config, commands: tuple[str, ...]) -> None:
     check_folder(config.plot_dir, "plot_dir")
     import_faiss()
     with locked(config.folder, "model_dir") if rank == 0 else contextlib.nullcontext():
-        base = load_base(name_base(config, commands), config.window, config.key)
+        base = load_base(name_base(config, commands), config.window, config.key, config.tail)
         domain = load_domain(config, base)
         if rank == 0:
             describe_run(config, base, domain)

@@ -11,9 +11,13 @@ Letters: B rows, T tokens, P tokens before them, D width of a key, C width of th
 attention heads, V vocabulary, k neighbours.
 """
 
+import bisect
+import copy
 import dataclasses
+import functools
 import math
 import re
+import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -37,12 +41,16 @@ from datastore import (
     MANIFEST,
     Base,
     Datastore,
+    Source,
+    blocks_of,
+    cache_argument,
     check_manifest,
     knn_probabilities,
     knn_weights,
     load_base,
     open_datastore,
     read_manifest,
+    read_sources,
     sha,
 )
 
@@ -154,9 +162,10 @@ class Decoder(nn.Module):
                 nn.init.normal_(weight, std=0.02 / math.sqrt(2 * layers) if adds else 0.02)
 
     def forward(self, keys: torch.Tensor | None, ids: torch.Tensor | None,
-                cache: list | None = None) -> torch.Tensor:
-        """Read keys (B, T, D) or ids (B, T), whichever the kind reads -> logits (B, T, V). `cache`,
-        a list that is empty at first, holds what the next tokens attend to."""
+                cache: list | None = None, kept: int = 0) -> torch.Tensor:
+        """Read keys (B, T, D) or ids (B, T), whichever the kind reads -> logits (B, T, V), or
+        (B, kept, V) of the last so many tokens. `cache`, a list that is empty at first, holds what
+        the next tokens attend to."""
         if self.kind == "hidden":
             x = self.enter(self.norm_in(keys))  # (B, T, C)
         else:
@@ -171,7 +180,7 @@ class Decoder(nn.Module):
         if cache is not None:
             cache[:] = past
 
-        x = self.norm(torch.cat(parts, dim=1))
+        x = self.norm(torch.cat(parts, dim=1)[:, -kept:])
         if self.head_half is not None and x.shape[:2] == (1, 1):
             return F.linear(x.half(), self.head_half).float()
         return self.head(x)
@@ -182,6 +191,87 @@ class Decoder(nn.Module):
         error of a few 1e-3 in a logit, a third of the time on a CPU)."""
         self.head_half = self.head.weight.detach().half()
         return self.eval().requires_grad_(False)
+
+
+class TailDecoder(nn.Module):
+    """The last blocks of a base, trained on, with the base's own norm and head: it reads the states
+    that enter those blocks in the base, and begins as the base itself. departs from the original,
+    whose decoder begins as a small pretrained model. Beside a pretrained base, what starts from
+    noise would first have to learn the language.
+
+    Only the blocks are trained and kept in its file. Raises ValueError where the blocks of this
+    model cannot be run alone.
+    """
+
+    kind = "tail"
+
+    def __init__(self, model: nn.Module, blocks: int, reach: int):
+        super().__init__()
+        self.reach = reach
+        tail = copy.deepcopy(model)
+        kept = blocks_of(tail)
+        del kept[:-blocks]
+        settings = tail.config.get_text_config()
+        settings.num_hidden_layers = blocks
+        if getattr(settings, "layer_types", None):
+            settings.layer_types = settings.layer_types[-blocks:]
+        for number, block in enumerate(kept):
+            for module in block.modules():
+                if hasattr(module, "layer_idx"):
+                    module.layer_idx = number  # of the cache
+        for module in tail.modules():
+            module._forward_pre_hooks.clear()  # the tap's, which is for the base
+        positions = getattr(tail.base_model, "wpe", None)
+        if positions is not None:  # GPT-2 adds them to what it is given; the states have them
+            nn.init.zeros_(positions.weight)
+        self.tail = tail.requires_grad_(False)
+        self.blocks = kept.requires_grad_(True)
+        weight = tail.get_output_embeddings().weight
+        self.sizes = dict(kind="tail", blocks=blocks, reach=reach, vocab=weight.shape[0],
+                          key_width=weight.shape[1])
+
+    def forward(self, states: torch.Tensor, ids: torch.Tensor | None, cache: list | None = None,
+                kept: int = 0) -> torch.Tensor:
+        """Read states (B, T, D) -> logits (B, T, V), or (B, kept, V) of the last so many tokens.
+        `cache`, a list that is empty at first, holds what the next tokens attend to."""
+        from transformers import DynamicCache
+
+        options = {"use_cache": cache is not None}
+        if cache is not None:
+            cache[:] = cache or [DynamicCache()]
+            options[cache_argument(self.tail)] = cache[0]
+        out = self.tail(inputs_embeds=states, logits_to_keep=kept, **options)
+        return out.logits.float()
+
+    def state_dict(self, *args, **kwargs) -> dict:
+        """The blocks alone."""
+        return self.blocks.state_dict(*args, **kwargs)
+
+    def load_state_dict(self, weights: dict, *args, **kwargs) -> object:
+        """Load the blocks."""
+        return self.blocks.load_state_dict(weights, *args, **kwargs)
+
+    def ready(self) -> "TailDecoder":
+        """Freeze for use."""
+        return self.eval().requires_grad_(False)
+
+
+@torch.no_grad()
+def make_tail(base: Base, blocks: int, reach: int) -> TailDecoder:
+    """Make a decoder of the last blocks of a base, whose states are taken there. Raises ValueError
+    where it does not begin as the base."""
+    decoder = TailDecoder(base.model, blocks, reach).to(base.device)
+    ids = torch.arange(min(8, base.vocab)).unsqueeze(0)
+    logits, _ = base.forward(ids)
+    alike = torch.allclose(decoder.eval()(base.states, None), logits, atol=1e-3, rtol=1e-3)
+    require(alike, "decoder_kind", "tail", f"hidden or tokens: the last blocks of "
+            f"{base.model.config.model_type} cannot be run alone")
+    return decoder
+
+
+def inputs_of(decoder: nn.Module, keys: torch.Tensor, states: torch.Tensor | None) -> torch.Tensor:
+    """What a decoder reads beside tokens: states if it is a tail, else keys."""
+    return states if decoder.kind == "tail" else keys
 
 
 def made_for(manifest: dict, kind: str | None) -> str:
@@ -204,11 +294,15 @@ def load_trained(path: Path, manifest: dict) -> dict:
     return payload
 
 
-def load_decoder(path: Path, base: Base, manifest: dict) -> Decoder:
+def load_decoder(path: Path, base: Base, manifest: dict) -> Decoder | TailDecoder:
     """Load a trained decoder. Raises ValueError with one line."""
     payload = load_trained(path, manifest)
     with reading(path, "train again"):
         sizes = payload["sizes"]
+        if sizes["kind"] == "tail":
+            decoder = make_tail(base, int(sizes["blocks"]), int(sizes["reach"]))
+            decoder.load_state_dict(payload["model_state_dict"])
+            return decoder.ready()
         same_width = sizes["kind"] == "tokens" or sizes["key_width"] == base.width
         fits = sizes["vocab"] == base.vocab and same_width
         require(fits, "file", str(path), "a decoder for this base; train again")
@@ -242,10 +336,11 @@ class MemoryLM:
 
     name: str
     base: Base
-    decoder: Decoder | None
+    decoder: Decoder | TailDecoder | None
     datastore: Datastore | None
     settings: dict  # tuned: alpha, lambda, tau, k, and both: alpha and lambda
     mixing: str = "probability"
+    sources: tuple[Source, ...] = ()  # of the datastore's documents, in order
 
     @property
     def tokenizer(self) -> object:
@@ -256,6 +351,13 @@ class MemoryLM:
     def window(self) -> int:
         """The tokens that the base sees at once."""
         return self.base.window
+
+    @functools.cached_property
+    def newlines(self) -> np.ndarray:
+        """Line ends among the values before each (n + 1,)."""
+        count = [self.base.decode([token]).count("\n") for token in range(self.base.vocab)]
+        counts = np.array(count, dtype=np.int64)[self.datastore.values]
+        return np.concatenate([[0], np.cumsum(counts)])
 
     @staticmethod
     def load(folder: str | Path, base: str = "auto") -> "MemoryLM":
@@ -271,7 +373,7 @@ class MemoryLM:
         with reading(folder / MANIFEST, "run python memory_decoder.py tune again"):
             check_settings(settings)
             window = int(manifest["config"]["window"])
-        model = load_base(where, window, manifest["key"])
+        model = load_base(where, window, manifest["key"], int(manifest.get("tail", 0)))
         check_manifest(folder, model, manifest)
         return MemoryLM(
             name=f"{Path(where).stem} + {manifest['domain']}",
@@ -279,7 +381,17 @@ class MemoryLM:
             decoder=load_decoder(folder / DECODER_FILE, model, manifest),
             datastore=open_datastore(folder, manifest),
             settings=settings,
-            mixing=settings["mixing"])
+            mixing=settings["mixing"],
+            sources=tuple(read_sources(folder)))
+
+    def tuned(self, mode: str) -> tuple[float, float]:
+        """The alpha and lambda that were tuned for a mode, 0 for what it does not use."""
+        both = self.settings.get("both", {})
+        shares = {"base": (0, 0), "knn": (0, self.settings.get("lambda", 0)),
+                  "decoder": (self.settings.get("alpha", 0), 0),
+                  "both": (both.get("alpha", 0), both.get("lambda", 0))}
+        alpha, lambda_ = shares[mode]
+        return float(alpha), float(lambda_)
 
     def modes(self) -> list[str]:
         """Return the modes that it can answer in."""
@@ -329,11 +441,12 @@ class Conversation:
         prefix = [] if self.ids else list(base.prefix)
         self.ids += fed
 
-        logits, keys = base.forward(torch.tensor([[*prefix, *fed]]), self.cache)
+        logits, keys = base.forward(torch.tensor([[*prefix, *fed]]), self.cache, kept=1)
         log_decoder = None
         if self.decoder is not None:
             ids = torch.tensor([fed], device=base.device)
-            out = self.decoder(keys[:, len(prefix) :], ids, self.decoder_cache)  # (1, T, V)
+            inputs = inputs_of(self.decoder, keys, base.states)[:, len(prefix) :]
+            out = self.decoder(inputs, ids, self.decoder_cache, kept=1)
             log_decoder = out[0, -1].log_softmax(-1)
         return Reading(logits[0, -1].log_softmax(-1), keys[0, -1], log_decoder)
 
@@ -356,20 +469,19 @@ def nearest(lm: MemoryLM, query: torch.Tensor) -> Near:
     return Near(torch.from_numpy(distances[0][there]), ids, values)
 
 
-def distribution(lm: MemoryLM, mode: str, alpha: float, reading: Reading
+def distribution(lm: MemoryLM, mode: str, alpha: float, lambda_: float, reading: Reading
                  ) -> tuple[torch.Tensor, Near | None]:
-    """Mix log p (V,) of the next token; also return what was found in the datastore (None where
-    nothing was searched). Mode both mixes base and decoder by alpha, then the kNN distribution in
-    by the tuned lambda."""
-    log_p, near, share = reading.log_base, None, alpha
+    """Mix log p (V,) of the next token: the decoder by alpha in modes decoder and both, then the
+    kNN distribution by lambda in modes knn and both. Also return what was found in the datastore
+    (None where nothing was searched)."""
+    log_p, near = reading.log_base, None
     if mode in ("decoder", "both"):
         log_p = mix(log_p, reading.log_decoder, alpha, lm.mixing)
-        share = lm.settings["both"]["lambda"]
-    if mode in ("knn", "both") and share > 0:
+    if mode in ("knn", "both") and lambda_ > 0:
         near = nearest(lm, reading.query)
         p = knn_probabilities(near.distances[None], near.values[None], lm.settings["tau"],
                               len(log_p))[0]
-        log_p = mix(log_p, p.log().to(log_p.device), share)
+        log_p = mix(log_p, p.log().to(log_p.device), lambda_)
     return log_p, near
 
 
@@ -378,7 +490,8 @@ class Sampling(NamedTuple):
     """How to answer."""
 
     mode: str  # base | knn | decoder | both
-    alpha: float  # share of the memory: of the decoder; in mode knn, of the kNN distribution
+    alpha: float  # share of the decoder, in modes decoder and both; 0 = none
+    lambda_: float  # share of the kNN distribution, in modes knn and both; 0 = none
     temperature: float  # 0 = greedy
     top_k: int  # 0 = all
     max_new_tokens: int = 200
@@ -392,6 +505,8 @@ class Neighbour(NamedTuple):
     context: str  # the few tokens before it
     distance: float
     weight: float  # its share of the votes
+    place: str = ""  # file and line, "" where they were not kept
+    passage: tuple[str, str] = ("", "")  # of that document, before the token and behind it
 
 
 class Step(NamedTuple):
@@ -417,9 +532,54 @@ def choose(log_p: torch.Tensor, noise: torch.Tensor, sampling: Sampling) -> int:
     return int((log_p / sampling.temperature + noise).argmax())
 
 
+PASSAGE = (90, 40)  # tokens before and behind a neighbour that a reader is shown
+
+
+def source_of(lm: MemoryLM, at: int) -> tuple[str, tuple[str, str]]:
+    """Where the value of key `at` stands: file and line, and the passage before and behind it in
+    its document. Both empty where sources were not kept."""
+    # Value i is token i + 1 of the stream, whose first token is no value.
+    number = bisect.bisect_right(lm.sources, at + 1, key=lambda source: source.start) - 1
+    if number < 0:
+        return "", ("", "")
+    source = lm.sources[number]
+    first = max(0, source.start - 1)
+    end = len(lm.datastore.values)
+    if number + 1 < len(lm.sources):
+        end = lm.sources[number + 1].start - 1
+
+    stored = lm.datastore.values
+    before = lm.base.decode(stored[max(first, at - PASSAGE[0]) : at].tolist())
+    behind = lm.base.decode(stored[at + 1 : min(end, at + 1 + PASSAGE[1])].tolist())
+    line = source.line
+    if line > 0:
+        line += int(lm.newlines[at] - lm.newlines[first])
+    else:
+        line = line_in_library(source.name, before.rpartition("\n")[2])
+    place = f"{source.name}:{line}" if line else source.name
+    return place, (before, behind)
+
+
+def line_in_library(name: str, text: str) -> int:
+    """The first line of a file of Python's library that holds a text; 0 where none does."""
+    for number, line in enumerate(library_lines(name), 1):
+        if text.strip() and text.strip() in line:
+            return number
+    return 0
+
+
+@functools.lru_cache(maxsize=256)
+def library_lines(name: str) -> list[str]:
+    """The lines of a file of Python's library, [] where there is no such file."""
+    path = Path(sysconfig.get_paths()["stdlib"]) / name
+    if ".." in Path(name).parts or not path.is_file():
+        return []
+    return path.read_text(encoding="utf-8", errors="replace").splitlines()
+
+
 def show_neighbours(lm: MemoryLM, near: Near, token: int, most: int = 5) -> list[Neighbour]:
-    """Return the heaviest neighbours, with the text before them; those that voted for the token
-    first."""
+    """Return the heaviest neighbours, with the text before them and where it stands; those that
+    voted for the token first."""
     stored = lm.datastore.values
     weights = knn_weights(near.distances, lm.settings["tau"]).tolist()
     values = near.values.tolist()
@@ -428,9 +588,14 @@ def show_neighbours(lm: MemoryLM, near: Near, token: int, most: int = 5) -> list
     for j in order[:most]:
         at = int(near.ids[j])
         before = stored[max(0, at - 8) : at].tolist()
+        place, passage = source_of(lm, at)
         shown.append(Neighbour(
-            token=lm.base.decode([values[j]]), context=lm.base.decode(before),
-            distance=float(near.distances[j]), weight=weights[j]))
+            token=lm.base.decode([values[j]]),
+            context=lm.base.decode(before),
+            distance=float(near.distances[j]),
+            weight=weights[j],
+            place=place,
+            passage=passage))
     return shown
 
 
@@ -439,6 +604,7 @@ def generate(lm: MemoryLM, ids: list[int], sampling: Sampling) -> Iterator[Step]
     at once for settings that cannot be, and ends at an end-of-text token."""
     require(sampling.mode in lm.modes(), "mode", sampling.mode, "one of " + ", ".join(lm.modes()))
     require(0 <= sampling.alpha <= 1, "alpha", sampling.alpha, "from 0 to 1")
+    require(0 <= sampling.lambda_ <= 1, "lambda", sampling.lambda_, "from 0 to 1")
     require(0 <= sampling.temperature < math.inf, "temperature", sampling.temperature,
             "0 (greedy) or more")
     require(sampling.top_k >= 0, "top_k", sampling.top_k, "0 (all) or more")
@@ -471,7 +637,8 @@ def steps_of(lm: MemoryLM, ids: list[int], sampling: Sampling) -> Iterator[Step]
     shown, fed = "", list(ids)
     for number in range(1, sampling.max_new_tokens + 1):
         reading = conversation.feed(fed)
-        log_p, near = distribution(lm, sampling.mode, sampling.alpha, reading)
+        log_p, near = distribution(lm, sampling.mode, sampling.alpha, sampling.lambda_,
+                                   reading)
         noise = -torch.empty(len(log_p)).exponential_(generator=draw).log().to(log_p.device)
         token = choose(log_p, noise, sampling)
         base_token = choose(reading.log_base, noise, sampling)

@@ -112,7 +112,7 @@ class Visitor:
     def ask(self, text: str, length: int = 6) -> str:
         """Send a message -> the number of its event, "" where it was refused."""
         mode = self.draw.choice(["base", "knn", "decoder", "both"])
-        data = [text, mode, self.draw.random() < 0.3, 0.5, 0.8, 50, length]
+        data = [text, mode, self.draw.random() < 0.3, 0.5, 0.5, 0.8, 50, length]
         status, said = self.post("/gradio_api/call/chat", {"data": data})
         return json.loads(said)["event_id"] if status == 200 else ""
 

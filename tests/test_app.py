@@ -38,7 +38,7 @@ pytest.importorskip("faiss", reason="pip install faiss-cpu")
 HOSTILE = ["<script>alert(1)</script>", "</p></div><img src=x onerror=alert(1)>", "&lt;b&gt;",
            '" onmouseover="alert(1)', "'><mark>", "${1+1} {{value}} `x` \\", "<!--", "ä 😀 \u202e"]
 SHOWN = set("p div mark span h3 h4 b table thead tbody tr th td ul li".split())
-GREEDY = Sampling("knn", 0.5, 0.0, 0, 5)
+GREEDY = Sampling("knn", 0.5, 0.5, 0.0, 0, 5)
 needs_gradio = pytest.mark.skipif(not importlib.util.find_spec("gradio"),
                                   reason="pip install gradio")
 
@@ -304,9 +304,10 @@ def test_answer_without_a_word_is_shown_but_not_remembered(fake, monkeypatch):
 
 
 # ── the page, really running, with a tiny real model ─────────────────────────────────────────────
-def test_tuned_alpha_is_the_modes_own():
-    lm = SimpleNamespace(settings={"alpha": 0.5, "lambda": 0.25, "both": {"alpha": 0.75}})
-    assert [app.tuned_alpha(lm, mode) for mode in app.MODES] == [0.5, 0.25, 0.5, 0.75]
+def test_tuned_shares_are_the_modes_own():
+    settings = {"alpha": 0.5, "lambda": 0.25, "both": {"alpha": 0.75, "lambda": 0.1}}
+    lm = memory_lm.MemoryLM("", None, None, None, settings)
+    assert [lm.tuned(mode) for mode in app.MODES] == [(0, 0), (0, 0.25), (0.5, 0), (0.75, 0.1)]
 
 
 @needs_gradio
@@ -319,8 +320,8 @@ def test_twenty_visitors_at_once_are_not_mixed(lm):
         for turn in range(2):
             said = f"{text} {turn}"
             messages.append({"role": "user", "content": said})
-            sampling = Sampling(mode, 0.5, 0.8, 50, 12, seed=turn)
-            past = chat.predict(said, mode, False, 0.5, 0.8, 50, 12, api_name="/chat")[0]
+            sampling = Sampling(mode, 0.5, 0.5, 0.8, 50, 12, seed=turn)
+            past = chat.predict(said, mode, False, 0.5, 0.5, 0.8, 50, 12, api_name="/chat")[0]
             messages.append({"role": "assistant", "content": expected(lm, messages, sampling)})
         return Reader(past).text, "".join(message["content"] for message in messages)
 
@@ -335,7 +336,7 @@ def test_twenty_visitors_at_once_are_not_mixed(lm):
 def test_a_visitor_stops_and_clears_what_is_his_alone(lm):
     with serving(lm) as address:
         one, two = client(address), client(address)
-        job = one.submit("ba den fi", "knn", True, 0.5, 0, 0, 400, api_name="/chat")
+        job = one.submit("ba den fi", "knn", True, 0.5, 0.5, 0, 0, 400, api_name="/chat")
         while len(job.outputs()) < 3:
             time.sleep(0.01)
         assert "ba den fi" in job.outputs()[-1][1]
@@ -347,7 +348,7 @@ def test_a_visitor_stops_and_clears_what_is_his_alone(lm):
         assert 0 < int(re.search(r"of (\d+) tokens", evidence)[1]) < 400
         assert "Write a message" in one.predict(api_name="/clear")[0]
         long = " ".join(["gor"] * 300)  # fewer characters than allowed, too many tokens
-        view = two.predict(long, "knn", False, 0.5, 0, 0, 5, api_name="/chat")
+        view = two.predict(long, "knn", False, 0.5, 0.5, 0, 0, 5, api_name="/chat")
         assert 'class="error"' in view[3] and "window" in view[3]
 
 
@@ -357,7 +358,7 @@ def test_queue_is_limited(lm, monkeypatch):
                                                      for _ in range(20)))
     with serving(lm, concurrency=1, queue_size=1) as address:
         clients = [client(address) for _ in range(6)]
-        jobs = [chat.submit("hello", "base", False, 0, 0, 0, 5, api_name="/chat")
+        jobs = [chat.submit("hello", "base", False, 0, 0, 0, 0, 5, api_name="/chat")
                 for chat in clients]
         failed = [job.exception(timeout=60) for job in jobs]
     assert 1 <= sum(error is None for error in failed) <= 3
@@ -477,7 +478,7 @@ def test_command_serves_until_stopped_and_speaks_to_nobody(model_flags, tmp_path
                 break
         assert "the chat is at" in said[-1], errors.read_text()
         view = client(f"http://127.0.0.1:{port}/").predict(
-            "ba den fi", "both", True, 0.5, 0, 0, 8, api_name="/chat")
+            "ba den fi", "both", True, 0.5, 0.5, 0, 0, 8, api_name="/chat")
         assert "ba den fi" in view[0]
     finally:
         server.send_signal(signal.SIGTERM)

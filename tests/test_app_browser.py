@@ -131,10 +131,10 @@ def test_an_answer_streams_and_its_evidence_is_listed(window, lm, slowly, tmp_pa
 def test_two_answers_stand_beside_or_below_each_other(window, lm, tmp_path):  # noqa: F811
     with serving(lm) as address:
         load(window, address)
-        choose(window, "kNN-LM")  # brings the alpha that was tuned for it
-        window.wait_for_function("value => document.querySelector('#alpha input[type=number]')"
-                                 ".value == value", arg=str(app.tuned_alpha(lm, "knn")))
-        set_slider(window, "alpha", 0)
+        choose(window, "kNN-LM")  # brings the lambda that was tuned for it
+        window.wait_for_function("value => document.querySelector('#lambda input[type=number]')"
+                                 ".value == value", arg=str(lm.tuned("knn")[1]))
+        set_slider(window, "lambda", 0)
         set_slider(window, "max_new_tokens", 12)
         window.check("#beside input")
         window.fill("#box textarea", "hul ka")

@@ -25,6 +25,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import transformers
 from conftest import ROOT, error_line, flags, write_corpus
 
 import datastore as ds
@@ -42,7 +43,7 @@ BASE = dict(
     arms="baseline", hidden_size=32, num_layers=2, num_heads=2, batch_size=4, seq_len=32,
     max_steps=60, lr=1e-2, save_every_steps=100, eval_rows=2, eval_tokens=200,
     final_eval_tokens=200, num_gpus=0)
-GREEDY = ml.Sampling("base", 0.5, 0.0, 0, 20)
+GREEDY = ml.Sampling("base", 0.5, 0.5, 0.0, 0, 20)
 
 
 @pytest.fixture(scope="module")
@@ -94,6 +95,15 @@ def lm(made) -> ml.MemoryLM:
     loaded = ml.MemoryLM.load(made)
     settings = loaded.settings | {"lambda": 0.3, "both": {"alpha": 0.4, "lambda": 0.3}}
     return dataclasses.replace(loaded, settings=settings)
+
+
+@pytest.fixture(scope="module")
+def tail_lm(tmp_path_factory, checkpoint, text_folder) -> ml.MemoryLM:
+    """As lm, its decoder the last block of the base, trained at two rates, beside its control."""
+    folder = tmp_path_factory.mktemp("tail")
+    fields = {"decoder_kind": "tail", "tail_blocks": 1, "arms": "text", "finetune_lrs": "1e-4,3e-3"}
+    assert md.main(argv_of(folder, checkpoint, text_folder, **fields)) == 0
+    return ml.MemoryLM.load(folder)
 
 
 @pytest.fixture(scope="module")
@@ -244,13 +254,12 @@ def test_mixture_sums_to_one_and_its_ends_are_exact(alpha, mixing):
 
 
 @pytest.mark.parametrize("mode", ml.MODES)
-def test_every_mode_sums_to_one_and_alpha_0_is_the_base_bit_for_bit(lm, domain, mode):
+def test_every_mode_sums_to_one_and_shares_of_0_are_the_base_bit_for_bit(lm, domain, mode):
     reading = ml.Conversation(lm, mode).feed(domain.test[:20].tolist())
-    mixed, _ = ml.distribution(lm, mode, 0.4, reading)
+    mixed, _ = ml.distribution(lm, mode, 0.4, 0.4, reading)
     assert mixed.exp().sum().item() == pytest.approx(1, abs=1e-5)
-    if mode != "both":  # which mixes the kNN distribution in by its own share
-        alone = ml.Conversation(lm, "base").feed(domain.test[:20].tolist()).log_base
-        assert torch.equal(ml.distribution(lm, mode, 0.0, reading)[0], alone)
+    alone = ml.Conversation(lm, "base").feed(domain.test[:20].tolist()).log_base
+    assert torch.equal(ml.distribution(lm, mode, 0.0, 0.0, reading)[0], alone)
 
 
 # ── Reading, keys, scoring ───────────────────────────────────────────────────────────────────────
@@ -274,7 +283,7 @@ def test_stored_keys_equal_a_recomputation_without_hooks(lm, domain, made):
     for [window] in (windows[0], windows[5], windows[-1]):
         ids = domain.train[None, window.start : window.end]
         h = gpt2(ids, output_hidden_states=True).hidden_states[-2]  # what the last block reads
-        key = block.ln_2(h + block.attn(block.ln_1(h))[0])[0, window.used]
+        key = block.ln_2(h + block.attn(block.ln_1(h))[0])[0, window.first - window.start :]
         np.testing.assert_allclose(keys[window.first : window.end], key.numpy(), atol=4e-3,
                                    rtol=1e-3)
 
@@ -282,7 +291,6 @@ def test_stored_keys_equal_a_recomputation_without_hooks(lm, domain, made):
 def save_foreign_base(kind: str, tokenizer_folder: str, folder: Path) -> int:
     """Save a tiny model of another architecture, and a tokenizer that puts <bos> before a text ->
     the token <bos>."""
-    import transformers
     from tokenizers import processors
 
     tokenizer = transformers.AutoTokenizer.from_pretrained(tokenizer_folder)
@@ -311,9 +319,9 @@ def test_a_folder_of_another_architecture_gives_keys_after_the_norm_and_no_prefi
     module.register_forward_hook(lambda module, args, out: seen.append(out))
     stream = md.load_domain(md.Config(domain=text_folder), base).train
     windows = [ds.Window(0, 0, 10), ds.Window(5, 10, 15)]
-    ids, logits, keys = ds.read_group(base, stream, windows)
+    ids, keys, logits = ds.read_group(base, stream, windows)
     assert torch.equal(keys, seen[0][:, 1:].float()) and keys.shape == (2, 10, 16)
-    assert torch.equal(ids[1], stream[5:15]) and logits.shape == (2, 10, base.vocab)
+    assert torch.equal(ids[1], stream[5:15]) and logits.shape == (15, base.vocab)
 
 
 def naive_scores(lm, stream: torch.Tensor, mixing: str) -> np.ndarray:
@@ -352,13 +360,13 @@ def test_score_equals_a_naive_loop_over_positions(config, lm, domain, mixing):
 SIGKILL_AT = """
 import os, signal, sys
 import datastore, memory_decoder
-read, groups = datastore.read_group, []
-def read_group(*args):
+read, groups = datastore.read_keys, []
+def read_keys(*args):
     groups.append(0)
     if len(groups) == int(sys.argv[1]):
         os.kill(os.getpid(), signal.SIGKILL)
     return read(*args)
-datastore.read_group = read_group
+datastore.read_keys = read_keys
 sys.exit(memory_decoder.main(sys.argv[2:]))
 """
 
@@ -381,15 +389,15 @@ def test_a_killed_build_resumes_with_the_same_bytes_and_not_that_of_another_text
     part = np.load(tmp_path / f"{ds.KEYS}.part", mmap_mode="r+")
     part[-50:] = 7
     part.flush()
-    read, calls = ds.read_group, []
-    monkeypatch.setattr(ds, "read_group", lambda *args: calls.append(0) or read(*args))
+    read, calls = ds.read_keys, []
+    monkeypatch.setattr(ds, "read_keys", lambda *args: calls.append(0) or read(*args))
     assert md.main(argv) == md.main(argv) == 0
     out = capsys.readouterr().out
     assert "resumed at position" in out and "holds these" in out  # the second time
     groups = ds.plan_windows(len(part), 32, 16, 2)
     assert len(calls) == len(groups) - 6
     built = {path.name: path for path in tmp_path.iterdir()}
-    assert built.keys() - {".lock"} == {ds.KEYS, ds.VALUES, ds.INDEX, ds.MANIFEST}
+    assert built.keys() - {".lock"} == {ds.KEYS, ds.VALUES, ds.INDEX, ds.MANIFEST, ds.SOURCES}
     for name in (ds.KEYS, ds.VALUES, ds.INDEX):
         assert built[name].read_bytes() == (made / name).read_bytes()
 
@@ -467,24 +475,29 @@ def test_what_an_older_version_wrote_still_opens(made, lm, tmp_path):
 
 
 # ── Generation ───────────────────────────────────────────────────────────────────────────────────
-def naive_log_p(lm: ml.MemoryLM, mode: str, ids: list[int], alpha: float) -> torch.Tensor:
+def naive_log_p(lm: ml.MemoryLM, mode: str, ids: list[int], alpha: float, lambda_: float
+                ) -> torch.Tensor:
     """The distribution after ids, everything computed anew, without caches."""
     logits, keys = lm.base.forward(torch.tensor([ids]))
-    log_q = lm.decoder(keys, torch.tensor([ids]))[0, -1].log_softmax(-1)
+    inputs = ml.inputs_of(lm.decoder, keys, lm.base.states)
+    log_q = lm.decoder(inputs, torch.tensor([ids]))[0, -1].log_softmax(-1)
     reading = ml.Reading(logits[0, -1].log_softmax(-1), keys[0, -1], log_q)
-    return ml.distribution(lm, mode, alpha, reading)[0]
+    return ml.distribution(lm, mode, alpha, lambda_, reading)[0]
 
 
+@pytest.mark.parametrize("kind", ["hidden", "tail"])
 @pytest.mark.parametrize("mode", ml.MODES)
-def test_generation_with_caches_equals_greedy_without_also_beyond_the_window(lm, domain, mode):
+def test_generation_with_caches_equals_greedy_without_also_beyond_the_window(
+        request, domain, mode, kind):
+    lm = request.getfixturevalue("lm" if kind == "hidden" else "tail_lm")
     seen = domain.test[:25].tolist()
     close = 1e-4 if mode in ("base", "knn") else 1e-3  # the decoder's head in half precision
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # of a renamed argument
-        steps = list(ml.generate(lm, seen, ml.Sampling(mode, 0.6, 0.0, 0, 30)))
+        steps = list(ml.generate(lm, seen, ml.Sampling(mode, 0.6, 0.3, 0.0, 0, 30)))
     assert len(steps) == 30
     for step in steps:
-        log_p = naive_log_p(lm, mode, seen, 0.6)
+        log_p = naive_log_p(lm, mode, seen, 0.6, 0.3)
         assert step.token == int(log_p.argmax())
         assert step.probability == pytest.approx(float(log_p.max().exp()), abs=close)
         seen.append(step.token)
@@ -497,7 +510,7 @@ def test_generation_with_caches_equals_greedy_without_also_beyond_the_window(lm,
 def test_steps_tell_what_memory_changed_and_name_the_heaviest_neighbours(lm, domain):
     ids = domain.test[:25].tolist()
     for mode in ml.MODES:
-        for step in ml.generate(lm, ids, ml.Sampling(mode, 1.0, 1.0, 0, 12, seed=3)):
+        for step in ml.generate(lm, ids, ml.Sampling(mode, 1.0, 1.0, 1.0, 0, 12, seed=3)):
             said = lm.base.decode([step.token])
             assert step.changed or step.base_token == said
             searched = mode in ("knn", "both") or step.changed
@@ -509,7 +522,7 @@ def test_steps_tell_what_memory_changed_and_name_the_heaviest_neighbours(lm, dom
 def test_a_neighbour_is_a_stored_position_with_the_text_before_it(lm, domain):
     ids = domain.test[:25].tolist()
     [alone] = ml.generate(lm, ids, GREEDY._replace(max_new_tokens=1))
-    [step] = ml.generate(lm, ids, ml.Sampling("knn", 1.0, 0.0, 0, 1))
+    [step] = ml.generate(lm, ids, ml.Sampling("knn", 1.0, 1.0, 0.0, 0, 1))
     assert step.changed == (step.token != alone.token)
     reading = ml.Conversation(lm, "base").feed(ids)
     at = brute_force(lm.datastore.keys, reading.query[None].numpy(), 1)[1].item()
@@ -522,7 +535,7 @@ def test_sampling_follows_seed_top_k_and_temperature(lm, domain):
     ids = domain.test[:9].tolist()
 
     def tokens(**fields) -> list[int]:
-        sampling = ml.Sampling("decoder", 0.5, 1.0, 0, 20)._replace(**fields)
+        sampling = ml.Sampling("decoder", 0.5, 0.5, 1.0, 0, 20)._replace(**fields)
         return [step.token for step in ml.generate(lm, ids, sampling)]
 
     assert tokens(seed=1) == tokens(seed=1) != tokens(seed=2)
@@ -530,7 +543,7 @@ def test_sampling_follows_seed_top_k_and_temperature(lm, domain):
     log_p = torch.tensor([0.5, 0.3, 0.15, 0.05]).log()
     draw = torch.Generator().manual_seed(0)
     noise = -torch.empty(4000, 4).exponential_(generator=draw).log()
-    sampling = ml.Sampling("base", 0, 1.0, 3)
+    sampling = ml.Sampling("base", 0, 0, 1.0, 3)
     counts = np.bincount([ml.choose(log_p, row, sampling) for row in noise], minlength=4)
     expected = np.array([0.5, 0.3, 0.15, 0]) / 0.95
     np.testing.assert_allclose(counts / 4000, expected, atol=0.03)
@@ -558,7 +571,7 @@ def test_incomplete_characters_wait_until_they_are_whole(lm, monkeypatch):
 def test_twenty_users_at_once_get_what_each_gets_alone(lm, domain):
     jobs = []
     for user in range(20):
-        sampling = ml.Sampling(ml.MODES[user % 4], 0.5, 0.9, 20, 12, seed=user)
+        sampling = ml.Sampling(ml.MODES[user % 4], 0.5, 0.5, 0.9, 20, 12, seed=user)
         jobs.append((domain.test[3 * user : 3 * user + 8 + user % 3].tolist(), sampling))
 
     def answer(job) -> list[ml.Step]:
@@ -693,6 +706,12 @@ def test_a_checkpoint_with_a_memory_is_no_base(tmp_path, checkpoint):
 
 
 # ── Domain ───────────────────────────────────────────────────────────────────────────────────────
+def texts_of(splits: dict[str, list[md.Document]]) -> dict[str, list[str]]:
+    """The texts of documents."""
+    return {split: [document.text for document in documents]
+            for split, documents in splits.items()}
+
+
 def test_hub_rows_pass_the_template_and_are_split_by_text_each_once(monkeypatch):
     import datasets
 
@@ -700,7 +719,7 @@ def test_hub_rows_pass_the_template_and_are_split_by_text_each_once(monkeypatch)
     splits = datasets.DatasetDict(train=datasets.Dataset.from_dict(rows))
     monkeypatch.setattr(datasets, "load_dataset", lambda name: splits)
     monkeypatch.setattr(md, "asking_hub", lambda *args: contextlib.nullcontext())
-    texts = md.hub_domain("a/b", "{Title}: {Answer}")
+    texts = texts_of(md.hub_domain("a/b", "{Title}: {Answer}"))
     assert texts["train"][:2] == ["t0: \n", "t1: a\n"]
     everything = [text for split in texts.values() for text in split]
     assert len(everything) == len(set(everything)) == 51  # t0 without an answer, then with one
@@ -708,7 +727,7 @@ def test_hub_rows_pass_the_template_and_are_split_by_text_each_once(monkeypatch)
     with pytest.raises(ValueError, match="text_template .* Title, Answer"):
         md.hub_domain("a/b", "{Titel}")
     splits |= {"validation": splits["train"].select([1]), "test": splits["train"].select([2])}
-    texts = md.hub_domain("a/b", "{Title}")  # its own splits
+    texts = texts_of(md.hub_domain("a/b", "{Title}"))  # its own splits
     assert (len(texts["train"]), texts["valid"], texts["test"]) == (60, ["t1\n"], ["t2\n"])
 
 
@@ -797,10 +816,10 @@ def test_a_decoder_of_tokens_serves_another_base_with_its_tokenizer_and_one_of_s
 
 
 def test_training_lowers_the_loss_of_every_arm(config, lm, domain, targets):
-    config = dataclasses.replace(config, num_epochs=6, decoder_lr=3e-3)
+    config = dataclasses.replace(config, num_epochs=6)
     for arm in ("hidden", "tokens", "text", "distilled"):
         start = md.new_decoder(config, lm.base, "tokens" if arm == "tokens" else "hidden")
-        end = md.train_decoder(config, lm.base, domain, lm.datastore, arm, targets)
+        end = md.train_decoder(config, lm.base, domain, lm.datastore, arm, targets, 3e-3)
         systems = md.Systems({"start": start, "end": end})
         scores = md.score(config, lm.base, domain.train, 300, systems, md.Grid(alphas=[1.0]))
         before, after = (md.perplexity(scores.mixed[name]) for name in ("start", "end"))
@@ -811,15 +830,88 @@ def test_the_datastore_has_no_part_in_the_controls_and_has_one_in_the_decoder(
         config, lm, domain, targets):
     others = (targets[0][::-1].copy(), targets[1][::-1].copy())
     for arm in ("text", "distilled", "hidden"):
-        one, two = (md.train_decoder(config, lm.base, domain, lm.datastore, arm, x).state_dict()
-                    for x in (targets, others))
+        one, two = (
+            md.train_decoder(config, lm.base, domain, lm.datastore, arm, x, 4e-3).state_dict()
+            for x in (targets, others))
         assert all(torch.equal(one[name], two[name]) for name in one) == (arm != "hidden"), arm
 
 
 def test_training_that_diverges_names_the_rate(config, lm, domain, targets):
-    config = dataclasses.replace(config, decoder_lr=1e30)
     with pytest.raises(dnc_gpt2.Diverged, match="decoder hidden diverged .* decoder_lr below"):
-        md.train_decoder(config, lm.base, domain, lm.datastore, "hidden", targets)
+        md.train_decoder(config, lm.base, domain, lm.datastore, "hidden", targets, 1e30)
+
+
+@pytest.mark.parametrize("kind", ["Llama", "Mistral", "Qwen2", "Gemma2", "GPT2"])
+def test_a_tail_begins_as_the_base_and_caches_give_the_same(kind, tmp_path, tokenizer_folder):
+    if kind == "GPT2":
+        sizes = transformers.GPT2Config(n_embd=16, n_layer=3, n_head=2, n_positions=24)
+        model = transformers.GPT2LMHeadModel(sizes)
+    else:
+        save_foreign_base(kind, tokenizer_folder, tmp_path)
+        model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+    tap = ds.KeyTap(model.eval(), "feed_forward", tail=1)
+    base = ds.Base("", model, None, 24, (), False, tap, "")
+    tail = ml.make_tail(base, 1, 24)
+    ids = torch.randint(0, 200, (2, 20), generator=torch.Generator().manual_seed(0))
+    logits, keys = base.forward(ids)
+    torch.testing.assert_close(tail(base.states, None), logits, atol=1e-5, rtol=1e-4)
+    assert torch.equal(base.tap.here.keys, keys), "the tail's own pass is none of the tap's"
+    cache, parts = [], []
+    for states in base.states.split([7, 1, 12], dim=1):
+        parts.append(tail(states, None, cache, kept=1))
+    expected = logits[:, [6, 7, 19]]
+    torch.testing.assert_close(torch.cat(parts, dim=1), expected, atol=1e-5, rtol=1e-4)
+
+
+def test_a_tail_that_does_not_begin_as_the_base_is_refused(tmp_path, tokenizer_folder):
+    save_foreign_base("Llama", tokenizer_folder, tmp_path)
+    base = ds.load_base(str(tmp_path), 24, "feed_forward", tail=1)
+    with pytest.raises(ValueError, match="decoder_kind = 'tail': must be hidden or tokens"):
+        ml.make_tail(base, 2, 24)  # which the states of another block enter
+    with pytest.raises(ValueError, match="tail_blocks = 9: must be at most the 2 blocks"):
+        ds.load_base(str(tmp_path), 24, "feed_forward", tail=9)
+
+
+def test_a_tail_keeps_its_blocks_alone_and_learns(tail_lm):
+    weights = tail_lm.decoder.state_dict()
+    block = ds.blocks_of(tail_lm.base.model)[-1].state_dict()
+    assert {f"0.{name}" for name in block} == weights.keys()
+    assert any(not torch.equal(block[name], weights[f"0.{name}"]) for name in block)
+    settings = tail_lm.settings["valid_ppl"]
+    assert settings["tail"] < settings["base"]
+
+
+# ── Sources ──────────────────────────────────────────────────────────────────────────────────────
+def test_every_neighbour_names_its_file_and_line(tmp_path, checkpoint):
+    folder = tmp_path / "text"
+    (folder / "part").mkdir(parents=True)
+    for i in range(40):
+        lines = [f"file {i} line {n} says hul ka {i * n}" for n in range(1, 9)]
+        (folder / "part" / f"{i:02}.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    argv = argv_of(tmp_path / "out", checkpoint, str(folder), arms="text", max_keys=900)
+    assert md.main([*argv]) == 0
+    lm = ml.MemoryLM.load(tmp_path / "out")
+    for at in range(0, len(lm.datastore.values), 97):
+        place, (before, behind) = ml.source_of(lm, at)
+        name, line = place.rsplit(":", 1)
+        whole = before + lm.base.decode([int(lm.datastore.values[at])]) + behind
+        text = (folder / name).read_text(encoding="utf-8")
+        assert whole.strip() in text
+        written = text.splitlines()[int(line) - 1]
+        assert before.rpartition("\n")[2] in written
+
+
+def test_paragraphs_keep_the_line_that_they_begin_with():
+    text = "one\ntwo\n\n\nthree\n\nfour\n"
+    parts = md.paragraphs_of(md.Document(text, "a.txt"))
+    assert [(part.text.strip(), part.line) for part in parts] == [
+        ("one\ntwo", 1), ("three", 5), ("four", 7)]
+
+
+def test_a_line_of_pythons_library_is_found_and_nothing_outside_it_is_read():
+    assert ml.library_lines("abc.py")[ml.line_in_library("abc.py", "Abstract Base Classes") - 1]
+    assert ml.line_in_library("abc.py", "no such words in there") == 0
+    assert ml.library_lines("../../../etc/passwd") == []
 
 
 # ── The command ──────────────────────────────────────────────────────────────────────────────────
@@ -827,7 +919,8 @@ def test_evaluation_has_a_row_a_system_with_settings_from_validation(made):
     evaluation = json.loads((made / "evaluation.json").read_text())
     manifest = ds.read_manifest(made)
     rows = {row["system"]: row for row in evaluation["rows"]}
-    assert list(rows) == list(md.NAMES.values())
+    assert list(rows) == [name for name in md.NAMES.values() if name in rows]
+    assert len(rows) == len(md.NAMES) - 1  # no tail here
     for row in rows.values():
         assert row["valid_ppl"] <= rows["base"]["valid_ppl"] or row["system"] == "fine-tuned base"
         assert 1 < row["test_ppl"] < 1000 and row["ms_per_token"] > 0
