@@ -17,6 +17,7 @@ import ipaddress
 import itertools
 import json
 import os
+import re
 import signal
 import socket
 import sys
@@ -134,6 +135,11 @@ class Answer:
         """Whether it has been writing nothing but white space for a while."""
         last = self.steps[-BLANK_TOKENS:]
         return len(last) == BLANK_TOKENS and not any(step.text.strip() for step in last)
+
+    @property
+    def is_blank(self) -> bool:
+        """Whether it ended without a word."""
+        return not self.text.strip()
 
     def to_html(self, heading: bool, live: bool) -> str:
         """The answer as HTML; `heading` names its mode, `live` says that it is being written."""
@@ -290,23 +296,27 @@ def write_answers(session: Session, draft: Draft, streams: list[Iterator[Step]])
             sent = time.monotonic()
 
 
+def left_out_html(lm: MemoryLM, left_out: int) -> str:
+    """What a visitor is told of the messages that the prompt had no room for."""
+    text = (f"Messages left out of the prompt, oldest first: {left_out}. The window of the base "
+            f"has {lm.window:,} tokens.")
+    return notice_html(text) if left_out else ""
+
+
 def converse(lm: MemoryLM, session: Session, text: str, sampling: Sampling, beside: bool,
              unchanged: object) -> Iterator[View]:
     """Answer a message, a View at a time. What cannot be answered becomes a sentence in the page,
     and the message box is left `unchanged`."""
     text = text.encode("utf-8", "replace").decode()  # half a surrogate pair cannot be sent back
     session.finish()  # a visitor who asks again has stopped the answer before
-    modes = ["base"] * (beside and sampling.mode != "base") + [sampling.mode]
+    modes = list(dict.fromkeys(["base", sampling.mode])) if beside else [sampling.mode]
     try:
         streams, left_out = prepare(lm, session, text, sampling, modes)
     except ValueError as error:
         yield View(session.past(), notice=notice_html(str(error), "error"), box=unchanged)
         return
 
-    told = ""
-    if left_out:
-        told = notice_html(f"Messages left out of the prompt, oldest first: {left_out}. The window "
-                           f"of the base has {lm.window:,} tokens.")
+    told = left_out_html(lm, left_out)
     draft = session.draft = Draft(text, [Answer(mode) for mode in modes])
     past = "".join(session.turns)
     try:
@@ -325,8 +335,8 @@ def converse(lm: MemoryLM, session: Session, text: str, sampling: Sampling, besi
     if draft.wish == "clear":
         session.clear()
         evidence = told = ""
-    if is_ours and not (draft.wish or told or draft.answers[-1].text.strip()):
-        told = notice_html(BLANK)
+    if not draft.wish and draft.answers[-1].is_blank:
+        told = told or notice_html(BLANK)
     if is_ours:  # the run has the last word: another event's view could overtake it
         yield View(session.past(), evidence=evidence, notice=told)
 
@@ -418,6 +428,28 @@ class Parts(NamedTuple):
     found: object  # what memory changed
 
 
+def example_buttons(gr, lm: MemoryLM) -> list:
+    """A button for each question that a visitor may begin with; none for a domain of others."""
+    if not re.search(r"\+ Python .* documentation$", lm.name):
+        return []
+    with gr.Row(elem_id="examples"):
+        return [gr.Button(text, size="sm") for text in EXAMPLES]
+
+
+def composer(gr) -> dict:
+    """The message box and its buttons, by the names that they have in Parts."""
+    with gr.Row(elem_id="composer"):
+        return {
+            "box": gr.Textbox(placeholder="Write a message", lines=1, max_lines=6, scale=1,
+                              label="message", container=False, elem_id="box", autofocus=True),
+            "sent": gr.Button("Send", variant="primary", elem_id="send"),
+            "stopped": gr.Button("Stop", elem_id="stop"),
+            "left": gr.Button("Stop waiting", elem_id="leave"),
+            "copied": gr.Button("Copy", elem_id="copy"),
+            "cleared": gr.Button("Clear", elem_id="clear"),
+        }
+
+
 def layout(gr, lm: MemoryLM, config: Config) -> Parts:
     """Lay out the page, inside the gr.Blocks that is open."""
     session = gr.State(Session())  # copied for each visitor
@@ -432,25 +464,14 @@ def layout(gr, lm: MemoryLM, config: Config) -> Parts:
                                      elem_id="beside")
             with gr.Column(elem_id="log"), gr.Column():
                 past, live = gr.HTML(EMPTY, elem_id="past"), gr.HTML(elem_id="live")
-            examples = []
-            if "Python" in lm.name and "documentation" in lm.name:
-                with gr.Row(elem_id="examples"):
-                    examples = [gr.Button(text, size="sm") for text in EXAMPLES]
+            examples = example_buttons(gr, lm)
             notice = gr.HTML(elem_id="notice")
-            with gr.Row(elem_id="composer"):
-                box = gr.Textbox(placeholder="Write a message", lines=1, max_lines=6, scale=1,
-                                 label="message", container=False, elem_id="box", autofocus=True)
-                sent = gr.Button("Send", variant="primary", elem_id="send")
-                stopped = gr.Button("Stop", elem_id="stop")
-                left = gr.Button("Stop waiting", elem_id="leave")
-                copied = gr.Button("Copy", elem_id="copy")
-                cleared = gr.Button("Clear", elem_id="clear")
+            written = composer(gr)
         with gr.Column(elem_id="settings"):
             sliders = controls(gr, lm, config)
         found = gr.HTML(elem_id="found")
     return Parts(session=session, mode=mode, beside=beside, past=past, live=live, notice=notice,
-                 box=box, sent=sent, stopped=stopped, left=left, cleared=cleared, copied=copied,
-                 examples=examples, sliders=sliders, found=found)
+                 examples=examples, sliders=sliders, found=found, **written)
 
 
 class Events:
@@ -502,6 +523,11 @@ def wire(gr, lm: MemoryLM, config: Config, parts: Parts) -> None:
     parts.cleared.click(events.clear, parts.session, view, api_name="clear", **quiet)
     parts.left.click(events.leave, parts.session, view, cancels=run, api_visibility="private",
                      **quiet)
+    in_browser(lm, parts, quiet)
+
+
+def in_browser(lm: MemoryLM, parts: Parts, quiet: dict) -> None:
+    """Wire what the browser does without asking the server."""
     tuned = json.dumps({name: lm.tuned(name) for name in lm.modes()})
     parts.mode.change(None, parts.mode, parts.sliders[:2], js=f"mode => ({tuned})[mode]", **quiet)
     parts.copied.click(None, None, None, js=COPY, **quiet)

@@ -539,11 +539,19 @@ def mixed_columns(log_base: torch.Tensor, log_memory: torch.Tensor, at: torch.Te
     return torch.stack(columns).cpu().numpy()
 
 
+def decoder_log_p(decoder: nn.Module, inputs: torch.Tensor, ids: torch.Tensor,
+                  group: list[Window]) -> torch.Tensor:
+    """Return the log-distributions (m, V) of a decoder at the positions that a group is read for,
+    from what the base made of ids (B, T), maybe behind a prefix."""
+    out = decoder(inputs[:, -ids.shape[1] :], ids, kept=most_used(group))
+    return used(out, group).log_softmax(-1)
+
+
 def score_group(config: Config, base: Base, stream: torch.Tensor, group: list[Window],
                 systems: Systems, grid: Grid) -> Scores:
     """Score the positions that one group of windows is read for."""
     ids, keys, logits = read_group(base, stream, group)
-    states = None if base.states is None else base.states[:, len(base.prefix) :]
+    states = base.states
     targets = stream[group[0].first + 1 : group[-1].end + 1]  # (m,)
     at = targets.to(base.device).unsqueeze(1)  # (m, 1)
     log_base = logits.log_softmax(-1)  # (m, V)
@@ -552,8 +560,7 @@ def score_group(config: Config, base: Base, stream: torch.Tensor, group: list[Wi
     mixed = {}
     for arm, decoder in systems.decoders.items():
         inputs = inputs_of(decoder, keys, states)
-        out = decoder(inputs, ids.to(base.device), kept=most_used(group))
-        log_memory = used(out, group).log_softmax(-1)  # (m, V)
+        log_memory = decoder_log_p(decoder, inputs, ids.to(base.device), group)
         mixed[arm] = mixed_columns(log_base, log_memory, at, grid.alphas, config.mixing)
 
     if systems.finetuned is not None:
@@ -864,28 +871,26 @@ def train_decoder(config: Config, base: Base, domain: Domain, store: Datastore, 
     kind = kind_of(config, arm)
     beta = 0.0 if arm == "text" else config.beta
     decoder = new_decoder(config, base, kind)
-    count = training_positions(config, len(store.keys))
+    stored = store.states if kind == "tail" else store.keys
+    count = training_positions(config, len(stored))
     # The base as a teacher is given its whole window.
     window = min(base.window if arm == "distilled" else decoder.reach, count)
-    stored = store.states if kind == "tail" else store.keys
 
     def loss_of(starts: np.ndarray) -> tuple[torch.Tensor, str]:
         at, ids, next_ids = read_rows(domain.train, starts, window, base.device)
-        inputs = None
-        if kind != "tokens":
-            inputs = torch.from_numpy(stored[at]).to(base.device).float()  # (B, T, D)
+        inputs = torch.from_numpy(stored[at]).to(base.device).float()  # (B, T, D)
         log_q = decoder(inputs, ids).flatten(0, 1).log_softmax(-1)  # (B*T, V)
         ce = F.nll_loss(log_q, next_ids)
-        if arm == "distilled":
-            kl = base_divergence(base, ids, log_q)
-        else:
-            kl = knn_divergence(targets, at, log_q)
+        kl = (base_divergence(base, ids, log_q) if arm == "distilled" else
+              knn_divergence(targets, at, log_q))
         return beta * kl + (1 - beta) * ce, f"KL {kl.item():.3f} CE {ce.item():.3f}"
 
     steps = batches(config, count, window)
-    field = "finetune_lrs" if kind == "tail" else "decoder_lr"
-    optimize(decoder, lr, steps, loss_of, f"decoder {arm}", field)
+    optimize(decoder, lr, steps, loss_of, f"decoder {arm}", RATE_FIELDS[kind])
     return decoder.eval().requires_grad_(False)
+
+
+RATE_FIELDS = {"hidden": "decoder_lr", "tokens": "decoder_lr", "tail": "finetune_lrs"}
 
 
 def kind_of(config: Config, arm: str) -> str:

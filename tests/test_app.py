@@ -222,6 +222,26 @@ def test_answer_streams_and_is_remembered_as_message_dicts(fake):
     assert fake.asked[-1] == session.messages[:3]
 
 
+def test_an_answer_of_blank_lines_ends_and_is_said(fake, monkeypatch):
+    fake.words = ["\n"] * 500
+    session = app.Session()
+    views = talk(fake, session, "hello")
+    assert app.BLANK not in views[-1].notice, "it had words before"
+    assert len(views[-1].past) < 500 and session.messages[-1]["content"].count("\n") <= 16
+
+    monkeypatch.setattr(app, "generate", lambda *_: (step("\n", False) for _ in range(500)))
+    last = talk(fake, session, "again")[-1]
+    assert "blank lines" in last.notice and len(session.messages) == 2
+
+
+def test_a_neighbour_shows_its_file_and_line_and_unfolds_its_passage():
+    neighbour = Neighbour(" <b>", "so", 1.0, 0.5, "a<b>.txt:7", ("<i>before", "behind"))
+    item = app.neighbour_item(neighbour, 0.5)
+    assert "a&lt;b&gt;.txt:7" in item and "<i>" not in item
+    assert "<mark> &lt;b&gt;</mark>behind" in item and "<details>" in item
+    assert "<details>" not in app.neighbour_item(neighbour._replace(place=""), 0.5)
+
+
 def test_beside_the_base_shows_both_and_goes_on_with_the_chosen(fake):
     session = app.Session()
     last = talk(fake, session, "x", beside=True)[-1]
