@@ -181,9 +181,7 @@ class EDM(nn.Module):
     def __init__(self, hidden_size: int, heads: int, width: int, slots: int, top_k: int,
                  eviction: Eviction = "fifo", write_every: int = 1, segment: int = 0,
                  bptt_segments: int = 4, key_of: KeyOf = "token",
-                 pointing: bool = False,
-                 rms_eps: float = 0.0,  # above 0 h is normalised by its RMS alone, as the base does
-                 ) -> None:
+                 pointing: bool = False) -> None:
         super().__init__()
         self.heads = heads
         self.width = width
@@ -197,8 +195,6 @@ class EDM(nn.Module):
         self.pointing = pointing
 
         self.norm = nn.LayerNorm(hidden_size)
-        if rms_eps:
-            self.norm = nn.RMSNorm(hidden_size, eps=rms_eps)
         self.query = nn.Linear(hidden_size, heads * width)
         self.key = nn.Linear(hidden_size, heads * width)
         self.value = nn.Linear(hidden_size, heads * width)
@@ -242,6 +238,7 @@ class EDM(nn.Module):
             part.bias.copy_(bias)
         self.out.weight.copy_(block.attn.c_proj.weight.T)
 
+    @torch.no_grad()
     def start_as_nearest_neighbour(self) -> None:
         """Project queries and keys alike, and hand on the h that is found as it is."""
         for part in (self.query, self.value):
@@ -726,7 +723,6 @@ def pointer_of(passes: list[Pass], T: int) -> Pointer | None:
 # ══ What the decoders differ in ══════════════════════════════════════════════════════════════════
 class GPT2Decoder:
     """How a GPT2Model is run, block by block: learned places, LayerNorm, fused projections."""
-    rms_eps = 0.0  # its norms centre
     projection = Conv1D  # its weights are stored transposed, (in, out)
 
     def __init__(self, base: nn.Module) -> None:
@@ -775,7 +771,6 @@ class RotaryDecoder:
     def __init__(self, base: nn.Module) -> None:
         self.base = base
         self.embedding = base.embed_tokens
-        self.rms_eps = base.config.rms_norm_eps
 
     @property
     def layers(self) -> nn.ModuleList:
@@ -823,18 +818,13 @@ class RotaryDecoder:
         """h (B, m, C) behind the last norm."""
         return self.base.norm(h)
 
-    @torch.no_grad()
     def start(self, edm: EDM, layer: int) -> None:
         """The notebook starts as a nearest-neighbour store whatever key_of is: attention that
         rotates by places and groups heads is no cosine.
 
-        Its norm starts as that of the layer before which it is read: a few numbers of such a
-        residual stream are hundreds of times the others, and would alone decide every cosine; the
-        layer has learned to weigh them down.
+        Its norm starts as a LayerNorm of ones, not with the weights of the layer's own norm: those
+        tell tokens apart less well (SmolLM2-135M, docs/edm.md).
         """
-        norm = self.base.layers[layer].input_layernorm
-        ones = torch.ones_like(edm.norm.weight)
-        edm.norm.weight.copy_(norm(ones))  # the weights: Gemma stores them less one
         edm.start_as_nearest_neighbour()
 
 
@@ -980,8 +970,7 @@ class EDMForCausalLM(StatefulCausalLM):
         if config.edm:
             self.edm = EDM(C, config.edm_heads, config.key_width, config.slots, config.read_top_k,
                            eviction=config.eviction, write_every=config.write_every,
-                           key_of=config.key_of, pointing=config.pointing,
-                           rms_eps=self.decoder.rms_eps)
+                           key_of=config.key_of, pointing=config.pointing)
         if config.early:
             self.early = RecurrentMemory(C, config.recurrent_width)
         if config.late:
@@ -1048,8 +1037,7 @@ class EDMForCausalLM(StatefulCausalLM):
 
     def _init_weights(self, module: nn.Module) -> None:
         """Initialise as PyTorch does what a file does not hold."""
-        plain = (nn.Linear, nn.LayerNorm, nn.RMSNorm, nn.Embedding, nn.GRUCell)
-        if isinstance(module, plain):
+        if isinstance(module, (nn.Linear, nn.LayerNorm, nn.Embedding, nn.GRUCell)):
             module.reset_parameters()
         elif isinstance(module, (EDM, RecurrentMemory)):
             module.reset_own()

@@ -143,23 +143,21 @@ def test_state_has_the_heads_of_keys():
     assert make("gemma").init_state(2).kv.shape == (2, 3, 2, 1, W + 1, 16)
 
 
+@pytest.mark.parametrize("key_of, ahead", [("previous", 1), ("token", 0)])
 @every_kind
-def test_notebook_starts_with_the_norm_of_its_layer(kind, edm_tokenizer):
-    """It then finds the nearest h and hands on the one that followed, as that layer sees it."""
-    plain = make_decoder(kind)
-    config = oracle.edm_config(edm_heads=0, key_width=0)
+def test_notebook_starts_as_a_nearest_neighbour(kind, key_of, ahead, edm_tokenizer):
+    """It finds the nearest h and hands on the one that followed, or that one itself."""
+    config = oracle.edm_config(edm_heads=0, key_width=0, key_of=key_of, pointing=False)
     model = eg.build_model(base_of(kind, edm_tokenizer), config, "edm", 0)
-    assert (model.edm.heads, model.edm.width) == (4, 8)  # together as wide as h
     edm, h = model.edm, torch.randn(2, 12, 32)
-    close(edm.norm(h), plain.model.layers[model.config.read_layer].input_layernorm(h), 1e-4)
+    assert (edm.heads, edm.width) == (4, 8)  # together as wide as h
     edm.alpha.data.fill_(50.0)
-    edm.empty.bias.data.fill_(-9.0)
     edm.top_k = 1
     with torch.no_grad():
         _, state, _ = edm(h, edm.init_state(2))
         added, slots, _ = edm.read(h[:, 3:7], state, [])
-    assert (slots[..., 0] == torch.arange(4, 8)).all()
-    close(added, edm.norm(h[:, 4:8]), 1e-4)
+    assert (slots[..., 0] == torch.arange(3, 7) + ahead).all()
+    close(added, edm.norm(h[:, 3 + ahead : 7 + ahead]), 1e-4)
 
 
 # ══ Cuts, padding, generation ════════════════════════════════════════════════════════════════════
@@ -420,14 +418,15 @@ def test_gradient_equals_finite_differences(kind):
     rng = torch.Generator().manual_seed(3)
     for name, parameter in memories(model).items():
         way = torch.randn(parameter.shape, generator=rng, dtype=torch.float64)
+        way = way / way.norm()
         ends = []
-        for step in (1e-3, -1e-3):
+        for step in (4e-3, -4e-3):
             with torch.no_grad():
                 parameter.add_(step * way)
                 ends.append(float(model(tokens, labels=tokens).loss))
                 parameter.sub_(step * way)
-        slope = (ends[0] - ends[1]) / 2e-3
-        assert float((parameter.grad * way).sum()) == pytest.approx(slope, rel=1e-2, abs=1e-4), name
+        slope = (ends[0] - ends[1]) / 8e-3
+        assert float((parameter.grad * way).sum()) == pytest.approx(slope, rel=2e-2, abs=5e-5), name
         assert parameter.grad.abs().max() > 0, name
 
 
