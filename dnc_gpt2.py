@@ -3705,21 +3705,23 @@ class Trained(NamedTuple):
     payload: dict  # of the checkpoint
 
 
-def with_end_token(tokenizer: object, embedding: Tensor) -> tuple[object, Tensor]:
-    """A tokenizers.Tokenizer for transformers, with the token END, and the embedding (V, C) with a
-    row for it. Where the vocabulary lacks it the row is the mean of all: its probability is then at
-    most 1 / (V + 1), as the mean of exp is no less than exp of the mean, and it can be trained."""
+def with_end_token(tokenizer: object, embedding: Tensor, end: str = END
+                   ) -> tuple[object, Tensor]:
+    """A tokenizers.Tokenizer for transformers, with the token `end`, and the embedding (V, C) with
+    a row for it. Where the vocabulary lacks it the row is the mean of all: its probability is then
+    at most 1 / (V + 1), as the mean of exp is no less than exp of the mean, and it can be trained.
+    """
     from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerFast
 
     tokenizer = Tokenizer.from_str(tokenizer.to_str())
-    tokenizer.add_special_tokens([END])  # one that is known keeps its number
-    missing = tokenizer.token_to_id(END) + 1 - len(embedding)
+    tokenizer.add_special_tokens([end])  # one that is known keeps its number
+    missing = tokenizer.token_to_id(end) + 1 - len(embedding)
     if missing > 0:
         row = embedding.float().mean(0, keepdim=True).to(embedding.dtype)
         embedding = torch.cat((embedding, row.expand(missing, -1)))
     fast = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token=END, eos_token=END, pad_token=END,
+        tokenizer_object=tokenizer, bos_token=end, eos_token=end, pad_token=end,
         padding_side="left", clean_up_tokenization_spaces=False)
     return fast, embedding
 

@@ -1,9 +1,10 @@
 #!/usr/bin/env python3
-"""Does a frozen GPT-2 recall what has left its window?  GPT-2 with and without an EDM memory.
+"""Does a frozen decoder recall what has left its window?  With and without an EDM memory.
 
     python edm_gpt2.py                         a base, every arm trained, tables, picture, a sample
     python edm_gpt2.py --help                  every Config field, its default and its comment
     python edm_gpt2.py --base gpt2 --dataset Salesforce/wikitext --window 256 --seeds 0,1,2
+    python edm_gpt2.py --base HuggingFaceTB/SmolLM2-135M --window 256 --arms edm
     python edm_gpt2.py --generate "The old bridge" --memory_file notebook.pt
 
 edm_model.py is the model; this file has its base, training, evaluation, tables and generation.
@@ -36,7 +37,14 @@ import torch
 import torch.nn.functional as F
 import transformers
 from torch import Tensor, nn
-from transformers import AutoConfig, GPT2Config, GPT2Model, PreTrainedTokenizerFast
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    GPT2Config,
+    PretrainedConfig,
+    PreTrainedTokenizerFast,
+)
 
 import edm_model
 
@@ -65,13 +73,13 @@ from dnc_gpt2 import (
 )
 from edm_model import (
     # the model, its state and what it has read
-    EDMGPT2Config, EDMGPT2ForCausalLM, EDMGPT2State, Pass,
-    # choices and a bound of its fields
-    MOST_SLOTS, Eviction, KeyOf,
-    # what a read points to, and the logits with it
-    head_logits, pointer_of,
+    EDMConfig, EDMForCausalLM, EDMGPT2ForCausalLM, EDMGPT2State, Pass,
+    # choices and a bound of its fields, the bases that it runs besides GPT-2
+    MOST_SLOTS, Eviction, KeyOf, ROTARY,
+    # what a read points to, the base's head, and the logits with both
+    head_logits, head_weight, pointer_of,
     # adapters; a memory in a file
-    add_lora, quantize, pack_memory, unpack_memory,
+    add_lora, import_optional, quantize, pack_memory, unpack_memory,
 )
 # isort: on
 
@@ -122,7 +130,7 @@ class Config:
     lora: Whole = 0  # rank of LoRA adapters on the base, 0 = none
     lora_alpha: Count = 16  # their scale times the rank
     lora_dropout: BelowOne = 0.05  # of what goes into an adapter, in training
-    lora_targets: Names = "c_attn,c_proj"  # modules of the base that get one
+    lora_targets: Names = "auto"  # modules of the base that get one; auto = by its kind
     qlora: bool = False  # the base in 4 bits (bitsandbytes), with adapters
     # training
     seeds: str = "0"  # of the memories' weights, one run each
@@ -138,6 +146,7 @@ class Config:
     eval_tokens: Whole = 0  # of each split, 0 = all
     recall_rows: Swapped = 32  # planted strings of each distance
     topic_rows: Swapped = 8  # prompts whose rare words should return
+    full_window: Window = 1024  # at most so many tokens of the base at its own, longer window
     log_every_steps: Count = 50  # a row of history in the JSON file
     save_dir: str = "checkpoints/edm_gpt2/"  # the last arm of the first seed
     plot_dir: str = "plots/"  # edm_gpt2.json and edm_gpt2.png
@@ -184,12 +193,21 @@ class Config:
 
 # ══ The base ═════════════════════════════════════════════════════════════════════════════════════
 class Base(NamedTuple):
-    """A GPT-2 to be frozen."""
+    """A decoder to be frozen."""
     name: str
-    config: dict  # of GPT2Config
-    weights: dict  # of GPT2Model
+    config: dict  # of its transformers configuration
+    weights: dict  # of its model without a head
     tokenizer: object  # tokenizers.Tokenizer
     origin: str  # the data set that it was trained on, "" if not known
+    head: Tensor | None = None  # (V, C), None where it is the embedding
+
+    def kind(self) -> type[EDMForCausalLM]:
+        """The model that runs it."""
+        return EDMForCausalLM if self.config.get("model_type") in ROTARY else EDMGPT2ForCausalLM
+
+    def settings(self) -> PretrainedConfig:
+        """Its transformers configuration."""
+        return self.kind().config_class(base=self.config).of_base()
 
 
 def load_base(config: Config) -> Base:
@@ -202,8 +220,8 @@ def load_base(config: Config) -> Base:
 
 
 def choose_base(config: Config) -> Base:
-    """gpt2 from the hub, else the newest baseline in base_dir with room for the window, else one
-    trained now; says which."""
+    """gpt2 from the hub, else the newest baseline in base_dir whose own window is longer, so that
+    there is something to compare with; else one trained now; says which."""
     try:
         return base_of_model("gpt2", config)
     except ValueError as error:
@@ -213,17 +231,20 @@ def choose_base(config: Config) -> Base:
             base = base_of_checkpoint(path, config)
         except ValueError as error:
             print(f"base auto: passed over {error}")
-        else:
+            continue
+        if base.settings().max_position_embeddings > config.window:
             print(f"base auto: the newest baseline, {path}")
             return base
+        print(f"base auto: passed over {path}: its own window is {config.window} too, which leaves "
+              "no longer one to compare with; a lower --window takes it")
     return base_of_checkpoint(train_base(config), config)
 
 
 def train_base(config: Config) -> Path:
     """Train a baseline in base_dir -> its checkpoint."""
-    print(f"base auto: no baseline in {Path(config.base_dir)} has a window of {config.window}; "
-          f"training one: {config.base_steps} steps at a window of {config.base_positions}",
-          flush=True)
+    print(f"base auto: no baseline in {Path(config.base_dir)} has a window longer than "
+          f"{config.window}; training one: {config.base_steps} steps at a window of "
+          f"{config.base_positions}", flush=True)
     require_field(config, "window", config.window <= config.base_positions,
                   f"at most base_positions ({config.base_positions}), the window of the base")
     return train_baseline(
@@ -240,14 +261,19 @@ def train_base(config: Config) -> Path:
 
 
 def base_of_model(name: str, config: Config) -> Base:
-    """A GPT-2 of the hub or of a folder written by save_pretrained."""
-    with asking_hub("base", name, "a folder written by a GPT-2's save_pretrained, or a checkpoint "
-                    "of dnc_gpt2.py"):
+    """A decoder of the hub or of a folder written by save_pretrained."""
+    with asking_hub("base", name, "a folder written by a decoder's save_pretrained, or a "
+                    "checkpoint of dnc_gpt2.py"):
         settings = AutoConfig.from_pretrained(name, trust_remote_code=False)
     check_base(name, settings, config)
-    with asking_hub("base", name, "a folder with the weights of a GPT-2"):
-        weights = GPT2Model.from_pretrained(name).float().state_dict()
-    return Base(Path(name).name, settings.to_dict(), weights, load_tokenizer(name), origin="")
+    with asking_hub("base", name, "a folder with the weights of a decoder, in safetensors"):
+        model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32, config=settings,
+                                                     use_safetensors=True, trust_remote_code=False)
+    head = None
+    if not settings.tie_word_embeddings:
+        head = model.get_output_embeddings().weight.detach()
+    return Base(Path(name).name, settings.to_dict(), model.base_model.state_dict(),
+                load_tokenizer(name), origin="", head=head)
 
 
 def base_of_checkpoint(path: Path, config: Config) -> Base:
@@ -270,15 +296,23 @@ def base_of_checkpoint(path: Path, config: Config) -> Base:
 
 
 def check_base(name: str, settings: transformers.PretrainedConfig, config: Config) -> None:
-    """Raise ValueError unless these are the settings of a plain GPT-2 with enough positions."""
-    require(settings.model_type == "gpt2", "base", name, f"a GPT-2 (this is {settings.model_type})")
-    is_plain = settings.scale_attn_weights and settings.tie_word_embeddings
-    is_other = settings.scale_attn_by_inverse_layer_idx or settings.add_cross_attention
-    require(is_plain and not is_other, "base", name, "a GPT-2 with plain attention and a tied head")
-    require_field(config, "window", config.window <= settings.n_positions,
-                  f"at most the {settings.n_positions} positions of {name}; set --window")
-    require_field(config, "read_layer", config.read_layer < settings.n_layer,
-                  f"below the {settings.n_layer} blocks of {name}")
+    """Raise ValueError unless these are the settings of a decoder that is run, with enough
+    positions."""
+    kind = settings.model_type
+    require(kind in ("gpt2", *ROTARY), "base", name,
+            f"a GPT-2, or one of {', '.join(ROTARY)} (this is {kind})")
+    if kind == "gpt2":
+        is_plain = settings.scale_attn_weights and settings.tie_word_embeddings
+        is_other = settings.scale_attn_by_inverse_layer_idx or settings.add_cross_attention
+        require(is_plain and not is_other, "base", name,
+                "a GPT-2 with plain attention and a tied head")
+    positions, layers = settings.max_position_embeddings, settings.num_hidden_layers
+    require_field(config, "window", config.window <= positions,
+                  f"at most the {positions} positions of {name}; set --window")
+    require_field(config, "read_layer", config.read_layer < layers,
+                  f"below the {layers} blocks of {name}")
+    if kind != "gpt2":
+        EDMConfig(base=settings.to_dict(), window=config.window).check_base()
 
 
 def device() -> torch.device:
@@ -286,12 +320,13 @@ def device() -> torch.device:
     return local_device()
 
 
-def build_model(base: Base, config: Config, arm: str, seed: int) -> EDMGPT2ForCausalLM:
+def build_model(base: Base, config: Config, arm: str, seed: int) -> EDMForCausalLM:
     """The base with the memories of an arm, whose weights are of the seed; evaluated by blocks: a
     full window leaves whole (generation has it leave by halves)."""
     has_notebook, has_recurrent = FLAGS[arm]
     torch.manual_seed(seed)
-    settings = EDMGPT2Config(
+    kind = base.kind()
+    settings = kind.config_class(
         base=base.config,
         window=config.window,
         stride=config.window,
@@ -316,11 +351,13 @@ def build_model(base: Base, config: Config, arm: str, seed: int) -> EDMGPT2ForCa
     )
     rows = max(config.rows, config.eval_rows, config.topic_rows)
     check_memory(model_bytes(settings, rows), SIZES)
-    model = EDMGPT2ForCausalLM(settings)
+    model = kind(settings)
     with reading(base.name, "name another --base"):
         model.transformer.load_state_dict(base.weights)
+        if base.head is not None:
+            model.lm_head.load_state_dict({"weight": base.head})
     if has_notebook:
-        model.edm.start_from(model.transformer.h[settings.read_layer])
+        model.decoder.start(model.edm, settings.read_layer)
     if config.lora and arm != "base":
         adapt(model, config)
     model.freeze()
@@ -331,12 +368,23 @@ SIZES = ("window, slots, edm_heads, key_width, recurrent_width, batch_size, eval
          "or recall_rows")
 
 
-def model_bytes(settings: EDMGPT2Config, rows: int) -> float:
+def base_parameters(settings: EDMConfig) -> int:
+    """The parameters of the base of a configuration, and of its head."""
+    base = settings.of_base()
+    if base.model_type == "gpt2":
+        return controller_parameters(base)
+    head = 0 if base.tie_word_embeddings else base.vocab_size * base.hidden_size
+    with torch.device("meta"):  # has shapes and no numbers
+        model = AutoModel.from_config(base)
+    return head + sum(p.numel() for p in model.parameters())
+
+
+def model_bytes(settings: EDMConfig, rows: int) -> float:
     """The least bytes that a model takes with the state of so many rows."""
     width = settings.hidden_size
     across = settings.edm_heads * settings.key_width if settings.edm else 0  # of all heads
     late = settings.recurrent_width if settings.early or settings.late else 0
-    weights = controller_parameters(GPT2Config(**settings.base))
+    weights = base_parameters(settings)
     weights += 3 * width * across + 2 * late * (late + width)
     if settings.lora:
         weights += 2 * settings.lora["r"] * width * settings.num_hidden_layers
@@ -353,14 +401,28 @@ def document_end(base: Base, config: Config) -> int:
     return token
 
 
-def adapt(model: EDMGPT2ForCausalLM, config: Config) -> None:
+def lora_targets(config: Config, kind: str) -> list[str]:
+    """The modules of a kind of base that get an adapter."""
+    if config.lora_targets != "auto":
+        return config.lora_targets.replace(" ", "").split(",")
+    if kind == "gpt2":
+        return ["c_attn", "c_proj"]  # peft has c_attn alone
+    import_optional("peft", "lora")
+    from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as BY_KIND
+
+    require_field(config, "lora_targets", kind in BY_KIND,
+                  f"names of modules: peft has none for {kind}")
+    return list(BY_KIND[kind])
+
+
+def adapt(model: EDMForCausalLM, config: Config) -> None:
     """Put adapters on the base, and the base in 4 bits if Config says so."""
     model.config.lora = {
         "r": config.lora,
         "lora_alpha": config.lora_alpha,
         "lora_dropout": config.lora_dropout,
-        "target_modules": config.lora_targets.replace(" ", "").split(","),
-        "fan_in_fan_out": True,
+        "target_modules": lora_targets(config, model.transformer.config.model_type),
+        "fan_in_fan_out": model.decoder.projection is not nn.Linear,  # Conv1D is stored transposed
     }
     model.config.quantize = config.qlora
     add_lora(model.transformer, model.config.lora)
@@ -372,26 +434,26 @@ def adapt(model: EDMGPT2ForCausalLM, config: Config) -> None:
 GATE_RATE = 5.0  # rate of gates and strengths, as a multiple of lr
 
 
-def read_tokens(model: EDMGPT2ForCausalLM, tokens: Tensor, state: EDMGPT2State, **options: bool
+def read_tokens(model: EDMForCausalLM, tokens: Tensor, state: EDMGPT2State, **options: bool
                 ) -> tuple[Tensor, EDMGPT2State, list[Pass]]:
     """Read tokens (B, T), none of them padding -> h (B, T, C), state, passes."""
     every = torch.ones_like(tokens, dtype=torch.bool)
     return model.advance(tokens, every, state, **options)
 
 
-def read_logits(model: EDMGPT2ForCausalLM, tokens: Tensor, state: EDMGPT2State, kept: slice
+def read_logits(model: EDMForCausalLM, tokens: Tensor, state: EDMGPT2State, kept: slice
                 ) -> tuple[Tensor, EDMGPT2State, list[Pass]]:
     """As read_tokens, with the logits (B, kept, V) of the mixture at some of the T places."""
     h, state, passes = read_tokens(model, tokens, state)
     pointer = pointer_of(passes, tokens.shape[1])
     pointer = pointer and pointer.rows((slice(None), kept))
-    return head_logits(h[:, kept], model.transformer.wte.weight, pointer), state, passes
+    return head_logits(h[:, kept], head_weight(model), pointer), state, passes
 
 
-def score(model: EDMGPT2ForCausalLM, h: Tensor, passes: list[Pass], targets: Tensor
+def score(model: EDMForCausalLM, h: Tensor, passes: list[Pass], targets: Tensor
           ) -> tuple[Tensor, Tensor]:
     """h (B, T, C), the passes that made it, targets (B, T) -> mean loss (), nll (B, T)."""
-    weight = model.transformer.wte.weight.detach()
+    weight = head_weight(model).detach()
     pointer = pointer_of(passes, targets.shape[1])
     if pointer is not None:
         pointer = map_state(lambda x: x.flatten(0, 1), pointer)  # of (B * T, H * K) weights
@@ -399,7 +461,7 @@ def score(model: EDMGPT2ForCausalLM, h: Tensor, passes: list[Pass], targets: Ten
     return loss, nll.view(targets.shape)
 
 
-def make_optimizer(model: EDMGPT2ForCausalLM, config: Config) -> torch.optim.Optimizer:
+def make_optimizer(model: EDMForCausalLM, config: Config) -> torch.optim.Optimizer:
     """AdamW over what is trained, in two groups with a peak rate each."""
     trained = [p for p in model.parameters() if p.requires_grad]
     # Gates and strengths are single numbers that have far to go: gates open from zero.
@@ -420,7 +482,7 @@ def set_rates(optimizer: torch.optim.Optimizer, step: int, config: Config) -> No
         group["lr"] = group["peak"] * share
 
 
-def train_step(model: EDMGPT2ForCausalLM, optimizer: torch.optim.Optimizer, chunk: Tensor,
+def train_step(model: EDMForCausalLM, optimizer: torch.optim.Optimizer, chunk: Tensor,
                state: EDMGPT2State, config: Config) -> tuple[float, EDMGPT2State]:
     """One step on chunk (rows, step_len + 1) -> loss, state without its graph."""
     h, state, passes = read_tokens(model, chunk[:, :-1], state)
@@ -459,7 +521,7 @@ def finite_mean(losses: list[float], arm: str) -> float:
 
 
 def train_arm(base: Base, corpus: dnc_gpt2.Corpus, config: Config, arm: str, seed: int
-              ) -> tuple[EDMGPT2ForCausalLM, list[dict], float]:
+              ) -> tuple[EDMForCausalLM, list[dict], float]:
     """Train the memories (and adapters) of an arm -> model, history rows, tokens a second. Raises
     Diverged where the loss is not finite."""
     from tqdm import tqdm
@@ -493,7 +555,7 @@ def train_arm(base: Base, corpus: dnc_gpt2.Corpus, config: Config, arm: str, see
 
 # ══ Evaluation: likelihood, by distance ══════════════════════════════════════════════════════════
 @torch.no_grad()
-def evaluate(model: EDMGPT2ForCausalLM, stream: Tensor, rows: int, swap: bool = False) -> Tensor:
+def evaluate(model: EDMForCausalLM, stream: Tensor, rows: int, swap: bool = False) -> Tensor:
     """Negative log-likelihood (rows, L) in nats of every token of a stream but the first; 0 where a
     row is filled up. With `swap` a row is scored with the memory that the row before it has at that
     place, and goes on with its own. Raises Diverged where one is not finite."""
@@ -575,7 +637,7 @@ RECALL_TOKENS = 65_536  # of one call
 
 
 @torch.no_grad()
-def planted_recall(model: EDMGPT2ForCausalLM, stream: Tensor, config: Config,
+def planted_recall(model: EDMForCausalLM, stream: Tensor, config: Config,
                    swap: bool = False) -> list[dict]:
     """A string of eight random tokens, text, and the string again, so many windows later: the share
     of its last four tokens that are the most likely ones, and their mean loss (nats). With `swap`
@@ -632,7 +694,7 @@ def rare_words(text: str, counts: collections.Counter, total: int) -> set[str]:
     return {word for word in long_words(text) if counts[word] < RARE * total}
 
 
-def topic_consistency(model: EDMGPT2ForCausalLM, corpus: dnc_gpt2.Corpus, tokenizer: object,
+def topic_consistency(model: EDMForCausalLM, corpus: dnc_gpt2.Corpus, tokenizer: object,
                       config: Config) -> dict:
     """The share of a prompt's rare words that return in a sampled continuation, once the prompt has
     left the window; and of another prompt's, which is what chance gives. Prompts of one window from
@@ -661,7 +723,7 @@ def topic_consistency(model: EDMGPT2ForCausalLM, corpus: dnc_gpt2.Corpus, tokeni
 
 
 @torch.no_grad()
-def sample_rows(model: EDMGPT2ForCausalLM, prompts: Tensor, count: int) -> Tensor:
+def sample_rows(model: EDMForCausalLM, prompts: Tensor, count: int) -> Tensor:
     """Sample so many tokens behind prompts (n, T), as in generation -> (n, count)."""
     stride = model.config.stride
     model.config.stride = max(1, model.config.window // 2)
@@ -678,7 +740,7 @@ def sample_rows(model: EDMGPT2ForCausalLM, prompts: Tensor, count: int) -> Tenso
 
 
 # ══ Comparison ═══════════════════════════════════════════════════════════════════════════════════
-def measure(model: EDMGPT2ForCausalLM, corpus: dnc_gpt2.Corpus, tokenizer: object, config: Config,
+def measure(model: EDMForCausalLM, corpus: dnc_gpt2.Corpus, tokenizer: object, config: Config,
             arm: str, seed: int) -> dict:
     """Everything that is reported of one arm and seed."""
     trained = [p for p in model.parameters() if p.requires_grad]
@@ -705,12 +767,12 @@ def measure(model: EDMGPT2ForCausalLM, corpus: dnc_gpt2.Corpus, tokenizer: objec
             run["by_distance"] = by_distance(nll, back, scored)
             run["recall"] = planted_recall(model, stream, config)
             run["topic"] = topic_consistency(model, corpus, tokenizer, config)
-            if arm != "base":
+            if arm not in ("base", "full"):
                 run |= measure_swapped(model, stream, count, config)
     return run
 
 
-def measure_swapped(model: EDMGPT2ForCausalLM, stream: Tensor, count: int, config: Config) -> dict:
+def measure_swapped(model: EDMForCausalLM, stream: Tensor, count: int, config: Config) -> dict:
     """Loss and recall over a stream, `count` tokens of it scored, with another row's memory."""
     nll = evaluate(model, stream, config.eval_rows, swap=True)
     return {
@@ -720,9 +782,11 @@ def measure_swapped(model: EDMGPT2ForCausalLM, stream: Tensor, count: int, confi
 
 
 def runs_by_arm(runs: list[dict], config: Config) -> dict[str, list[dict]]:
-    """The runs of each arm, one a seed, in the order of the tables."""
-    return {arm: [run for run in runs if run["arm"] == arm]
+    """The runs of each arm, one a seed, in the order of the tables; no full window where the base
+    has none that is longer."""
+    arms = {arm: [run for run in runs if run["arm"] == arm]
             for arm in ("base", *config.arm_list, "full")}
+    return {arm: of_arm for arm, of_arm in arms.items() if of_arm}
 
 
 def print_tables(runs: list[dict], base: Base, corpus: dnc_gpt2.Corpus, config: Config) -> None:
@@ -733,7 +797,7 @@ def print_tables(runs: list[dict], base: Base, corpus: dnc_gpt2.Corpus, config: 
     print_heading(f"{base.name}, frozen, window {config.window}: what do memories add?")
     print(f"  {corpus.name}; {short['valid_tokens']:,} tokens of validation, "
           f"{short['test_tokens']:,} of test\n")
-    print_perplexity(arms)
+    print_perplexity(arms, gap_note(base, config))
     print_by_distance(arms)
     print_recall(arms)
     print_topic(arms)
@@ -743,11 +807,14 @@ def print_tables(runs: list[dict], base: Base, corpus: dnc_gpt2.Corpus, config: 
           "  One seed: no interval. --seeds 0,1,2 gives one.")
 
 
-def print_perplexity(arms: dict[str, list[dict]]) -> None:
-    """Print a row of perplexities for each arm."""
-    [short], [full] = arms["base"], arms["full"]
-    gap = short["valid_loss"] - full["valid_loss"]
-    names = {"base": f"base, window {short['window']}", "full": f"base, window {full['window']}"}
+def print_perplexity(arms: dict[str, list[dict]], gap_is: str) -> None:
+    """Print a row of perplexities for each arm, and what the gap is."""
+    [short] = arms["base"]
+    names = {arm: f"base, window {arms[arm][0]['window']}" for arm in ("base", "full")
+             if arm in arms}
+    gap = 0.0
+    if "full" in arms:
+        gap = short["valid_loss"] - arms["full"][0]["valid_loss"]
     print(f"  {'Perplexity ↓':<22}{'validation':>15}{'swapped':>15}{'test':>15}{'of the gap':>15}"
           f"{'tokens/s':>10}\n{LINE}")
     for arm, runs in arms.items():
@@ -762,7 +829,18 @@ def print_perplexity(arms: dict[str, list[dict]]) -> None:
             row += cell(closed, ".0f", 13) + " %"
         print(f"  {names.get(arm, arm):<22}{row}{runs[0]['tokens_per_s']:>10,.0f}")
     print(f"{LINE}\n  swapped: every row is scored with the memory of the row before it. Of the\n"
-          f"  gap: the share of the difference to the base at a window of {full['window']}.")
+          f"  gap: {gap_is}.")
+
+
+def gap_note(base: Base, config: Config) -> str:
+    """What the column "of the gap" says, or why it says nothing."""
+    full, positions = full_window(base, config), base.settings().max_position_embeddings
+    if not full:
+        return "not known, as the base has no longer window to compare with"
+    note = f"the share of the difference to the base at a window of {full}"
+    if full < positions:
+        note += f", as many of\n  its {positions:,} positions as --full_window says"
+    return note
 
 
 def print_by_distance(arms: dict[str, list[dict]]) -> None:
@@ -828,7 +906,7 @@ def plot_runs(runs: list[dict], config: Config) -> None:
 
 
 # ══ Saving and generating ════════════════════════════════════════════════════════════════════════
-def save_model(model: EDMGPT2ForCausalLM, base: Base, folder: Path) -> None:
+def save_model(model: EDMForCausalLM, base: Base, folder: Path) -> None:
     """Write a folder that from_pretrained and AutoModelForCausalLM load, without this repository:
     weights, configuration, tokenizer, code and SUMS. In generation the window leaves by halves.
     Raises ValueError where it cannot be written; what was there is then as it was."""
@@ -837,8 +915,8 @@ def save_model(model: EDMGPT2ForCausalLM, base: Base, folder: Path) -> None:
     blocks = model.config.stride
     model.config.stride = max(1, model.config.window // 2)
     model.config.auto_map = {
-        "AutoConfig": "edm_model.EDMGPT2Config",
-        "AutoModelForCausalLM": "edm_model.EDMGPT2ForCausalLM",
+        "AutoConfig": f"edm_model.{type(model.config).__name__}",
+        "AutoModelForCausalLM": f"edm_model.{type(model).__name__}",
     }
     transformers.utils.logging.disable_progress_bar()
     tokenizer = give_end_token(model, base)
@@ -857,13 +935,28 @@ def save_model(model: EDMGPT2ForCausalLM, base: Base, folder: Path) -> None:
     model.config.stride = blocks
 
 
-def give_end_token(model: EDMGPT2ForCausalLM, base: Base) -> PreTrainedTokenizerFast:
+def end_token(base: Base) -> str:
+    """The token that ends a text: of Llama's family the base's own, else that of dnc_gpt2.py."""
+    own = base.config.get("eos_token_id")
+    if isinstance(own, list):
+        own = own[0]
+    if own is None or base.kind() is EDMGPT2ForCausalLM:
+        return dnc_gpt2.END
+    return base.tokenizer.id_to_token(own) or dnc_gpt2.END
+
+
+def give_end_token(model: EDMForCausalLM, base: Base) -> PreTrainedTokenizerFast:
     """The base's tokenizer for transformers, with a token that begins, ends and pads; a model whose
     vocabulary lacked it gets a row for it."""
-    embedding = model.transformer.wte
-    tokenizer, weight = with_end_token(base.tokenizer, embedding.weight.detach())
+    embedding, end = model.decoder.embedding, end_token(base)
+    tokenizer, weight = with_end_token(base.tokenizer, embedding.weight.detach(), end)
     if len(weight) > embedding.num_embeddings:
-        model.transformer.wte = nn.Embedding.from_pretrained(weight)
+        embedding.weight = nn.Parameter(weight, requires_grad=False)
+        embedding.num_embeddings = len(weight)
+        if model.lm_head is not None:
+            _, weight = with_end_token(base.tokenizer, model.lm_head.weight.detach(), end)
+            model.lm_head.weight = nn.Parameter(weight, requires_grad=False)
+            model.lm_head.out_features = len(weight)
         model.config.base = model.config.base | {"vocab_size": len(weight)}
         model.config.vocab_size = len(weight)
     for settings in (model.config, model.generation_config):
@@ -911,13 +1004,13 @@ def check_sums(folder: Path) -> None:
                              f"{remedy}")
 
 
-def save_memory(state: EDMGPT2State, model: EDMGPT2ForCausalLM, path: str | Path) -> None:
+def save_memory(state: EDMGPT2State, model: EDMForCausalLM, path: str | Path) -> None:
     """Write a state, whole or not at all: a notebook outlives the process. Raises ValueError where
     it cannot be written."""
     save_tensors(pack_memory(state, model), Path(path), "name another --memory_file")
 
 
-def load_memory(model: EDMGPT2ForCausalLM, path: str | Path) -> EDMGPT2State:
+def load_memory(model: EDMForCausalLM, path: str | Path) -> EDMGPT2State:
     """Read what save_memory wrote. Raises ValueError for a file that is damaged or of another
     model."""
     payload = load_tensors(Path(path), ("model", "sha256", "state"),
@@ -930,7 +1023,7 @@ def load_memory(model: EDMGPT2ForCausalLM, path: str | Path) -> EDMGPT2State:
 
 
 @torch.no_grad()
-def continue_text(model: EDMGPT2ForCausalLM, tokenizer: object, prompt: str, config: Config,
+def continue_text(model: EDMForCausalLM, tokenizer: object, prompt: str, config: Config,
                   state: EDMGPT2State | None = None) -> EDMGPT2State:
     """Print a continuation, and for each of its tokens the earlier tokens that it recalled most."""
     ids = tokenizer.encode(prompt, add_special_tokens=False).ids
@@ -989,6 +1082,12 @@ def run_generation(config: Config) -> None:
         generate(config)
 
 
+def kind_of_folder(folder: Path) -> type[EDMForCausalLM]:
+    """The model that a saved folder holds."""
+    name = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type")
+    return EDMForCausalLM if name == EDMConfig.model_type else EDMGPT2ForCausalLM
+
+
 def generate(config: Config) -> None:
     """As run_generation."""
     from tokenizers import Tokenizer
@@ -999,10 +1098,11 @@ def generate(config: Config) -> None:
         require_field(config, "save_dir", (folder / name).is_file(),
                       "a folder that a run of edm_gpt2.py wrote; train one first")
     with reading(folder, "train again, or name another --save_dir"):
-        settings = EDMGPT2Config.from_pretrained(folder)
+        kind = kind_of_folder(folder)
+        settings = kind.config_class.from_pretrained(folder)
         settings.check()
         check_memory(model_bytes(settings, rows=1), "slots, or name another --save_dir")
-        model = EDMGPT2ForCausalLM.from_pretrained(folder).eval().to(device())
+        model = kind.from_pretrained(folder).eval().to(device())
         tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
     state = None
     if config.memory_file and Path(config.memory_file).exists():
@@ -1027,28 +1127,42 @@ def load_text(base: Base, config: Config) -> dnc_gpt2.Corpus:
 
 def print_start(base: Base, corpus: dnc_gpt2.Corpus, config: Config) -> None:
     """Print what is compared, and on what."""
-    gpt2 = GPT2Config(**base.config)
+    decoder = base.settings()
+    kind = {"gpt2": "GPT-2"}.get(decoder.model_type, decoder.model_type)
+    positions = decoder.max_position_embeddings
     lines = {
-        "base": f"{base.name}: {gpt2.n_layer} blocks of width {gpt2.n_embd}, {gpt2.n_positions} "
-                f"positions, vocabulary {gpt2.vocab_size:,}; frozen",
+        "base": f"{base.name}: {decoder.num_hidden_layers} blocks of width "
+                f"{decoder.hidden_size}, {positions} positions, vocabulary "
+                f"{decoder.vocab_size:,}; frozen",
         "corpus": corpus.name,
         "device": device_name(device()),
     }
     if base.origin and base.origin.split(",")[0] != corpus.name.split(",")[0]:
         lines["note"] = f"the base was trained on {base.origin}"
-    print_banner("A frozen GPT-2, with and without a memory for what has left its window", lines,
+    if not full_window(base, config):
+        remedy = ("a lower --window, or another --base, leaves one"
+                  if positions <= config.window else "a higher --full_window leaves one")
+        lines["compared"] = (f"the arms with the base at {config.window} tokens; not with a longer "
+                             f"window of the base: {remedy}")
+    print_banner(f"A frozen {kind}, with and without a memory for what has left its window", lines,
                  config)
 
 
+def full_window(base: Base, config: Config) -> int:
+    """The longer window at which the base is measured too; 0 where it has none."""
+    longest = min(base.settings().max_position_embeddings, config.full_window)
+    return longest if longest > config.window else 0
+
+
 def measure_base(base: Base, corpus: dnc_gpt2.Corpus, config: Config) -> list[dict]:
-    """The runs of the base: at the window, and at as many tokens as it has positions."""
-    positions = GPT2Config(**base.config).n_positions
-    wide = dataclasses.replace(config, window=positions, slots=max(config.slots, positions))
-    runs = []
-    for sizes in (config, wide):
-        model = build_model(base, sizes, "base", seed=0).eval()
-        runs.append(measure(model, corpus, base.tokenizer, config, "base", seed=0))
-    runs[1]["arm"] = "full"
+    """The runs of the base: at the window, and at its full window if that is longer."""
+    model = build_model(base, config, "base", seed=0).eval()
+    runs = [measure(model, corpus, base.tokenizer, config, "base", seed=0)]
+    full = full_window(base, config)
+    if full:
+        wide = dataclasses.replace(config, window=full, slots=max(config.slots, full))
+        model = build_model(base, wide, "base", seed=0).eval()
+        runs.append(measure(model, corpus, base.tokenizer, config, "full", seed=0))
     return runs
 
 
@@ -1061,7 +1175,7 @@ def ask_hub_once() -> None:
 
 
 def train_and_measure(base: Base, corpus: dnc_gpt2.Corpus, config: Config, runs: list[dict]
-                      ) -> tuple[EDMGPT2ForCausalLM, list[dict]]:
+                      ) -> tuple[EDMForCausalLM, list[dict]]:
     """Train and measure every arm and seed, which adds to runs -> the model that is saved, the
     history of training."""
     saved, history = None, []

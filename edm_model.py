@@ -1,9 +1,9 @@
-"""GPT-2 with a memory for what has left its window: External Differentiable Memory (EDM).
+"""A decoder with a memory for what has left its window: External Differentiable Memory (EDM).
 
-EDM is a notebook of keys and values, RecurrentMemory a rolling summary, EDMGPT2ForCausalLM the
-frozen GPT-2 that reads both. A saved model carries this file, with what it uses of dnc_gpt2.py and
-dnc_model.py written into it, and so loads with torch and transformers alone, with
-trust_remote_code. edm_gpt2.py trains and measures.
+EDM is a notebook of keys and values, RecurrentMemory a rolling summary, EDMForCausalLM the frozen
+decoder that reads both: one of Llama's family, or, as EDMGPT2ForCausalLM, GPT-2. A saved model
+carries this file, with what it uses of dnc_gpt2.py and dnc_model.py written into it, and so loads
+with torch and transformers alone, with trust_remote_code. edm_gpt2.py trains and measures.
 
 Letters: B rows, T tokens of a call, m tokens of one pass, C hidden width, V vocabulary, W tokens of
 the window, S tokens that leave it at once, N memory slots, M entries of one write, H heads, D key
@@ -21,7 +21,7 @@ from typing import Literal, NamedTuple, get_args
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import GPT2Config, GPT2Model, PretrainedConfig
+from transformers import AutoConfig, AutoModel, GPT2Config, LlamaConfig, PretrainedConfig
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.pytorch_utils import Conv1D
 
@@ -238,6 +238,7 @@ class EDM(nn.Module):
             part.bias.copy_(bias)
         self.out.weight.copy_(block.attn.c_proj.weight.T)
 
+    @torch.no_grad()
     def start_as_nearest_neighbour(self) -> None:
         """Project queries and keys alike, and hand on the h that is found as it is."""
         for part in (self.query, self.value):
@@ -532,9 +533,16 @@ class RecurrentMemory(nn.Module):
 
 
 # ══ Configuration and state ══════════════════════════════════════════════════════════════════════
-class EDMGPT2Config(PretrainedConfig):
-    """The base's configuration and the memory's fields. Loads without this repository."""
-    model_type = "edm_gpt2"
+ROTARY = ("llama", "mistral", "qwen2", "qwen3", "gemma")  # kinds of base that RotaryDecoder runs
+# What transformers builds of a configuration without any field.
+TINY_ROTARY = {"model_type": "llama", "vocab_size": 256, "hidden_size": 32, "intermediate_size": 64,
+               "num_hidden_layers": 2, "num_attention_heads": 2, "max_position_embeddings": 64}
+
+
+class EDMConfig(PretrainedConfig):
+    """The configuration of a base of Llama's family, and the memory's fields. Loads without this
+    repository."""
+    model_type = "edm"
 
     def __init__(self, base: dict | None = None, window: int = 0, stride: int = 0,
                  read_layer: int = -1, edm: bool = True, early: bool = True, late: bool = True,
@@ -553,19 +561,20 @@ class EDMGPT2Config(PretrainedConfig):
                  **kwargs) -> None:
         # The embedding is the head: one parameter, not two that are tied.
         super().__init__(**{"tie_word_embeddings": False} | kwargs)
-        self.base = base or GPT2Config(**TINY_BASE).to_dict()
-        gpt2 = GPT2Config(**self.base)
+        self.base = base or self.tiny_base()
+        decoder = self.of_base()
         for name in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads"):
-            setattr(self, name, getattr(gpt2, name))
+            setattr(self, name, getattr(decoder, name))
 
-        self.window = window or gpt2.n_positions
+        self.window = window or decoder.max_position_embeddings
         self.stride = stride or max(1, self.window // 2)  # tokens that leave a full window
         self.document_end = document_end  # behind this token memory starts anew, -1 = none
 
         self.edm = edm
-        self.read_layer = gpt2.n_layer // 2 if read_layer == -1 else read_layer
-        self.edm_heads = edm_heads or gpt2.n_head
-        self.key_width = key_width or gpt2.n_embd // gpt2.n_head
+        self.read_layer = self.num_hidden_layers // 2 if read_layer == -1 else read_layer
+        self.edm_heads = edm_heads or self.num_attention_heads
+        # All heads together are as wide as h, whatever width the base's own heads have.
+        self.key_width = key_width or self.hidden_size // self.num_attention_heads
         self.slots = slots
         self.read_top_k = read_top_k
         self.eviction = eviction
@@ -581,6 +590,34 @@ class EDMGPT2Config(PretrainedConfig):
         self.lora = lora
         self.quantize = quantize
 
+    @staticmethod
+    def tiny_base() -> dict:
+        """The base of a configuration without any field."""
+        return LlamaConfig(**TINY_ROTARY).to_dict()
+
+    def of_base(self) -> PretrainedConfig:
+        """The configuration of the base. Raises ValueError for a kind of base that is not run."""
+        kind = self.base.get("model_type")
+        if kind not in ROTARY:
+            raise ValueError(f"base: model_type = {kind!r}: must be one of {', '.join(ROTARY)}")
+        return AutoConfig.for_model(**self.base)
+
+    def check_base(self) -> None:
+        """Raise ValueError where the base attends otherwise than the window does."""
+        base = self.of_base()
+        sliding = getattr(base, "sliding_window", None) or self.window
+        self.require("window", self.window <= sliding,
+                     f"at most the {sliding} tokens that a layer of the base attends to")
+        rope = base.rope_parameters
+        longest = rope.get("original_max_position_embeddings", self.window)
+        self.require("window", rope["rope_type"] != "longrope" or self.window <= longest,
+                     f"at most {longest}: in longer texts longrope turns every key anew")
+        if getattr(base, "use_bidirectional_attention", None):
+            raise ValueError("base: use_bidirectional_attention = True: must be False, a decoder")
+        if getattr(base, "quantization_config", None):
+            raise ValueError("base: quantization_config: must be none, plain weights; --qlora True "
+                             "has them in 4 bits")
+
     def require(self, name: str, holds: bool, requirement: str) -> None:
         """Raise ValueError, naming field, value and requirement, unless the condition holds."""
         if not holds:
@@ -594,7 +631,7 @@ class EDMGPT2Config(PretrainedConfig):
             self.require(name, getattr(self, name) in choices, "one of " + ", ".join(choices))
         self.require("pointing", self.key_of == "previous" or not self.pointing,
                      f"False with key_of {self.key_of}: only key_of previous finds what followed")
-        positions = GPT2Config(**self.base).n_positions
+        positions = self.of_base().max_position_embeddings
         last_layer = self.num_hidden_layers - 1
         self.require("window", 1 <= self.window <= positions,
                      f"from 1 to the base's positions ({positions})")
@@ -608,6 +645,27 @@ class EDMGPT2Config(PretrainedConfig):
                      f"from 1 to slots ({self.slots})")
         self.require("document_end", -1 <= self.document_end < self.vocab_size,
                      f"-1 (none), or below the {self.vocab_size} tokens of the base")
+        self.check_base()
+
+
+class EDMGPT2Config(EDMConfig):
+    """As EDMConfig, of a GPT-2."""
+    model_type = "edm_gpt2"
+
+    def __init__(self, **fields) -> None:  # without it transformers would write one of its own
+        super().__init__(**fields)
+
+    @staticmethod
+    def tiny_base() -> dict:
+        """As EDMConfig's."""
+        return GPT2Config(**TINY_BASE).to_dict()
+
+    def of_base(self) -> GPT2Config:
+        """The configuration of the base."""
+        return GPT2Config(**self.base)
+
+    def check_base(self) -> None:
+        """Every GPT-2 attends to all of its window."""
 
 
 class EDMGPT2State(NamedTuple):
@@ -662,6 +720,147 @@ def pointer_of(passes: list[Pass], T: int) -> Pointer | None:
     return Pointer(join_passes(tokens, places, T), join_passes(weights, places, T))
 
 
+# ══ What the decoders differ in ══════════════════════════════════════════════════════════════════
+class GPT2Decoder:
+    """How a GPT2Model is run, block by block: learned places, LayerNorm, fused projections."""
+    projection = Conv1D  # its weights are stored transposed, (in, out)
+
+    def __init__(self, base: nn.Module) -> None:
+        self.base = base
+        self.embedding = base.wte
+
+    @property
+    def layers(self) -> nn.ModuleList:
+        """The blocks in order."""
+        return self.base.h
+
+    @property
+    def kv_shape(self) -> tuple[int, int]:
+        """Heads of keys and values, and their width d."""
+        base = self.base.config
+        return base.n_head, base.n_embd // base.n_head
+
+    def embed(self, tokens: Tensor, positions: Tensor) -> Tensor:
+        """tokens and their places, both (B, m) -> h (B, m, C)."""
+        return self.base.wte(tokens) + self.base.wpe(positions)
+
+    def arguments(self, h: Tensor, positions: Tensor, mask: Tensor | None) -> dict:
+        """What every block is called with besides, in a pass over h (B, m, C)."""
+        return {}
+
+    def run(self, layer: int, h: Tensor, chunk: Chunk, kv: Tensor | None, arguments: dict
+            ) -> tuple[Tensor, Tensor | None]:
+        """One block over h (B, m, C) of a chunk -> h, kv (B, 2, heads, W + 1, d) with those of h.
+        kv None: the window is not attended to again."""
+        return run_block(self.base.h[layer], h, chunk.place, chunk.mask, kv)
+
+    def final(self, h: Tensor) -> Tensor:
+        """h (B, m, C) behind the last norm."""
+        return self.base.ln_f(h)
+
+    def start(self, edm: EDM, layer: int) -> None:
+        """Give the notebook that is read before a block its first weights."""
+        edm.start_from(self.base.h[layer])
+
+
+class RotaryDecoder:
+    """How a decoder of Llama's family is run: each layer by transformers' own code, which rotates
+    queries and keys by their places, groups heads, and normalises by the RMS."""
+    projection = nn.Linear
+
+    def __init__(self, base: nn.Module) -> None:
+        self.base = base
+        self.embedding = base.embed_tokens
+
+    @property
+    def layers(self) -> nn.ModuleList:
+        """The layers in order."""
+        return self.base.layers
+
+    @property
+    def kv_shape(self) -> tuple[int, int]:
+        """Heads of keys and values, fewer than those of queries, and their width d."""
+        return self.base.config.num_key_value_heads, self.base.layers[0].self_attn.head_dim
+
+    def embed(self, tokens: Tensor, positions: Tensor) -> Tensor:
+        """tokens (B, m) -> h (B, m, C); scaled where the base scales it."""
+        return self.base.embed_tokens(tokens)
+
+    def arguments(self, h: Tensor, positions: Tensor, mask: Tensor | None) -> dict:
+        """As GPT2Decoder's; mask (B, 1, m, W + 1) or None as in Chunk."""
+        return {
+            "attention_mask": self.seen(h, mask),
+            "position_ids": positions,
+            "position_embeddings": self.base.rotary_emb(h, positions),  # two of (B, m, d)
+        }
+
+    def seen(self, h: Tensor, mask: Tensor | None) -> Tensor | None:
+        """The mask (B, 1, m, W + 1) in the form that the base's attention takes."""
+        kind = self.base.config._attn_implementation
+        if kind == "sdpa":
+            return mask  # None: each token sees those before it
+        if kind != "eager":
+            raise ValueError(f"attn_implementation = {kind!r}: must be sdpa or eager")
+        if mask is None:
+            m = h.shape[1]
+            mask = torch.ones(1, 1, m, m, dtype=torch.bool, device=h.device).tril()
+        hidden = torch.zeros(mask.shape, dtype=h.dtype, device=h.device)
+        return hidden.masked_fill(~mask, torch.finfo(h.dtype).min)  # added to the scores
+
+    def run(self, layer: int, h: Tensor, chunk: Chunk, kv: Tensor | None, arguments: dict
+            ) -> tuple[Tensor, Tensor | None]:
+        """As GPT2Decoder's."""
+        cache = WindowCache(chunk.place, kv, is_alone=chunk.mask is None)
+        h = self.base.layers[layer](h, **arguments, **{CACHE: cache})
+        return h, cache.kv
+
+    def final(self, h: Tensor) -> Tensor:
+        """h (B, m, C) behind the last norm."""
+        return self.base.norm(h)
+
+    def start(self, edm: EDM, layer: int) -> None:
+        """The notebook starts as a nearest-neighbour store whatever key_of is: attention that
+        rotates by places and groups heads is no cosine.
+
+        Its norm starts as a LayerNorm of ones, not with the weights of the layer's own norm: those
+        tell tokens apart less well (SmolLM2-135M, docs/edm.md).
+        """
+        edm.start_as_nearest_neighbour()
+
+
+class WindowCache:
+    """What a layer of transformers takes for its cache: keys and values (B, 2, heads, W + 1, d) of
+    a window, None where it is not attended to again."""
+
+    def __init__(self, place: Tensor, kv: Tensor | None, is_alone: bool) -> None:
+        self.place = place
+        self.kv = kv
+        self.is_alone = is_alone
+
+    def update(self, keys: Tensor, values: Tensor, *args: object, **kwargs: object
+               ) -> tuple[Tensor, Tensor]:
+        """Put keys and values (B, heads, m, d) at place (B, m) -> what is attended to."""
+        if self.kv is None:
+            return keys, values
+        new = torch.stack([keys, values], dim=1)  # (B, 2, heads, m, d)
+        index = self.place[:, None, None, :, None].expand_as(new)
+        self.kv = self.kv.scatter(3, index, new)
+        if self.is_alone:
+            return keys, values
+        return self.kv[:, 0], self.kv[:, 1]
+
+
+def decoder_of(base: nn.Module) -> GPT2Decoder | RotaryDecoder:
+    """How a base is run."""
+    return RotaryDecoder(base) if hasattr(base, "embed_tokens") else GPT2Decoder(base)
+
+
+def head_weight(model: "EDMForCausalLM") -> Tensor:
+    """The base's head (V, C): its own, or the embedding where they are tied."""
+    head = getattr(model, "lm_head", None)
+    return decoder_of(model.transformer).embedding.weight if head is None else head.weight
+
+
 # ══ Adapters, four bits ══════════════════════════════════════════════════════════════════════════
 def import_optional(package: str, field: str) -> ModuleType:
     """Import a package that only some runs need. Raises ValueError naming what to install."""
@@ -691,64 +890,80 @@ def add_lora(transformer: nn.Module, settings: dict) -> None:
 
 def projections(transformer: nn.Module) -> Iterator[tuple[nn.Module, str]]:
     """(parent, name) of every projection of the base, those inside LoRA layers too."""
-    for block in transformer.h:
-        for parent, name in ((block.attn, "c_attn"), (block.attn, "c_proj"), (block.mlp, "c_fc"),
-                             (block.mlp, "c_proj")):
-            layer = getattr(parent, name)
-            if hasattr(layer, "base_layer"):
-                yield layer, "base_layer"
-            else:
-                yield parent, name
+    for block in decoder_of(transformer).layers:
+        for parent in block.modules():
+            if isinstance(parent, nn.ModuleDict):
+                continue  # the adapters' own
+            for name, layer in parent.named_children():
+                if isinstance(layer, (Conv1D, nn.Linear)):
+                    yield parent, name
+
+
+def by_outputs(weight: Tensor, projection: type[nn.Module]) -> Tensor:
+    """The weight (in, out) of a Conv1D as (out, in), or the other way round; a Linear's as it is.
+    """
+    return weight.T.contiguous() if projection is Conv1D else weight
 
 
 def quantize(transformer: nn.Module) -> None:
     """Turn the projections into bitsandbytes' 4-bit NF4 layers, in place. Raises ValueError for a
     width that is no multiple of 64, a block of NF4: bitsandbytes takes wrong scales there."""
     bnb = import_optional("bitsandbytes", "qlora")
-    C = transformer.config.n_embd
-    if C % 64:
-        raise ValueError(f"qlora: the base is {C} wide: must be a multiple of 64, a block of NF4, "
-                         f"not {C % 64} over; use --lora alone")
-    for parent, name in projections(transformer):
-        conv = getattr(parent, name)  # Conv1D: weight (in, out)
-        inputs, outputs = conv.weight.shape
+    kind = decoder_of(transformer).projection
+    found = list(projections(transformer))
+    for parent, name in found:
+        inputs = by_outputs(getattr(parent, name).weight, kind).shape[1]
+        if inputs % 64:
+            raise ValueError(f"qlora: {name} of the base is {inputs} wide: must be a multiple of "
+                             f"64, a block of NF4, not {inputs % 64} over; use --lora alone")
+    for parent, name in found:
+        plain = getattr(parent, name)
+        weight = by_outputs(plain.weight.data, kind)  # (out, in)
+        outputs, inputs = weight.shape
         linear = bnb.nn.Linear4bit(inputs, outputs, compute_dtype=torch.float32, quant_type="nf4")
-        linear.weight = bnb.nn.Params4bit(conv.weight.data.T.contiguous(), requires_grad=False,
+        linear.weight = bnb.nn.Params4bit(weight, requires_grad=False,
                                           compress_statistics=False, quant_type="nf4")
-        linear.bias = conv.bias
+        linear.bias = plain.bias
         linear.support_avx512bf16_for_cpu = False  # its packing rounds, for good
-        setattr(parent, name, linear.to(conv.weight.device))  # which quantizes
+        setattr(parent, name, linear.to(plain.weight.device))  # which quantizes
 
 
 def dequantize(transformer: nn.Module) -> None:
     """Turn 4-bit layers back into the layers of plain weights that they stand for, in place."""
     bnb = import_optional("bitsandbytes", "qlora")
-    for parent, name in projections(transformer):
+    kind = decoder_of(transformer).projection
+    for parent, name in list(projections(transformer)):
         linear = getattr(parent, name)
-        conv = Conv1D(linear.out_features, linear.in_features).to(linear.weight.device)
+        sizes = (linear.in_features, linear.out_features)
+        plain = kind(*reversed(sizes)) if kind is Conv1D else kind(*sizes)
         weight = bnb.functional.dequantize_4bit(linear.weight.data, linear.weight.quant_state)
-        conv.weight.data = weight.T.contiguous().float()
-        conv.bias = linear.bias
-        conv.requires_grad_(False)
-        setattr(parent, name, conv)
+        plain.weight.data = by_outputs(weight, kind).float()
+        plain.bias = linear.bias
+        plain.requires_grad_(False)
+        setattr(parent, name, plain)
 
 
 # ══ Model ════════════════════════════════════════════════════════════════════════════════════════
-class EDMGPT2ForCausalLM(StatefulCausalLM):
-    """tokens, embeddings, early memory, GPT-2 up to read_layer, notebook, GPT-2, late memory, head.
+class EDMForCausalLM(StatefulCausalLM):
+    """tokens, embeddings, early memory, base up to read_layer, notebook, base, late memory, head.
 
     When the window is full its first `stride` tokens leave it, into the memories, and the rest is
     encoded again from position 0: the state of a row is a function of its tokens alone, however
     they are cut into calls. What a token stores is its hidden state when it was first encoded.
     """
-    config_class = EDMGPT2Config
+    config_class = EDMConfig
     base_model_prefix = "transformer"
 
-    def __init__(self, config: EDMGPT2Config) -> None:
+    def __init__(self, config: EDMConfig) -> None:
         super().__init__(config)
         config.check()
         C = config.hidden_size
-        self.transformer = GPT2Model(GPT2Config(**config.base))
+        base = config.of_base()
+        # The base's own dtype is what its folder has it in.
+        self.transformer = AutoModel.from_config(base, dtype=torch.get_default_dtype())
+        self.lm_head = None
+        if not base.tie_word_embeddings:
+            self.lm_head = nn.Linear(C, config.vocab_size, bias=False)
         self.edm = None
         self.early = None
         self.late = None
@@ -765,12 +980,19 @@ class EDMGPT2ForCausalLM(StatefulCausalLM):
         self.freeze()
         self.post_init()
 
+    @property
+    def decoder(self) -> GPT2Decoder | RotaryDecoder:
+        """How the base is run."""
+        return decoder_of(self.transformer)
+
     def freeze(self) -> None:
         """Let only memories and adapters be trained."""
         for name, parameter in self.transformer.named_parameters():
             parameter.requires_grad_("lora_" in name)
+        if self.lm_head is not None:
+            self.lm_head.requires_grad_(False)
 
-    def train(self, mode: bool = True) -> "EDMGPT2ForCausalLM":
+    def train(self, mode: bool = True) -> "EDMForCausalLM":
         """As nn.Module's, but the base stays as it is evaluated: frozen, no dropout but LoRA's."""
         super().train(mode)
         for name, module in self.transformer.named_modules():
@@ -779,7 +1001,7 @@ class EDMGPT2ForCausalLM(StatefulCausalLM):
         return self
 
     @classmethod
-    def from_pretrained(cls, *args: object, **kwargs: object) -> "EDMGPT2ForCausalLM":
+    def from_pretrained(cls, *args: object, **kwargs: object) -> "EDMForCausalLM":
         """As PreTrainedModel's; a base that was in 4 bits is so again."""
         result = super().from_pretrained(*args, **kwargs)
         model = result[0] if isinstance(result, tuple) else result  # with output_loading_info
@@ -823,10 +1045,10 @@ class EDMGPT2ForCausalLM(StatefulCausalLM):
     # ── state ──
     def init_state(self, batch: int) -> EDMGPT2State:
         """The state of `batch` rows that have read nothing."""
-        base = self.transformer.config
         W = self.config.window
-        like = self.transformer.wte.weight.detach()
-        hidden = like.new_zeros(batch, W + 1, base.n_embd)
+        heads, width = self.decoder.kv_shape
+        like = self.decoder.embedding.weight.detach()
+        hidden = like.new_zeros(batch, W + 1, self.config.hidden_size)
         fill = torch.zeros(batch, dtype=torch.long, device=like.device)
         if self.edm is None:
             memory = empty_notebook(batch, heads=1, slots=1, width=1, hidden_size=1, like=like)
@@ -840,8 +1062,7 @@ class EDMGPT2ForCausalLM(StatefulCausalLM):
             tokens=fill.new_zeros(batch, W + 1),
             hidden=hidden,
             final=hidden.clone(),
-            kv=like.new_zeros(batch, base.n_layer, 2, base.n_head, W + 1,
-                              base.n_embd // base.n_head),
+            kv=like.new_zeros(batch, self.config.num_hidden_layers, 2, heads, W + 1, width),
             fill=fill,
             start=fill.clone(),
         )
@@ -908,14 +1129,15 @@ class EDMGPT2ForCausalLM(StatefulCausalLM):
                  recent: list[Entry]) -> Outputs:
         """Run the base over tokens (B, m), with early memory and notebook."""
         W = self.config.window
-        gpt2 = self.transformer
+        decoder = self.decoder
         positions = chunk.place.clamp_max(W - 1)
-        h = gpt2.wte(tokens) + gpt2.wpe(positions)  # (B, m, C)
+        h = decoder.embed(tokens, positions)  # (B, m, C)
         if self.early is not None:
             h = self.early(h, chunk.visible, state.early)
 
+        arguments = decoder.arguments(h, positions, chunk.mask)
         before, slots, weights, pointer, kv = h, None, None, None, []
-        for layer in range(len(gpt2.h)):
+        for layer in range(len(decoder.layers)):
             if layer == self.config.read_layer:
                 before = h
                 if self.edm is not None:
@@ -924,10 +1146,10 @@ class EDMGPT2ForCausalLM(StatefulCausalLM):
                     weights = weights * chunk.visible[:, None, :, None]
                     pointer = self.edm.point(slots, weights, state.memory)
             old = state.kv[:, layer] if chunk.keeps_kv else None
-            h, new = run_block(gpt2.h[layer], h, chunk.place, chunk.mask, old)
+            h, new = decoder.run(layer, h, chunk, old, arguments)
             if new is not None:
                 kv.append(new)
-        return Outputs(before, gpt2.ln_f(h), kv, slots, weights, pointer)
+        return Outputs(before, decoder.final(h), kv, slots, weights, pointer)
 
     def note(self, chunk: Chunk, outputs: Outputs, state: EDMGPT2State, read_only: bool
              ) -> EDMGPT2State:
@@ -1002,7 +1224,7 @@ class EDMGPT2ForCausalLM(StatefulCausalLM):
                                            state.memory)
             state = state._replace(memory=memory)
         if self.early is not None:
-            early = self.early.update(self.transformer.wte(tokens), keep, state.early)
+            early = self.early.update(self.decoder.embedding(tokens), keep, state.early)
             state = state._replace(early=early)
         if self.late is not None:
             late = self.late.update(state.final[:, :S], keep, state.late)
@@ -1044,7 +1266,7 @@ class EDMGPT2ForCausalLM(StatefulCausalLM):
         """As advance, for tokens (B, T) of which the first count (B,) of a row are real."""
         W = self.config.window
         B, T = tokens.shape
-        out = self.transformer.wte.weight.new_zeros(B, T + 1, self.config.hidden_size)
+        out = self.decoder.embedding.weight.new_zeros(B, T + 1, self.config.hidden_size)
         unread = count
         recent, passes = [], []
 
@@ -1075,7 +1297,7 @@ class EDMGPT2ForCausalLM(StatefulCausalLM):
         The cache is called past_key_values before transformers 5.24. Raises ValueError for an
         argument that it would not use, such as position_ids.
         """
-        refuse_unused(kwargs, "EDMGPT2ForCausalLM")
+        refuse_unused(kwargs, type(self).__name__)
         if input_ids is None:
             raise ValueError("input_ids: required, since the memory keeps tokens")
         B, T = input_ids.shape
@@ -1091,11 +1313,16 @@ class EDMGPT2ForCausalLM(StatefulCausalLM):
         cache = StateCache(state, cache.seen + T)
         kept = (slice(None), slice(-logits_to_keep, None))  # all for 0
         pointer = pointer and pointer.rows(kept)
-        logits = head_logits(h[kept], self.transformer.wte.weight, pointer)
+        logits = head_logits(h[kept], head_weight(self), pointer)
         loss = None
         if labels is not None:
             loss = next_token_loss(logits, labels)
         return CausalLMOutputWithPast(loss=loss, logits=logits, **{CACHE: cache})
+
+
+class EDMGPT2ForCausalLM(EDMForCausalLM):
+    """As EDMForCausalLM, of a GPT-2."""
+    config_class = EDMGPT2Config
 
 
 # ══ A memory in a file ═══════════════════════════════════════════════════════════════════════════
@@ -1108,7 +1335,7 @@ def raw_bytes(x: Tensor) -> bytes:
     return flat.view(torch.uint8).numpy().tobytes()
 
 
-def fingerprint(model: EDMGPT2ForCausalLM) -> str:
+def fingerprint(model: EDMForCausalLM) -> str:
     """sha256 of the weights and of what shapes a memory: whose memory a file is."""
     fields = [getattr(model.config, name) for name in SHAPES_MEMORY]
     digest = hashlib.sha256(repr(fields).encode())
@@ -1127,13 +1354,13 @@ def state_hash(state: EDMGPT2State) -> str:
     return digest.hexdigest()
 
 
-def pack_memory(state: EDMGPT2State, model: EDMGPT2ForCausalLM) -> dict:
+def pack_memory(state: EDMGPT2State, model: EDMForCausalLM) -> dict:
     """What torch.save is to write of a state, so that torch.load(weights_only=True) reads it."""
     flat = state._asdict() | {"memory": list(state.memory)}
     return {"model": fingerprint(model), "sha256": state_hash(state), "state": flat}
 
 
-def unpack_memory(payload: dict, model: EDMGPT2ForCausalLM) -> EDMGPT2State:
+def unpack_memory(payload: dict, model: EDMForCausalLM) -> EDMGPT2State:
     """The state of what pack_memory gave. Raises ValueError where it is damaged, or of another
     model."""
     try:
