@@ -268,11 +268,16 @@ def prefix_of(tokenizer) -> tuple[int, ...]:
     return (begin,) if puts_it else ()
 
 
+def is_own(name: str) -> bool:
+    """Whether the base of that name is a checkpoint of dnc_gpt2.py."""
+    return name.endswith(".pt") or Path(name).is_file()
+
+
 def load_base(name: str, window: int, key: str, tail: int = 0) -> Base:
     """Load the base that --base names, to be read in windows of so many tokens, with keys from its
     last feed_forward or its final state, and states from before its last `tail` blocks. Raises
     ValueError with one line that says what to do."""
-    own = name.endswith(".pt") or Path(name).is_file()
+    own = is_own(name)
     if own:
         model, tokenizer = own_base(name)
     else:

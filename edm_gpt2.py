@@ -81,6 +81,8 @@ from edm_model import (
     # adapters; a memory in a file
     add_lora, import_optional, quantize, pack_memory, unpack_memory,
 )
+from packaged import INSTALL, packaged_base, packaged_file
+from packaged import NAME as PACKAGED
 # isort: on
 
 # ══ Config ═══════════════════════════════════════════════════════════════════════════════════════
@@ -107,7 +109,7 @@ class Config:
     """Every constant of a run. Edit here, or override as `--name value`."""
 
     # base and data
-    base: str = "auto"  # hub name, folder, checkpoint of dnc_gpt2.py; auto = gpt2, else the newest
+    base: str = "auto"  # auto (yours, gpt2, SmolLM2, or trained) | smollm2 | hub | folder | .pt
     base_dir: str = "checkpoints/"  # where auto looks for a baseline, and trains one
     base_steps: Count = 600  # of the base that auto trains
     base_positions: Count = 512  # its window
@@ -220,12 +222,26 @@ def load_base(config: Config) -> Base:
 
 
 def choose_base(config: Config) -> Base:
-    """gpt2 from the hub, else the newest baseline in base_dir whose own window is longer, so that
-    there is something to compare with; else one trained now; says which."""
+    """The newest baseline in base_dir whose own window is longer, so that there is something to
+    compare with; else gpt2 from the hub, SmolLM2 from its package, or a small one that is trained
+    now; says which."""
+    base = own_base(config)
+    if base is not None:
+        return base
     try:
-        return base_of_model("gpt2", config)
+        base = base_of_model("gpt2", config)
+        print("base auto: gpt2, from the hub", flush=True)
+        return base
     except ValueError as error:
         print(f"base auto: {error}")
+    if packaged_file():
+        print(f"base auto: {PACKAGED}, from its package; expect hours on a CPU", flush=True)
+        return base_of_model(PACKAGED, config)
+    return base_of_checkpoint(train_base(config), config)
+
+
+def own_base(config: Config) -> Base | None:
+    """The newest baseline in base_dir with a window longer than Config's, None where none has."""
     for path in newest_baselines(config.base_dir):
         try:
             base = base_of_checkpoint(path, config)
@@ -233,18 +249,19 @@ def choose_base(config: Config) -> Base:
             print(f"base auto: passed over {error}")
             continue
         if base.settings().max_position_embeddings > config.window:
-            print(f"base auto: the newest baseline, {path}")
+            print(f"base auto: {path}, the newest that you trained; --base {PACKAGED} is a "
+                  "pretrained one", flush=True)
             return base
         print(f"base auto: passed over {path}: its own window is {config.window} too, which leaves "
               "no longer one to compare with; a lower --window takes it")
-    return base_of_checkpoint(train_base(config), config)
+    return None
 
 
 def train_base(config: Config) -> Path:
     """Train a baseline in base_dir -> its checkpoint."""
     print(f"base auto: no baseline in {Path(config.base_dir)} has a window longer than "
-          f"{config.window}; training one: {config.base_steps} steps at a window of "
-          f"{config.base_positions}", flush=True)
+          f"{config.window} (a pretrained one: {INSTALL}); training one: {config.base_steps} steps "
+          f"at a window of {config.base_positions}", flush=True)
     require_field(config, "window", config.window <= config.base_positions,
                   f"at most base_positions ({config.base_positions}), the window of the base")
     return train_baseline(
@@ -261,7 +278,9 @@ def train_base(config: Config) -> Path:
 
 
 def base_of_model(name: str, config: Config) -> Base:
-    """A decoder of the hub or of a folder written by save_pretrained."""
+    """A decoder of the hub, of a folder written by save_pretrained, or of a package."""
+    if name == PACKAGED:
+        return base_of_model(str(packaged_base()), config)._replace(name=PACKAGED)
     with asking_hub("base", name, "a folder written by a decoder's save_pretrained, or a "
                     "checkpoint of dnc_gpt2.py"):
         settings = AutoConfig.from_pretrained(name, trust_remote_code=False)

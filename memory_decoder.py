@@ -107,6 +107,7 @@ from datastore import (
     build_datastore,
     check_manifest,
     import_faiss,
+    is_own,
     knn_weights,
     load_base,
     map_array,
@@ -169,13 +170,13 @@ class Config:
     batch_windows: Count = 4  # windows of one forward pass
     # datastore
     key: Literal["feed_forward", "final"] = "feed_forward"  # its last input, or the final state
-    max_keys: Whole = 0  # first so many positions of the domain, 0 = all
+    max_keys: Whole = 200_000  # first so many positions of the domain, 0 = all
     index: Literal["auto", "flat", "ivfpq", "hnsw"] = "auto"  # auto: by size
     nprobe: Count = NPROBE  # lists of ivfpq that a search visits
     rerank: Count = RERANK  # candidates of ivfpq a neighbour; the distances of all are then exact
     knn_k: Count = 128  # most neighbours; tuned among it, its 4th and its 16th part
     # decoder
-    decoder_kind: Literal["hidden", "tokens", "tail"] = "hidden"  # what memory_decoder.pt reads
+    decoder_kind: Literal["auto", "hidden", "tokens", "tail"] = "auto"  # yours: hidden; else tail
     tail_blocks: Count = 4  # of kind tail: so many last blocks of the base, trained on
     decoder_dim: Count = 256  # width
     decoder_layers: Count = 6  # transformer blocks
@@ -187,7 +188,7 @@ class Config:
     batch_tokens: Count = 1024  # of a training step; small: docs/lab-notes.md, 12
     beta: Share = 0.5  # of the loss: beta KL(p_knn || p_dec) + (1 - beta) CE
     target_width: Count = 64  # M, heaviest tokens of a kNN target that are kept
-    arms: str = "hidden,tokens,text,distilled,finetuned"  # trained beside decoder_kind
+    arms: str = "auto"  # beside decoder_kind: of a pretrained base text, of yours all but tail
     finetune_lrs: str = "1e-4,3e-4"  # of the fine-tuned base, and of a tail: the better is kept
     # mixing
     mixing: Literal["probability", "logits"] = "probability"  # of base and decoder
@@ -231,8 +232,8 @@ class Config:
                       f"at most window ({self.window})")
         require_field(self, "decoder_dim", self.decoder_dim % heads == 0,
                       f"divisible by decoder_heads ({heads})")
-        require_field(self, "arms", set(self.arm_list) <= ARM_FILES.keys(),
-                      "of " + ", ".join(ARM_FILES))
+        arms = set(self.arm_list) - {"auto"}
+        require_field(self, "arms", arms <= ARM_FILES.keys(), "auto, or of " + ", ".join(ARM_FILES))
         require_field(self, "finetune_lrs", are_rates(self.finetune_lrs),
                       "rates above 0, separated by commas")
 
@@ -243,6 +244,18 @@ def are_rates(text: str) -> bool:
         return all(0 < float(rate) < math.inf for rate in text.split(","))
     except ValueError:
         return False
+
+
+def settled(config: Config, base: str) -> Config:
+    """The Config with what auto means for a base: one that dnc_gpt2.py trained is small enough that
+    everything can be trained beside it; of a pretrained one the last blocks are trained on."""
+    own = is_own(base)
+    kind, arms = ("hidden", "tokens,text,distilled,finetuned") if own else ("tail", "text")
+    if config.decoder_kind != "auto":
+        kind = config.decoder_kind
+    if config.arms != "auto":
+        arms = config.arms
+    return dataclasses.replace(config, decoder_kind=kind, arms=arms)
 
 
 # ══ Base and domain: three splits of one token stream ════════════════════════════════════════════
@@ -1295,7 +1308,9 @@ def run(config: Config, commands: tuple[str, ...]) -> None:
     check_folder(config.plot_dir, "plot_dir")
     import_faiss()
     with locked(config.folder, "model_dir") if rank == 0 else contextlib.nullcontext():
-        base = load_base(name_base(config, commands), config.window, config.key, config.tail)
+        name = name_base(config, commands)
+        config = settled(config, name)
+        base = load_base(name, config.window, config.key, config.tail)
         domain = load_domain(config, base)
         if rank == 0:
             describe_run(config, base, domain)

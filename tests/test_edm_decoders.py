@@ -552,6 +552,7 @@ def test_auto_passes_over_a_baseline_without_a_longer_window(edm_base, monkeypat
     assert eg.choose_base(oracle.edm_config()).name == "long.pt"
     assert "passed over short.pt" in capsys.readouterr().out
     monkeypatch.setattr(eg, "newest_baselines", lambda folder: ["short.pt"])
+    monkeypatch.setattr(eg, "packaged_file", lambda: None)
     monkeypatch.setattr(eg, "train_baseline", lambda **fields: "long.pt")
     assert eg.choose_base(oracle.edm_config()).name == "long.pt"
     assert "has a window longer than 16" in capsys.readouterr().out

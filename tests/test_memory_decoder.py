@@ -86,7 +86,7 @@ def made(tmp_path_factory, checkpoint, text_folder) -> Path:
 def config(made, checkpoint, text_folder) -> md.Config:
     """The Config of `made`."""
     folders = {"model_dir": str(made), "plot_dir": str(made)}
-    return md.Config(**TINY, base=checkpoint, domain=text_folder, **folders)
+    return md.settled(md.Config(**TINY, base=checkpoint, domain=text_folder, **folders), checkpoint)
 
 
 @pytest.fixture(scope="module")
@@ -870,6 +870,15 @@ def test_a_tail_that_does_not_begin_as_the_base_is_refused(tmp_path, tokenizer_f
         ml.make_tail(base, 2, 24)  # which the states of another block enter
     with pytest.raises(ValueError, match="tail_blocks = 9: must be at most the 2 blocks"):
         ds.load_base(str(tmp_path), 24, "feed_forward", tail=9)
+
+
+def test_auto_trains_a_tail_of_a_pretrained_base_and_everything_beside_ones_own():
+    of_folder = md.settled(md.Config(), "smollm2")
+    assert of_folder.arm_list == ["tail", "text"] and of_folder.tail == 4
+    own = md.settled(md.Config(), "checkpoints/GPT2_Baseline_FINAL_step600.pt")
+    assert own.arm_list == ["hidden", "tokens", "text", "distilled", "finetuned"] and own.tail == 0
+    asked = md.settled(md.Config(decoder_kind="tokens", arms=""), "smollm2")
+    assert asked.arm_list == ["tokens"]
 
 
 def test_a_tail_keeps_its_blocks_alone_and_learns(tail_lm):
