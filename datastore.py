@@ -83,15 +83,13 @@ class KeyTap:
 
     def __init__(self, model: nn.Module, key: str, tail: int = 0):
         self.key = key  # feed_forward | final
-        self.tail = tail  # the states are what enters the last so many blocks; 0 = none are taken
         self.here = threading.local()
         module = model.get_output_embeddings() if key == "final" else last_feed_forward(model)
         self.hook_onto(module, "keys")
-        if tail:
-            blocks = blocks_of(model)
-            require(tail <= len(blocks), "tail_blocks", tail, f"at most the {len(blocks)} blocks "
-                    "of the base")
-            self.hook_onto(blocks[-tail], "states")
+        # The states are what enters the last so many blocks, at most all; 0 = none are taken.
+        self.tail = min(tail, model.config.get_text_config().num_hidden_layers)
+        if self.tail:
+            self.hook_onto(blocks_of(model)[-self.tail], "states")
 
     def __deepcopy__(self, memo: dict) -> "KeyTap":
         return self  # a copy of the model, to be fine-tuned, may share it

@@ -177,7 +177,7 @@ class Config:
     knn_k: Count = 128  # most neighbours; tuned among it, its 4th and its 16th part
     # decoder
     decoder_kind: Literal["auto", "hidden", "tokens", "tail"] = "auto"  # yours: hidden; else tail
-    tail_blocks: Count = 4  # of kind tail: so many last blocks of the base, trained on
+    tail_blocks: Count = 4  # of kind tail: at most so many last blocks of the base, trained on
     decoder_dim: Count = 256  # width
     decoder_layers: Count = 6  # transformer blocks
     decoder_heads: Count = 32  # attention heads; divides decoder_dim
@@ -825,7 +825,7 @@ def new_decoder(config: Config, base: Base, kind: str) -> Decoder | TailDecoder:
     torch.manual_seed(config.seed)
     reach = min(config.decoder_reach, base.window)
     if kind == "tail":
-        return make_tail(base, config.tail_blocks, reach)
+        return make_tail(base, base.tap.tail, reach)
     decoder = Decoder(
         kind,
         width=config.decoder_dim,
