@@ -74,7 +74,8 @@ def random_store(args: argparse.Namespace, base: Base, folder: Path) -> Datastor
 def measure(args: argparse.Namespace, device: torch.device, folder: Path) -> list[dict]:
     """Time every system -> a row each: parameters, ms/token, and its ratio to the base's."""
     base = random_base(args, device)
-    config = Config(decoder_dim=args.dim, latency_tokens=args.tokens, latency_rounds=args.rounds)
+    config = Config(decoder_kind="hidden", decoder_dim=args.dim, latency_tokens=args.tokens,
+                    latency_rounds=args.rounds)
     decoders = {kind: new_decoder(config, base, kind).ready() for kind in ("hidden", "tokens")}
     tuned = {
         "lambda": 0.3,
