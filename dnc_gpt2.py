@@ -5006,7 +5006,6 @@ PRESETS: dict[str, tuple] = {
     "lr": (3e-4, 1e-3),
     "log_every_steps": (50, 10),
     "save_every_steps": (3000, 175),
-    "final_eval_tokens": (0, 40_000),
 }
 
 

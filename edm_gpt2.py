@@ -235,7 +235,8 @@ def choose_base(config: Config) -> Base:
     except ValueError as error:
         print(f"base auto: {error}")
     if packaged_file():
-        print(f"base auto: {PACKAGED}, from its package; expect hours on a CPU", flush=True)
+        print(f"base auto: {PACKAGED}, from its package; slow on a CPU, where --arms edm and "
+              "fewer --max_steps shorten it", flush=True)
         return base_of_model(PACKAGED, config)
     return base_of_checkpoint(train_base(config), config)
 

@@ -51,7 +51,6 @@ from dnc_gpt2 import (
     Count,
     Positive,
     Seed,
-    Share,
     Whole,
     check_fields,
     require,
@@ -186,7 +185,7 @@ class Config:
     num_epochs: Count = 1  # passes over the training positions
     train_tokens: Whole = 200_000  # training positions of decoders and fine-tuning, 0 = all keys
     batch_tokens: Count = 1024  # of a training step; small: docs/lab-notes.md, 12
-    beta: Share = 0.5  # of the loss: beta KL(p_knn || p_dec) + (1 - beta) CE
+    beta: float | Literal["auto"] = "auto"  # share of KL(p_knn || p_dec); auto: tail 0.1, else 0.5
     target_width: Count = 64  # M, heaviest tokens of a kNN target that are kept
     arms: str = "auto"  # beside decoder_kind: of a pretrained base text, of yours all but tail
     finetune_lrs: str = "1e-4,3e-4"  # of the fine-tuned base, and of a tail: the better is kept
@@ -228,6 +227,8 @@ class Config:
             require_field(self, name, getattr(self, name).strip() != "", "named")
         require_field(self, "alpha", self.alpha == "auto" or 0 <= self.alpha <= 1,
                       "auto, or from 0 to 1")
+        require_field(self, "beta", self.beta == "auto" or 0 <= self.beta <= 1,
+                      "auto, or from 0 to 1")
         require_field(self, "stride", self.stride <= self.window,
                       f"at most window ({self.window})")
         require_field(self, "decoder_dim", self.decoder_dim % heads == 0,
@@ -255,7 +256,10 @@ def settled(config: Config, base: str) -> Config:
         kind = config.decoder_kind
     if config.arms != "auto":
         arms = config.arms
-    return dataclasses.replace(config, decoder_kind=kind, arms=arms)
+    beta = config.beta
+    if beta == "auto":  # measured: docs/lab-notes.md, 14
+        beta = 0.1 if kind == "tail" else 0.5
+    return dataclasses.replace(config, decoder_kind=kind, arms=arms, beta=beta)
 
 
 # ══ Base and domain: three splits of one token stream ════════════════════════════════════════════

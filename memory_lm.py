@@ -208,7 +208,10 @@ class TailDecoder(nn.Module):
     def __init__(self, model: nn.Module, blocks: int, reach: int):
         super().__init__()
         self.reach = reach
-        tail = copy.deepcopy(model)
+        # Copied are the last blocks and what is small; a base of billions is not held twice.
+        head = model.get_output_embeddings().weight
+        dropped = {id(block): nn.Identity() for block in blocks_of(model)[:-blocks]}
+        tail = copy.deepcopy(model, memo={id(head): head} | dropped)
         kept = blocks_of(tail)
         del kept[:-blocks]
         settings = tail.config.get_text_config()

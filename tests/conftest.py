@@ -36,8 +36,7 @@ TINY = {
     "hidden_size": 32, "num_layers": 1, "num_heads": 2, "mem_slots": 8, "mem_width": 8,
     "num_reads": 2, "batch_size": 4, "seq_len": 16, "bptt_segments": 2, "dropout": 0.1,
     "max_steps": 40, "lr": 3e-3, "routing_fraction": 0.25, "log_every_steps": 4,
-    "save_every_steps": 6, "eval_tokens": 200, "final_eval_tokens": 0, "eval_rows": 4,
-    "num_gpus": 0,
+    "save_every_steps": 6, "eval_tokens": 200, "eval_rows": 4, "num_gpus": 0,
 }  # fmt: skip
 
 

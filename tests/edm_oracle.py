@@ -12,6 +12,7 @@ import math
 from types import SimpleNamespace
 
 import numpy as np
+import pytest
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
@@ -51,13 +52,38 @@ def make(base: GPT2LMHeadModel, alpha: float = 0.5, dtype: torch.dtype = torch.f
     config = edm_model.EDMGPT2Config(base=base.config.to_dict(), **TINY | fields)
     model = edm_model.EDMGPT2ForCausalLM(config)
     model.transformer.load_state_dict(base.transformer.state_dict())
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if parameter.requires_grad:
-                parameter.add_(torch.randn_like(parameter) * 0.1)
-            if name.endswith("alpha"):
-                parameter.fill_(alpha)
-    return model.eval().to(dtype)
+    return moved(model, alpha).to(dtype)
+
+
+@torch.no_grad()
+def moved(model, alpha: float):
+    """The model with memories away from their initial values and gates at alpha."""
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            parameter.add_(torch.randn_like(parameter) * 0.1)
+        if name.endswith("alpha"):
+            parameter.fill_(alpha)
+    return model.eval()
+
+
+def check_slopes(model, parameters: dict, given: dict, step: float = 1e-6, rel: float = 1e-4,
+                 abs_: float = 1e-9) -> None:
+    """Compare the gradient of the loss of what is given with central differences, along a random
+    direction of length one in each parameter."""
+    model(**given).loss.backward()
+    rng = torch.Generator().manual_seed(3)
+    for name, parameter in parameters.items():
+        way = torch.randn(parameter.shape, generator=rng, dtype=torch.float64)
+        way = way / way.norm()
+        ends = []
+        for end in (step, -step):
+            with torch.no_grad():
+                parameter.add_(end * way)
+                ends.append(float(model(**given).loss))
+                parameter.sub_(end * way)
+        slope = (ends[0] - ends[1]) / (2 * step)
+        assert parameter.grad.abs().max() > 0, name
+        assert float((parameter.grad * way).sum()) == pytest.approx(slope, rel=rel, abs=abs_), name
 
 
 def draw(*shape: int, seed: int = 1, low: int = 0, high: int = V) -> torch.Tensor:

@@ -849,9 +849,12 @@ def test_a_tail_begins_as_the_base_and_caches_give_the_same(kind, tmp_path, toke
     else:
         save_foreign_base(kind, tokenizer_folder, tmp_path)
         model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
-    tap = ds.KeyTap(model.eval(), "feed_forward", tail=1)
+    tap = ds.KeyTap(model.eval().requires_grad_(False), "feed_forward", tail=1)
     base = ds.Base("", model, None, 24, (), False, tap, "")
     tail = ml.make_tail(base, 1, 24)
+    head = model.get_output_embeddings().weight
+    assert tail.tail.get_output_embeddings().weight is head, "shared, not held twice"
+    assert len(ds.blocks_of(model)) > 1 and not head.requires_grad
     ids = torch.randint(0, 200, (2, 20), generator=torch.Generator().manual_seed(0))
     logits, keys = base.forward(ids)
     torch.testing.assert_close(tail(base.states, None), logits, atol=1e-5, rtol=1e-4)
@@ -874,8 +877,10 @@ def test_a_tail_that_does_not_begin_as_the_base_is_refused(tmp_path, tokenizer_f
 def test_auto_trains_a_tail_of_a_pretrained_base_and_everything_beside_ones_own():
     of_folder = md.settled(md.Config(), "smollm2")
     assert of_folder.arm_list == ["tail", "text"] and of_folder.tail == 4
+    assert (of_folder.beta, md.settled(md.Config(beta=0.3), "smollm2").beta) == (0.1, 0.3)
     own = md.settled(md.Config(), "checkpoints/GPT2_Baseline_FINAL_step600.pt")
     assert own.arm_list == ["hidden", "tokens", "text", "distilled", "finetuned"] and own.tail == 0
+    assert own.beta == 0.5
     asked = md.settled(md.Config(decoder_kind="tokens", arms=""), "smollm2")
     assert asked.arm_list == ["tokens"]
 
