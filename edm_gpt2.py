@@ -2,6 +2,7 @@
 """Does a frozen decoder recall what has left its window?  With and without an EDM memory.
 
     python edm_gpt2.py                         a base, every arm trained, tables, picture, a sample
+    python edm_gpt2.py --resume auto           go on where a run was stopped: what is measured stays
     python edm_gpt2.py --help                  every Config field, its default and its comment
     python edm_gpt2.py --base gpt2 --dataset Salesforce/wikitext --window 256 --seeds 0,1,2
     python edm_gpt2.py --base HuggingFaceTB/SmolLM2-135M --window 256 --arms edm
@@ -13,6 +14,7 @@ Letters as there: B rows, T tokens, C hidden width, V vocabulary, W tokens of th
 
 import collections
 import dataclasses
+import hashlib
 import json
 import math
 import os
@@ -24,7 +26,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, NamedTuple
+from typing import Annotated, Literal, NamedTuple
 
 if __name__ == "__main__" and not hasattr(sys, "ps1"):  # until main listens: no traceback
     signal.signal(signal.SIGINT, signal.SIG_DFL)
@@ -58,8 +60,8 @@ from dnc_gpt2 import (
     # the shell of a command, and its device
     Diverged, StopSignal, local_device, print_any_character, read_config, run_command,
     # files
-    check_file, check_folder, file_sha, growing, load_tensors, locked, reading, save_tensors,
-    write_json, write_text,
+    check_file, check_folder, file_sha, growing, load_tensors, locked, read_json, reading,
+    save_tensors, write_json, write_text,
     # the base
     load_checkpoint, newest_baselines, train_baseline,
     # what a reader is told
@@ -99,6 +101,8 @@ Window = Annotated[int, Bound("8 or more, the length of a planted string", lambd
 Block = Annotated[int, Bound("-1 (the middle block), or a block's number from 0",
                              lambda x: x >= -1)]
 Swapped = Annotated[int, Bound("2 or more, to swap memories", lambda x: x >= 2)]
+SwappedOrNone = Annotated[int, Bound("2 or more, to swap memories, or 0, not to measure it",
+                                     lambda x: x == 0 or x >= 2)]
 BelowOne = Annotated[float, Bound("from 0 to below 1", lambda x: 0 <= x < 1)]
 Prompt = Annotated[str, Bound("a prompt", lambda x: x.strip() != "")]
 Names = Annotated[str, Bound("names of the base's projections", lambda x: x.strip() != "")]
@@ -146,12 +150,13 @@ class Config:
     # evaluation
     eval_rows: Swapped = 8  # parallel rows of validation and test
     eval_tokens: Whole = 0  # of each split, 0 = all
-    recall_rows: Swapped = 32  # planted strings of each distance
-    topic_rows: Swapped = 8  # prompts whose rare words should return
+    recall_rows: SwappedOrNone = 32  # planted strings of each distance, 0 = no such table
+    topic_rows: SwappedOrNone = 8  # prompts whose rare words should return, 0 = no such table
     full_window: Window = 1024  # at most so many tokens of the base at its own, longer window
     log_every_steps: Count = 50  # a row of history in the JSON file
     save_dir: str = "checkpoints/edm_gpt2/"  # the last arm of the first seed
     plot_dir: str = "plots/"  # edm_gpt2.json and edm_gpt2.png
+    resume: Literal["", "auto"] = ""  # auto = keep what edm_gpt2.json has of these settings
     # generation
     text: Prompt = "The city was built on"  # continued when training is done
     generate: str = ""  # continue this with the model in save_dir; no training
@@ -579,11 +584,14 @@ def evaluate(model: EDMForCausalLM, stream: Tensor, rows: int, swap: bool = Fals
     """Negative log-likelihood (rows, L) in nats of every token of a stream but the first; 0 where a
     row is filled up. With `swap` a row is scored with the memory that the row before it has at that
     place, and goes on with its own. Raises Diverged where one is not finite."""
+    from tqdm import tqdm
+
     inputs, targets = evaluation_rows(stream, rows)
     W = model.config.window
     state = model.init_state(rows)
     nll = []
-    for x, y in zip(inputs.split(W, 1), targets.split(W, 1), strict=True):
+    windows = list(zip(inputs.split(W, 1), targets.split(W, 1), strict=True))
+    for x, y in tqdm(windows, desc="scoring", leave=False, dynamic_ncols=True):
         x, y = x.to(device()), y.to(device())
         if swap:
             full = state.fill == W
@@ -662,10 +670,12 @@ def planted_recall(model: EDMForCausalLM, stream: Tensor, config: Config,
     """A string of eight random tokens, text, and the string again, so many windows later: the share
     of its last four tokens that are the most likely ones, and their mean loss (nats). With `swap`
     the first string is another row's."""
+    from tqdm import tqdm
+
+    distances = [windows for windows in RECALL_WINDOWS
+                 if config.recall_rows and len(stream) >= windows * config.window + 8]
     results = []
-    for windows in RECALL_WINDOWS:
-        if len(stream) < windows * config.window + 8:
-            break
+    for windows in tqdm(distances, desc="recall", leave=False, dynamic_ncols=True):
         tokens = plant(stream, windows, config, model.config.vocab_size, swap)
         right, loss = 0, 0.0
         for part in tokens.split(max(1, RECALL_TOKENS // tokens.shape[1])):
@@ -745,12 +755,14 @@ def topic_consistency(model: EDMForCausalLM, corpus: dnc_gpt2.Corpus, tokenizer:
 @torch.no_grad()
 def sample_rows(model: EDMForCausalLM, prompts: Tensor, count: int) -> Tensor:
     """Sample so many tokens behind prompts (n, T), as in generation -> (n, count)."""
+    from tqdm import tqdm
+
     stride = model.config.stride
     model.config.stride = max(1, model.config.window // 2)
     draw = torch.Generator().manual_seed(11)
     state = model.init_state(len(prompts))
     tokens, sampled = prompts, []
-    for _ in range(count):
+    for _ in tqdm(range(count), desc="topic", leave=False, dynamic_ncols=True):
         logits, state, _ = read_logits(model, tokens.to(device()), state, slice(-1, None))
         shares = (logits[:, 0].cpu() / TOPIC_TEMPERATURE).softmax(-1)  # (n, V)
         tokens = torch.multinomial(shares, 1, generator=draw)  # (n, 1)
@@ -762,7 +774,8 @@ def sample_rows(model: EDMForCausalLM, prompts: Tensor, count: int) -> Tensor:
 # ══ Comparison ═══════════════════════════════════════════════════════════════════════════════════
 def measure(model: EDMForCausalLM, corpus: dnc_gpt2.Corpus, tokenizer: object, config: Config,
             arm: str, seed: int) -> dict:
-    """Everything that is reported of one arm and seed."""
+    """Everything that is reported of one arm and seed. Distances are in windows of Config, whatever
+    the window of the model, so that the base with a longer one stands in the same rows."""
     trained = [p for p in model.parameters() if p.requires_grad]
     run = {
         "arm": arm,
@@ -786,7 +799,8 @@ def measure(model: EDMForCausalLM, corpus: dnc_gpt2.Corpus, tokenizer: object, c
             back = windows_back(stream, config.eval_rows, config.window)
             run["by_distance"] = by_distance(nll, back, scored)
             run["recall"] = planted_recall(model, stream, config)
-            run["topic"] = topic_consistency(model, corpus, tokenizer, config)
+            if config.topic_rows:
+                run["topic"] = topic_consistency(model, corpus, tokenizer, config)
             if arm not in ("base", "full"):
                 run |= measure_swapped(model, stream, count, config)
     return run
@@ -804,7 +818,8 @@ def measure_swapped(model: EDMForCausalLM, stream: Tensor, count: int, config: C
 def runs_by_arm(runs: list[dict], config: Config) -> dict[str, list[dict]]:
     """The runs of each arm, one a seed, in the order of the tables; no full window where the base
     has none that is longer."""
-    arms = {arm: [run for run in runs if run["arm"] == arm]
+    seeds = {"base": [0], "full": [0]} | {arm: config.seed_list for arm in config.arm_list}
+    arms = {arm: [run for run in runs if run["arm"] == arm and run["seed"] in seeds[arm]]
             for arm in ("base", *config.arm_list, "full")}
     return {arm: of_arm for arm, of_arm in arms.items() if of_arm}
 
@@ -819,8 +834,10 @@ def print_tables(runs: list[dict], base: Base, corpus: dnc_gpt2.Corpus, config: 
           f"{short['test_tokens']:,} of test\n")
     print_perplexity(arms, gap_note(base, config))
     print_by_distance(arms)
-    print_recall(arms)
-    print_topic(arms)
+    if short["recall"]:
+        print_recall(arms)
+    if "topic" in short:
+        print_topic(arms)
     seeds = len(config.seed_list)
     print(LINE)
     print(f"  ±: half of the 95 % interval over {seeds} seeds." if seeds > 1 else
@@ -900,29 +917,42 @@ def print_topic(arms: dict[str, list[dict]]) -> None:
 
 def plot_runs(runs: list[dict], config: Config) -> None:
     """Draw plots/edm_gpt2.png: perplexity and recall against distance."""
+    arms = runs_by_arm(runs, config)
     colors = dict(zip(("base", "recurrent", "edm", "both", "full"), PALETTE, strict=False))
-    buckets = [row["windows_back"] for row in runs[0]["by_distance"] if row["tokens"]]
+    styles = {}
+    for arm, of_arm in arms.items():
+        label = f"base, window {of_arm[0]['window']}" if arm in ("base", "full") else arm
+        styles[arm] = {"color": colors[arm], "marker": "o", "ms": 4, "label": label}
+    panels = [plot_distances, plot_recall] if config.recall_rows else [plot_distances]
     path = Path(config.plot_dir) / "edm_gpt2.png"
-    with dark_figure(path, 1, 2, (12, 4.8)) as (_, (left, right)):
-        for arm, of_arm in runs_by_arm(runs, config).items():
-            is_base = arm in ("base", "full")
-            style = {"color": colors[arm], "marker": "o", "ms": 4}
-            style["label"] = f"base, window {of_arm[0]['window']}" if is_base else arm
-            losses = np.array([[row["loss"] for row in run["by_distance"] if row["tokens"]]
-                               for run in of_arm])
-            left.plot(range(len(buckets)), np.exp(np.minimum(losses, 700)).mean(0), **style)
-            recall = np.array([[row["loss"] for row in run["recall"]] for run in of_arm])
-            right.plot([row["windows"] for row in of_arm[0]["recall"]], recall.mean(0), **style)
-        left.set(yscale="log", ylabel="perplexity", xlabel="windows back",
-                 title="Perplexity by last use of a token")
-        left.set_xticks(range(len(buckets)), buckets, rotation=30, fontsize=8)
-        left.legend(fontsize=8)
-        right.set_xscale("log", base=2)
-        right.set_xticks(RECALL_WINDOWS, [str(windows) for windows in RECALL_WINDOWS])
-        right.set(ylabel="loss (nats / token)", xlabel="windows back",
-                  title="Recall of a planted random string")
-        for axis in (left, right):
+    with dark_figure(path, 1, len(panels), (6 * len(panels), 4.8)) as (_, axes):
+        for plot, axis in zip(panels, np.atleast_1d(axes), strict=True):
+            plot(axis, arms, styles)
             axis.grid(alpha=0.2)
+
+
+def plot_distances(axis: object, arms: dict[str, list[dict]], styles: dict[str, dict]) -> None:
+    """Draw the perplexity of each arm against the distance to the last use of a token."""
+    names = [row["windows_back"] for row in arms["base"][0]["by_distance"] if row["tokens"]]
+    for arm, of_arm in arms.items():
+        losses = np.array([[row["loss"] for row in run["by_distance"] if row["tokens"]]
+                           for run in of_arm])
+        axis.plot(range(len(names)), np.exp(np.minimum(losses, 700)).mean(0), **styles[arm])
+    axis.set(yscale="log", ylabel="perplexity", xlabel="windows back",
+             title="Perplexity by last use of a token")
+    axis.set_xticks(range(len(names)), names, rotation=30, fontsize=8)
+    axis.legend(fontsize=8)
+
+
+def plot_recall(axis: object, arms: dict[str, list[dict]], styles: dict[str, dict]) -> None:
+    """Draw the loss of a planted string for each arm against the distance to its first use."""
+    for arm, of_arm in arms.items():
+        losses = np.array([[row["loss"] for row in run["recall"]] for run in of_arm])
+        axis.plot([row["windows"] for row in of_arm[0]["recall"]], losses.mean(0), **styles[arm])
+    axis.set_xscale("log", base=2)
+    axis.set_xticks(RECALL_WINDOWS, [str(windows) for windows in RECALL_WINDOWS])
+    axis.set(ylabel="loss (nats / token)", xlabel="windows back",
+             title="Recall of a planted random string")
 
 
 # ══ Saving and generating ════════════════════════════════════════════════════════════════════════
@@ -1108,8 +1138,8 @@ def kind_of_folder(folder: Path) -> type[EDMForCausalLM]:
     return EDMForCausalLM if name == EDMConfig.model_type else EDMGPT2ForCausalLM
 
 
-def generate(config: Config) -> None:
-    """As run_generation."""
+def load_saved(config: Config) -> tuple[EDMForCausalLM, object]:
+    """The model in save_dir and its tokenizer. Raises ValueError where it is damaged or absent."""
     from tokenizers import Tokenizer
 
     folder = Path(config.save_dir)
@@ -1123,7 +1153,12 @@ def generate(config: Config) -> None:
         settings.check()
         check_memory(model_bytes(settings, rows=1), "slots, or name another --save_dir")
         model = kind.from_pretrained(folder).eval().to(device())
-        tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+        return model, Tokenizer.from_file(str(folder / "tokenizer.json"))
+
+
+def generate(config: Config) -> None:
+    """As run_generation."""
+    model, tokenizer = load_saved(config)
     state = None
     if config.memory_file and Path(config.memory_file).exists():
         state = load_memory(model, config.memory_file)
@@ -1174,16 +1209,15 @@ def full_window(base: Base, config: Config) -> int:
     return longest if longest > config.window else 0
 
 
-def measure_base(base: Base, corpus: dnc_gpt2.Corpus, config: Config) -> list[dict]:
-    """The runs of the base: at the window, and at its full window if that is longer."""
-    model = build_model(base, config, "base", seed=0).eval()
-    runs = [measure(model, corpus, base.tokenizer, config, "base", seed=0)]
-    full = full_window(base, config)
-    if full:
-        wide = dataclasses.replace(config, window=full, slots=max(config.slots, full))
-        model = build_model(base, wide, "base", seed=0).eval()
-        runs.append(measure(model, corpus, base.tokenizer, config, "full", seed=0))
-    return runs
+def measure_base(base: Base, corpus: dnc_gpt2.Corpus, config: Config, runs: list[dict]) -> None:
+    """Add the runs of the base that are not there: at the window, and at its full window if that
+    is longer."""
+    windows = {"base": config.window, "full": full_window(base, config)}
+    for arm, window in windows.items():
+        if window and find_run(runs, arm, seed=0) is None:
+            wide = dataclasses.replace(config, window=window, slots=max(config.slots, window))
+            model = build_model(base, wide, "base", seed=0).eval()
+            runs.append(measure(model, corpus, base.tokenizer, config, arm, seed=0))
 
 
 def ask_hub_once() -> None:
@@ -1194,25 +1228,32 @@ def ask_hub_once() -> None:
         huggingface_hub.constants.HF_HUB_OFFLINE = True
 
 
-def train_and_measure(base: Base, corpus: dnc_gpt2.Corpus, config: Config, runs: list[dict]
-                      ) -> tuple[EDMForCausalLM, list[dict]]:
-    """Train and measure every arm and seed, which adds to runs -> the model that is saved, the
-    history of training."""
-    saved, history = None, []
+def train_and_measure(base: Base, corpus: dnc_gpt2.Corpus, config: Config, log: "Measurements"
+                      ) -> None:
+    """Train and measure every arm and seed that the log has not yet; the last arm of the first seed
+    is saved."""
+    runs = log.runs
     for seed in config.seed_list:
         for arm in config.arm_list:
+            if find_run(runs, arm, seed) is not None:
+                print(f"  {arm}, seed {seed}: measured before", flush=True)
+                continue
             model, rows, speed = train_arm(base, corpus, config, arm, seed)
-            history += rows
             run = measure(model, corpus, base.tokenizer, config, arm, seed)
+            if (arm, seed) == (config.arm_list[-1], config.seed_list[0]):
+                save_model(model, base, Path(config.save_dir))
+                log.saved = saved_as(config)
+            log.history += rows
             runs.append(run | {"training_tokens_per_s": speed})
-            write_measurements(runs, history, base, corpus, config)  # what the next one may not be
+            log.write()  # what the next one may not be
             ppl, of_base = (perplexity(r["valid_loss"]) for r in (run, runs[0]))
             print(f"  {arm}, seed {seed}: validation perplexity {ppl:.2f}, base {of_base:.2f}",
                   flush=True)
-            if saved is None and arm == config.arm_list[-1]:
-                saved = model
-                save_model(model, base, Path(config.save_dir))
-    return saved, history
+
+
+def find_run(runs: list[dict], arm: str, seed: int) -> dict | None:
+    """The run of an arm and seed, None where there is none."""
+    return next((run for run in runs if (run["arm"], run["seed"]) == (arm, seed)), None)
 
 
 def run_comparison(config: Config) -> None:
@@ -1231,24 +1272,85 @@ def compare_arms(config: Config) -> None:
     corpus = load_text(base, config)
     print_start(base, corpus, config)
 
-    runs = measure_base(base, corpus, config)
-    model, history = train_and_measure(base, corpus, config, runs)
-    path = write_measurements(runs, history, base, corpus, config)
-    print_tables(runs, base, corpus, config)
-    plot_runs(runs, config)
-    model.config.stride = max(1, config.window // 2)
-    continue_text(model, base.tokenizer, config.text, config)
-    print(f"\nwrote {path}, {path.with_suffix('.png')}, {Path(config.save_dir)}/")
+    log = Measurements.begin(base, corpus, config)
+    measure_base(base, corpus, config, log.runs)
+    log.write()
+    train_and_measure(base, corpus, config, log)
+    print_tables(log.runs, base, corpus, config)
+    plot_runs(log.runs, config)
+    model, tokenizer = load_saved(config)
+    continue_text(model, tokenizer, config.text, config)
+    print(f"\nwrote {log.path}, {log.path.with_suffix('.png')}, {Path(config.save_dir)}/")
 
 
-def write_measurements(runs: list[dict], history: list[dict], base: Base, corpus: dnc_gpt2.Corpus,
-                       config: Config) -> Path:
-    """Write plots/edm_gpt2.json -> its path."""
-    about = {"base": base.name, "corpus": corpus.name, "config": dataclasses.asdict(config)}
-    about |= run_facts(device_name(device()))
-    path = Path(config.plot_dir) / "edm_gpt2.json"
-    write_json({"about": about, "runs": runs, "history": history}, path)
-    return path
+# ══ Measurements: a file that a stopped run goes on from ═════════════════════════════════════════
+# Fields that the figures of one run do not depend on.
+FREE = {"arms", "seeds", "resume", "base", "base_dir", "dataset", "save_dir", "plot_dir",
+        "log_every_steps", "text", "generate", "new_tokens", "temperature", "memory_file"}
+
+
+@dataclasses.dataclass
+class Measurements:
+    """plots/edm_gpt2.json: where it comes from, every run and its training."""
+    path: Path
+    about: dict
+    runs: list[dict]
+    history: list[dict]  # losses of training, a row every log_every_steps
+    saved: dict | None  # what save_dir holds, as saved_as() has it
+
+    @classmethod
+    def begin(cls, base: Base, corpus: dnc_gpt2.Corpus, config: Config) -> "Measurements":
+        """An empty one; with --resume auto what the file has of the same settings. Raises
+        ValueError where it is damaged."""
+        path = Path(config.plot_dir) / "edm_gpt2.json"
+        about = {"base": base.name, "corpus": corpus.name, "config": dataclasses.asdict(config),
+                 "identity": identity(base, corpus, config)} | run_facts(device_name(device()))
+        log = cls(path, about, [], [], None)
+        if config.resume:
+            log.take_over(read_json(path, "delete it, or run without --resume"), config)
+        return log
+
+    def take_over(self, content: dict, config: Config) -> None:
+        """Keep the runs of a file, if they are of the same settings, base and text."""
+        if content.get("about", {}).get("identity") != self.about["identity"]:
+            what = "has another base, text or setting" if content else "is not there"
+            print(f"resume: {self.path} {what}; from the start", flush=True)
+            return
+        runs, self.history = content["runs"], content["history"]
+        first = (config.arm_list[-1], config.seed_list[0])  # which save_dir holds
+        if saved_as(config) == content["saved"]:
+            self.saved = content["saved"]
+        else:
+            runs = [run for run in runs if (run["arm"], run["seed"]) != first]
+        self.runs = runs
+        print(f"resume: {len(runs)} runs of {self.path}", flush=True)
+
+    def write(self) -> None:
+        """Write the file, whole or not at all."""
+        write_json({"about": self.about, "runs": self.runs, "history": self.history,
+                    "saved": self.saved}, self.path)
+
+
+def saved_as(config: Config) -> dict | None:
+    """Which arm and seed save_dir is to hold, and the digest of its digests; None where it holds
+    nothing."""
+    sums = Path(config.save_dir) / SUMS
+    if not sums.is_file():
+        return None
+    return {"arm": config.arm_list[-1], "seed": config.seed_list[0], "sha256": file_sha(sums)}
+
+
+def identity(base: Base, corpus: dnc_gpt2.Corpus, config: Config) -> str:
+    """A digest of all that the figures of a run depend on, beside its arm and seed."""
+    settings = {name: value for name, value in vars(config).items() if name not in FREE}
+    described = json.dumps([settings, base.config, corpus.fingerprint], sort_keys=True)
+    digest = hashlib.sha256(described.encode())
+    weights = [weight for _, weight in sorted(base.weights.items())]
+    if base.head is not None:
+        weights.append(base.head)
+    for weight in weights:
+        digest.update(weight.detach().cpu().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
 
 
 def main(argv: list[str]) -> int:
@@ -1261,8 +1363,10 @@ def main(argv: list[str]) -> int:
         else:
             run_comparison(config)
 
-    return run_command(job, again=[Path(__file__).name, *argv],
-                       saved="nothing is saved but a base, whose training goes on",
+    again = [Path(__file__).name, *argv]
+    if "--resume" not in argv:
+        again += ["--resume", "auto"]
+    return run_command(job, again, saved="what was measured, and the training of a base, is saved",
                        sizes=SIZES)
 
 

@@ -412,6 +412,36 @@ def test_command_trains_measures_and_saves(finished):
     assert (finished.folder / "plots" / "edm_gpt2.png").stat().st_size > 10_000
 
 
+def test_a_stopped_comparison_goes_on_from_what_it_measured(finished, monkeypatch, capsys):
+    """Without its last two arms, as a kill would leave it, the same figures come out; another
+    setting, or a saved model that is not of the run, is measured anew."""
+    monkeypatch.chdir(finished.folder)
+    monkeypatch.setenv("HOME", str(finished.folder))
+    path = Path("plots/edm_gpt2.json")
+    whole = eg.read_json(path, "")
+    eg.write_json(whole | {"runs": whole["runs"][:3], "saved": None}, path)
+    fields = RUN | {"base": "base", "dataset": "~/te$xt", "max_steps": 2, "eval_rows": 2,
+                    "recall_rows": 2, "topic_rows": 2, "new_tokens": 5, "resume": "auto"}
+    assert eg.main(flags(fields)) == 0
+    assert "resume: 3 runs" in (out := capsys.readouterr().out)
+    assert "recurrent, seed 0: measured before" in out
+
+    def figures(content: dict) -> list[dict]:
+        return [{name: value for name, value in run.items() if "_per_s" not in name}
+                for run in content["runs"]]
+
+    again = eg.read_json(path, "")
+    assert figures(again) == figures(whole)
+    assert again["history"][-2:] == whole["history"][-2:]
+    assert eg.main(flags(fields)) == 0
+    assert "resume: 5 runs" in capsys.readouterr().out
+    assert eg.main(flags(fields | {"seeds": "0,3", "arms": "recurrent"})) == 0
+    assert "resume: 4 runs" in capsys.readouterr().out  # what save_dir holds is of another arm
+    assert eg.main(flags(fields | {"lr": 1e-4, "arms": "recurrent"})) == 0
+    assert "has another base, text or setting; from the start" in capsys.readouterr().out
+    eg.write_json(whole, path)
+
+
 def test_generate_goes_on_with_its_notebook(finished, edm_tokenizer, monkeypatch, capsys):
     """Two turns; then with a folder of an older version, which carries an edm_gpt2.py."""
     monkeypatch.chdir(finished.folder)
