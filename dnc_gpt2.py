@@ -3911,6 +3911,7 @@ def export_model(trained: Trained, folder: Path, config: Config) -> None:
         "architectures": ["DNCGPT2ForCausalLM"],
         "auto_map": {
             "AutoConfig": "dnc_model.DNCGPT2Config",
+            "AutoModel": "dnc_model.DNCGPT2ForCausalLM",  # with its head: there is none without
             "AutoModelForCausalLM": "dnc_model.DNCGPT2ForCausalLM",
         },
         "model_type": "dnc_gpt2",

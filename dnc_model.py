@@ -72,6 +72,21 @@ class StatefulCausalLM(PreTrainedModel, GenerationMixin):
         return {"input_ids": input_ids[:, seen:], "attention_mask": attention_mask, CACHE: cache,
                 "use_cache": True, "logits_to_keep": 1}
 
+    def generate(self, *args: object, **kwargs: object) -> object:
+        """As GenerationMixin's. Raises ValueError for assisted decoding: what an assistant guessed
+        wrong would have to leave the memory again, which cannot forget what it has read."""
+        for name in ("assistant_model", "prompt_lookup_num_tokens"):
+            if kwargs.get(name) is not None:
+                raise ValueError(f"{name}: not supported, as a memory cannot forget wrong guesses; "
+                                 "leave it out")
+        return super().generate(*args, **kwargs)
+
+    def resize_token_embeddings(self, *args: object, **kwargs: object) -> nn.Embedding:
+        """As PreTrainedModel's; what is saved then is built with as many tokens."""
+        embedding = super().resize_token_embeddings(*args, **kwargs)
+        self.config.base = self.config.base | {"vocab_size": self.config.vocab_size}
+        return embedding
+
 
 def refuse_unused(kwargs: dict, name: str) -> None:
     """Raise ValueError for an argument of forward that a model would not use."""
@@ -139,6 +154,7 @@ class DNCGPT2Config(PretrainedConfig):
                  **kwargs) -> None:
         auto_map = {
             "AutoConfig": "dnc_model.DNCGPT2Config",
+            "AutoModel": "dnc_model.DNCGPT2ForCausalLM",  # with its head: there is none without
             "AutoModelForCausalLM": "dnc_model.DNCGPT2ForCausalLM",
         }
         # The embedding is the head: one parameter, not two that are tied.
@@ -240,12 +256,6 @@ class DNCGPT2ForCausalLM(StatefulCausalLM):
             huggingface_hub.upload_file(path_or_fileobj=card, path_in_repo="README.md",
                                         repo_id=repo_id, token=kwargs.get("token"))
         return address
-
-    def resize_token_embeddings(self, *args: object, **kwargs: object) -> nn.Embedding:
-        """As PreTrainedModel's; what is saved then is built with as many tokens."""
-        embedding = super().resize_token_embeddings(*args, **kwargs)
-        self.config.base = self.config.base | {"vocab_size": self.config.vocab_size}
-        return embedding
 
     def init_state(self, rows: int) -> tuple | None:
         """The memory's state of rows that have read nothing."""

@@ -964,9 +964,11 @@ def save_model(model: EDMForCausalLM, base: Base, folder: Path) -> None:
 
     blocks = model.config.stride
     model.config.stride = max(1, model.config.window // 2)
+    name = f"edm_model.{type(model).__name__}"
     model.config.auto_map = {
         "AutoConfig": f"edm_model.{type(model.config).__name__}",
-        "AutoModelForCausalLM": f"edm_model.{type(model).__name__}",
+        "AutoModel": name,  # with its head: there is none without
+        "AutoModelForCausalLM": name,
     }
     transformers.utils.logging.disable_progress_bar()
     tokenizer = give_end_token(model, base)

@@ -30,6 +30,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
+from multiprocessing.context import BaseContext
 from pathlib import Path
 from typing import Annotated, Literal, NamedTuple
 
@@ -1363,14 +1364,24 @@ def worker_count(config: Config) -> int:
     return os.cpu_count() or 1
 
 
+def new_processes() -> BaseContext:
+    """How workers start: as forks of a process that has imported this script, once for all that the
+    command does; where there is none (Windows), each imports it. None has used CUDA before."""
+    if "forkserver" not in multiprocessing.get_all_start_methods():
+        return multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__])
+    return context
+
+
 def run_all(function: Callable, config: Config, jobs: list[Job], what: str) -> list:
     """function(config, job) of every job, several at once; prints the lines that come back. What
     stops this process ends the workers at once; the runs that they are in are lost."""
     from tqdm import tqdm
 
     workers = max(1, min(worker_count(config), len(jobs)))
-    context = multiprocessing.get_context("spawn")
-    pool = concurrent.futures.ProcessPoolExecutor(workers, context, initializer=set_up_worker)
+    pool = concurrent.futures.ProcessPoolExecutor(workers, new_processes(),
+                                                  initializer=set_up_worker)
     results = {}
     with tqdm(total=len(jobs), desc=what, dynamic_ncols=True, disable=not jobs) as bar:
         try:

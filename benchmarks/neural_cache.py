@@ -13,12 +13,12 @@ How to read it: perplexity, and which part of the nats saved falls on `<unk>` an
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import sys
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -27,11 +27,17 @@ from tokenizers import Tokenizer
 from transformers import GPT2Config
 
 import dnc_gpt2
-from dnc_gpt2 import evaluation_rows, folder_texts, load_checkpoint, perplexity, tokenize
+from dnc_gpt2 import (
+    CacheMemory,
+    cache_weights,
+    evaluation_rows,
+    folder_texts,
+    load_checkpoint,
+    perplexity,
+    tokenize,
+)
 
 ROWS = 8
-THETAS = (1.0, 2.0, 4.0, 6.0, 8.0, 12.0, 16.0, 24.0)
-LAMBDAS = (0.02, 0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.6)
 
 
 def load_model(path: str) -> tuple[dnc_gpt2.GPT2WithMemory, dict]:
@@ -61,21 +67,15 @@ def cache_probability(model: dnc_gpt2.GPT2WithMemory, stream: Tensor, slots: int
     """By theta, what the cache gives every target of a stream, (ROWS, length); 0 while empty."""
     inputs, targets = evaluation_rows(stream, ROWS)
     length = model.config.seq_len
-    past = torch.zeros(ROWS, 0, model.config.hidden_size)  # unit states of the windows before
-    past_targets = torch.zeros(ROWS, 0, dtype=torch.int64)
-    found = {theta: [] for theta in THETAS}
+    memory = CacheMemory(model.config.hidden_size, slots)
+    state = memory.init_state(ROWS)
+    found = {theta: [] for theta in memory.THETAS}
     for x, y in zip(inputs.split(length, 1), targets.split(length, 1), strict=True):
-        h = F.normalize(model.hidden(x, None)[0], dim=-1)  # (ROWS, T, C)
-        states = torch.cat((past, h), dim=1)  # (ROWS, P + T, C)
-        followed = torch.cat((past_targets, y), dim=1)  # x_s+1
-        age = torch.arange(x.shape[1]).unsqueeze(1) + past.shape[1] - torch.arange(states.shape[1])
-        stored = (age >= 1) & (age <= slots)  # (T, P + T): a state is stored once its token is seen
-        cosine = h @ states.transpose(1, 2)  # (ROWS, T, P + T)
-        match = (followed.unsqueeze(1) == y.unsqueeze(2)) & stored
-        for theta in THETAS:
-            weights = (theta * cosine).masked_fill(~stored, -torch.inf).softmax(-1).nan_to_num()
-            found[theta].append((weights * match).sum(-1))
-        past, past_targets = states[:, -slots:], followed[:, -slots:]
+        h = model.hidden(x, None)[0]  # (ROWS, T, C)
+        cosine, held, state = memory.look_up(h, state, x)  # (ROWS, T, N)
+        match = held == y.unsqueeze(2)
+        for theta in memory.THETAS:
+            found[theta].append((cache_weights(cosine, held, theta) * match).sum(-1))
     return {theta: torch.cat(parts, dim=1) for theta, parts in found.items()}
 
 
@@ -130,7 +130,7 @@ def main(argv: list[str]) -> int:
         nll = token_nll(base, stream)
         cache = cache_probability(base, stream, slots)
         if best is None:
-            settings = [(theta, share) for theta in THETAS for share in LAMBDAS]
+            settings = list(itertools.product(CacheMemory.THETAS, CacheMemory.LAMBDAS))
             best = min(settings, key=lambda pair: mixed_nll(
                 nll, cache[pair[0]], pair[1])[scored].mean().item())
         theta, share = best

@@ -15,12 +15,12 @@ os.environ.setdefault("MPLBACKEND", "Agg")
 import random
 import signal
 import subprocess
-import sys
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
 import torch
+from forkserver import Forked
 
 import dnc_gpt2
 
@@ -114,14 +114,10 @@ def corpus(data_folder, tokenizer_folder) -> dnc_gpt2.Corpus:
     return dnc_gpt2.load_corpus(tiny_config(dataset=data_folder, tokenizer=tokenizer_folder))
 
 
-def start_cli(argv: list[str], code: str = "", **options) -> subprocess.Popen:
+def start_cli(argv: list[str], code: str = "", **options) -> Forked:
     """Start the real command, or a driver's `code` in its place, offline and on one thread."""
     script = ["-c", code] if code else [str(ROOT / "dnc_gpt2.py")]
-    env = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1",
-           "PYTHONIOENCODING": "utf-8"}
-    return subprocess.Popen(
-        [sys.executable, *script, *argv], env=env, stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, encoding="utf-8", **options)
+    return Forked([*script, *argv], **options)
 
 
 @pytest.fixture(scope="session")

@@ -692,21 +692,18 @@ import hashlib, torch
 from dnc_gpt2 import DNCOptions, interface_sizes, split_interface, zero_state
 from dnc_scan import dnc_scan
 torch.set_num_threads(1)
-pointing = DNCOptions(key_width=32, usage_decay=0.96, empty_slot=True)
-cases = [(pointing, (8, 64, 32, 64, 4)),
-         (DNCOptions(use_links=True, dealloc_wipe=True), (2, 20, 6, 5, 2))]
-for options, (B, T, N, W, R) in cases:
-    draw = torch.Generator().manual_seed(0)
-    z = torch.randn(B, T, sum(interface_sizes(W, R, options).values()), generator=draw)
-    x, K = split_interface(z.requires_grad_(), W, R, options), options.key_width or W
-    x = x._replace(write_key=x.write_key[..., :K], read_keys=x.read_keys[..., :K])
-    memory = torch.randn(B, N, W, generator=draw, requires_grad=True)
-    state = zero_state(B, N, W, R, options)._replace(memory=memory)
-    reads, w, wr, after = dnc_scan(x, state, options, "numba")
-    loss = sum(value.square().sum() for value in (reads, w, wr, *after[:6]))
-    for tensor in (reads, *torch.autograd.grad(loss, (z, memory))):
-        print(hashlib.sha256(tensor.detach().numpy().tobytes()).hexdigest())
-"""
+options, (B, T, N, W, R) = DNCOptions(key_width=32, usage_decay=0.96, empty_slot=True), SIZES
+draw = torch.Generator().manual_seed(0)
+z = torch.randn(B, T, sum(interface_sizes(W, R, options).values()), generator=draw)
+x = split_interface(z.requires_grad_(), W, R, options)
+x = x._replace(write_key=x.write_key[..., :32], read_keys=x.read_keys[..., :32])
+memory = torch.randn(B, N, W, generator=draw, requires_grad=True)
+state = zero_state(B, N, W, R, options)._replace(memory=memory)
+reads, w, wr, after = dnc_scan(x, state, options, "numba")
+loss = sum(value.square().sum() for value in (reads, w, wr, *after[:6]))
+for tensor in (reads, *torch.autograd.grad(loss, (z, memory))):
+    print(hashlib.sha256(tensor.detach().numpy().tobytes()).hexdigest())
+""".replace("SIZES", "(8, 64, 32, 64, 4)")
 
 
 @pytest.mark.skipif(importlib.util.find_spec("numba") is None, reason="numba is not installed")
@@ -721,7 +718,7 @@ def test_compiled_and_cached_kernels_give_the_same_bits(tmp_path):
         printed.append(done.stdout.split())
     for kernel in ("forward_rows", "backward_rows"):
         assert list(tmp_path.rglob(f"*{kernel}*.nbc"))
-    assert len(set(printed[0])) == 6
+    assert len(set(printed[0])) == 3
     assert printed[1] == printed[0]
 
 

@@ -292,6 +292,23 @@ def test_save_pretrained_comes_back_bit_for_bit(kind, tmp_path):
     assert {n for n, p in loaded.named_parameters() if p.requires_grad} == set(memories(loaded))
 
 
+@every_kind
+def test_resized_model_is_saved_and_comes_back(kind, tmp_path):
+    """With its head, where that is another matrix; the base stays frozen."""
+    model, tokens = make(kind, pointing=False), draw(2, 21)
+    before, _ = read(model, tokens)
+    model.resize_token_embeddings(V + 3)
+    assert model.config.vocab_size == model.config.base["vocab_size"] == V + 3
+    model.save_pretrained(tmp_path)
+    loaded = em.EDMForCausalLM.from_pretrained(tmp_path).eval()
+    (resized, _), (again, _) = read(model, tokens), read(loaded, tokens)
+    assert resized.shape[-1] == V + 3 and torch.equal(resized, again)
+    among = resized[..., :V].log_softmax(-1)  # the new rows take their part from all alike
+    close(among, before.log_softmax(-1))
+    for one in (model, loaded):
+        assert {name for name, p in one.named_parameters() if p.requires_grad} == set(memories(one))
+
+
 def test_memory_of_another_head_is_refused():
     model = make("untied")
     payload = em.pack_memory(read(model, draw(1, 40))[1].state, model)

@@ -306,6 +306,14 @@ def test_resized_model_is_saved_and_comes_back(tmp_path):
     assert torch.allclose(logits(loaded, tokens), logits(model, tokens), atol=1e-5)
 
 
+@pytest.mark.parametrize("option", [{"assistant_model": True}, {"prompt_lookup_num_tokens": 3}])
+def test_assisted_decoding_is_refused_in_words(option):
+    model = make()
+    option = {name: model if value is True else value for name, value in option.items()}
+    with pytest.raises(ValueError, match="cannot forget wrong guesses; leave it out"):
+        generate(model, draw(1, 9), 3, **option)
+
+
 def test_what_a_file_lacks_starts_as_it_is_built(tmp_path):
     """A baseline loaded with a DNC, and a gate of pointing: not whatever lay in memory."""
     make(torch.float32, memory="none").save_pretrained(tmp_path)
@@ -349,7 +357,8 @@ import importlib.util, sys, warnings
 import torch
 warnings.simplefilter("error", FutureWarning)
 torch.set_num_threads(1)
-from transformers import AutoModelForCausalLM, AutoTokenizer, TextIteratorStreamer, pipeline
+from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, TextIteratorStreamer
+from transformers import pipeline
 assert importlib.util.find_spec("dnc_gpt2") is None
 for name in ("tyro", "scipy", "datasets", "numba", "matplotlib"):
     sys.modules[name] = None  # not installed, as far as an import can see
@@ -358,6 +367,7 @@ model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
 tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
 ids = (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id)
 assert None not in ids
+assert type(AutoModel.from_pretrained(folder, trust_remote_code=True)) is type(model)
 tokens = torch.load(out + "/tokens.pt")
 with torch.no_grad():
     logits = model(tokens).logits

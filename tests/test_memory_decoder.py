@@ -13,12 +13,9 @@ import contextlib
 import dataclasses
 import json
 import math
-import os
 import resource
 import shutil
 import signal
-import subprocess
-import sys
 import warnings
 from pathlib import Path
 
@@ -27,6 +24,7 @@ import pytest
 import torch
 import transformers
 from conftest import ROOT, error_line, flags, write_corpus
+from forkserver import Forked, forked_ranks
 
 import datastore as ds
 import dnc_gpt2
@@ -373,10 +371,10 @@ sys.exit(memory_decoder.main(sys.argv[2:]))
 
 def kill_build(group: int, argv: list[str]) -> str:
     """Run the command until it kills itself in that group of windows -> its stdout."""
-    done = subprocess.run([sys.executable, "-c", SIGKILL_AT, str(group), *argv], cwd=ROOT,
-                          capture_output=True, text=True, timeout=120)
-    assert done.returncode == -signal.SIGKILL, done.stderr[-2000:]
-    return done.stdout
+    process = Forked(["-c", SIGKILL_AT, str(group), *argv], cwd=ROOT)
+    out, err = process.communicate()
+    assert process.returncode == -signal.SIGKILL, err[-2000:]
+    return out
 
 
 def test_a_killed_build_resumes_with_the_same_bytes_and_not_that_of_another_text(
@@ -405,11 +403,9 @@ def test_a_killed_build_resumes_with_the_same_bytes_and_not_that_of_another_text
 def test_shards_built_by_two_processes_and_merged_equal_one_build(
         made, checkpoint, text_folder, tmp_path):
     argv = argv_of(tmp_path, checkpoint, text_folder, index="ivfpq")
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    command = [sys.executable, *torchrun, str(ROOT / "memory_decoder.py"), "build", *argv]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120,
-                          env=os.environ | {"OMP_NUM_THREADS": "1"})
-    assert done.returncode == 0, done.stderr[-2000:]
+    for rank in forked_ranks([str(ROOT / "memory_decoder.py"), "build", *argv]):
+        out, _ = rank.communicate()
+        assert rank.returncode == 0, out[-2000:]
     for name in (ds.KEYS, ds.VALUES):
         assert (tmp_path / name).read_bytes() == (made / name).read_bytes()
     assert not [path for path in tmp_path.iterdir() if "of2" in path.name]

@@ -1,6 +1,6 @@
 """Beyond one process and one pass: ranks, parts of a step, longer runs, large texts.
 
-Ranks are real processes, started by torch.distributed.run on gloo.
+Ranks are real processes on gloo; where it matters who starts them, by torch.distributed.run.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import ROOT, TINY, error_line, flags, pseudo_english, tiny_config, write_corpus
+from forkserver import forked_ranks
 from test_resume import load, metric_rows, same
 
 import dnc_gpt2
@@ -48,14 +49,25 @@ def start_ranks(fields: dict, ranks: int = 2, *options: str) -> subprocess.Popen
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, encoding="utf-8")
 
 
-def run_ranks(fields: dict, ranks: int = 2, *options: str) -> tuple[int, str]:
+def launch(fields: dict) -> tuple[int, str]:
     """Exit code and output of the command under torch.distributed.run."""
-    process = start_ranks(fields, ranks, *options)
+    process = start_ranks(fields)
     try:
         out, _ = process.communicate(timeout=120)
     finally:
         process.kill()
     return process.returncode, out
+
+
+def run_ranks(fields: dict) -> tuple[int, str]:
+    """The highest exit code of two ranks of the command, and their output."""
+    ranks = forked_ranks([str(ROOT / "dnc_gpt2.py"), *flags(fields)])
+    try:
+        out = "".join(rank.communicate()[0] for rank in ranks)
+    finally:
+        for rank in ranks:
+            rank.kill()
+    return max(abs(rank.returncode) for rank in ranks), out
 
 
 def final(folder: Path) -> dict:
@@ -164,7 +176,7 @@ def test_two_ranks_resume_bit_for_bit_and_one_process_says_that_they_were_two(
 
 
 def test_rows_that_do_not_split_over_the_ranks_are_one_line(texts, tmp_path):
-    code, out = run_ranks(RANKS | texts | outputs(tmp_path) | {"batch_size": 5})
+    code, out = launch(RANKS | texts | outputs(tmp_path) | {"batch_size": 5})
     assert code != 0 and "exitcode  : 2" in out
     [line] = [line for line in out.splitlines() if "error: " in line]
     assert "batch_size = 5" in line and "2 processes" in line
