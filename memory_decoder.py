@@ -1013,8 +1013,18 @@ NAMES = {
     "both": "both",
     "finetuned": "fine-tuned base",
     "text": "decoder (text alone)",
+    "both_text": "text alone and kNN-LM",
     "distilled": "plain distillation",
 }
+
+
+def searching(config: Config) -> dict[str, str]:
+    """The systems that a decoder and a search of the datastore make together, and their decoders:
+    beside `both` the same with the decoder that has never seen a neighbour, its control."""
+    systems = {"both": config.decoder_kind}
+    if "text" in config.arm_list:
+        systems["both_text"] = "text"
+    return systems
 
 
 def load_systems(config: Config, base: Base, domain: Domain) -> tuple[dict, Systems]:
@@ -1050,8 +1060,8 @@ def tune(config: Config, base: Base, domain: Domain) -> None:
 
 
 def tuned_settings(config: Config, scores: Scores, shares: list[float], lambda_: float) -> dict:
-    """Choose alpha of every decoder by perplexity, and alpha and lambda of both together -> the
-    settings, with the perplexity of every system."""
+    """Choose alpha of every decoder by perplexity, and alpha and lambda of a decoder and a search
+    together -> the settings, with the perplexity of every system."""
     log_base, p_knn = scores.log_p["base"], scores.knn[0, 0]
     ppl = {name: perplexity(log_p) for name, log_p in scores.log_p.items()}
     ppl["knn"] = perplexity(add_knn(log_base, p_knn, lambda_))
@@ -1059,15 +1069,18 @@ def tuned_settings(config: Config, scores: Scores, shares: list[float], lambda_:
     for arm, mixed in scores.mixed.items():
         alphas[arm], ppl[arm] = choose_alpha(arm, mixed, shares)
 
-    surface = []  # (A, shares)
-    for log_p in scores.mixed[config.decoder_kind]:
-        surface.append([perplexity(add_knn(log_p, p_knn, share)) for share in SHARES])
-    i, j = np.unravel_index(np.argmin(surface), np.shape(surface))
-    ppl["both"] = surface[i][j]
+    together = {}
+    for system, arm in searching(config).items():
+        surface = []  # (A, shares)
+        for log_p in scores.mixed[arm]:
+            surface.append([perplexity(add_knn(log_p, p_knn, share)) for share in SHARES])
+        i, j = np.unravel_index(np.argmin(surface), np.shape(surface))
+        ppl[system] = surface[i][j]
+        together[system] = {"alpha": shares[i], "lambda": SHARES[j]}
     return {
         "alpha": alphas[config.decoder_kind],
         "alphas": alphas,
-        "both": {"alpha": shares[i], "lambda": SHARES[j]},
+        **together,
         "mixing": config.mixing,
         "valid_ppl": ppl,
         "valid_tokens": len(log_base),
@@ -1090,10 +1103,11 @@ def choose_alpha(arm: str, mixed: np.ndarray, shares: list[float]) -> tuple[floa
 def settings_of(system: str, chosen: dict) -> dict:
     """Return alpha, lambda, tau and k that were chosen for a system, None where it has none."""
     settings = {"alpha": chosen["alphas"].get(system), "lambda": None, "tau": None, "k": None}
-    if system in ("knn", "both"):
+    is_both = system in ("both", "both_text")
+    if system == "knn" or is_both:
         settings |= {"lambda": chosen["lambda"], "tau": chosen["tau"], "k": chosen["k"]}
-    if system == "both":
-        settings |= chosen["both"]
+    if is_both:
+        settings |= chosen[system]
     return settings
 
 
@@ -1104,8 +1118,9 @@ def answering_systems(config: Config, base: Base, systems: Systems, chosen: dict
     answering = {"base": (lm, "base"), "knn": (lm, "knn")}
     for arm, decoder in systems.decoders.items():
         answering[arm] = (dataclasses.replace(lm, decoder=decoder), "decoder")
-    with_decoder, _ = answering[config.decoder_kind]
-    answering["both"] = (with_decoder, "both")
+    for system, arm in searching(config).items():
+        with_decoder, _ = answering[arm]
+        answering[system] = (with_decoder, "both")
     if systems.finetuned is not None:
         answering["finetuned"] = (dataclasses.replace(lm, base=systems.finetuned), "base")
     return answering
@@ -1139,6 +1154,7 @@ def check_tuned(config: Config, manifest: dict, systems: Systems) -> None:
     chosen = manifest["settings"]
     is_tuned = "alpha" in chosen and chosen["mixing"] == config.mixing
     is_whole = systems.decoders.keys() <= chosen.get("alphas", {}).keys()
+    is_whole &= searching(config).keys() <= chosen.keys()
     require(is_tuned and is_whole, "settings", manifest["domain"], "tuned for these systems: run "
             "python memory_decoder.py tune")
 
@@ -1146,8 +1162,8 @@ def check_tuned(config: Config, manifest: dict, systems: Systems) -> None:
 def score_test(config: Config, base: Base, domain: Domain, systems: Systems, chosen: dict
                ) -> dict[str, np.ndarray]:
     """Score test once, with what was chosen on validation -> log-probabilities (n,) by system."""
-    alphas, both = chosen["alphas"], chosen["both"]
-    shares = sorted({*alphas.values(), both["alpha"]})
+    alphas, together = chosen["alphas"], searching(config)
+    shares = sorted({*alphas.values(), *(chosen[system]["alpha"] for system in together)})
     grid = Grid(taus=[chosen["tau"]], ks=[chosen["k"]], alphas=shares)
     scores = score(config, base, domain.test, config.eval_tokens, systems, grid, "test")
     p_knn = scores.knn[0, 0]
@@ -1157,9 +1173,9 @@ def score_test(config: Config, base: Base, domain: Domain, systems: Systems, cho
     for arm, mixed in scores.mixed.items():
         at = shares.index(alphas[arm])
         log_p[arm] = mixed[at]
-    at = shares.index(both["alpha"])
-    mixed = scores.mixed[config.decoder_kind][at]
-    log_p["both"] = add_knn(mixed, p_knn, both["lambda"])
+    for system, arm in together.items():
+        at = shares.index(chosen[system]["alpha"])
+        log_p[system] = add_knn(scores.mixed[arm][at], p_knn, chosen[system]["lambda"])
     return log_p
 
 

@@ -890,6 +890,25 @@ def test_a_tail_keeps_its_blocks_alone_and_learns(tail_lm):
     assert settings["tail"] < settings["base"]
 
 
+def test_the_decoder_of_text_alone_is_tuned_with_the_search_too(config):
+    """Its share and that of the neighbours are the best of the grid, as the imitating decoder's."""
+    config = dataclasses.replace(config, decoder_kind="hidden", arms="text")
+    draw, shares, n = np.random.default_rng(0), [0.0, 0.5, 1.0], 60
+    mixed = {arm: np.log(draw.random((3, n))) for arm in ("hidden", "text")}
+    scores = md.Scores({"base": np.log(draw.random(n))}, mixed, draw.random((1, 1, n)))
+    settings = md.tuned_settings(config, scores, shares, lambda_=0.1)
+    for system, arm in (("both", "hidden"), ("both_text", "text")):
+        ppl = {(alpha, share): md.perplexity(md.add_knn(mixed[arm][i], scores.knn[0, 0], share))
+               for i, alpha in enumerate(shares) for share in md.SHARES}
+        best = min(ppl, key=ppl.get)
+        assert (settings[system]["alpha"], settings[system]["lambda"]) == best
+        assert settings["valid_ppl"][system] == pytest.approx(ppl[best])
+        of_row = md.settings_of(system, settings | {"lambda": 0.1, "tau": 1, "k": 2})
+        assert (of_row["alpha"], of_row["lambda"]) == best
+    alone = md.searching(dataclasses.replace(config, arms="distilled"))
+    assert alone == {"both": "hidden"}
+
+
 # ── Sources ──────────────────────────────────────────────────────────────────────────────────────
 def test_every_neighbour_names_its_file_and_line(tmp_path, checkpoint):
     folder = tmp_path / "text"
