@@ -24,7 +24,7 @@ import signal
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated, Literal, NamedTuple
 
@@ -776,14 +776,7 @@ def measure(model: EDMForCausalLM, corpus: dnc_gpt2.Corpus, tokenizer: object, c
             arm: str, seed: int) -> dict:
     """Everything that is reported of one arm and seed. Distances are in windows of Config, whatever
     the window of the model, so that the base with a longer one stands in the same rows."""
-    trained = [p for p in model.parameters() if p.requires_grad]
-    run = {
-        "arm": arm,
-        "seed": seed,
-        "window": model.config.window,
-        "parameters": sum(p.numel() for p in model.parameters()),
-        "trained_parameters": sum(p.numel() for p in trained),
-    }
+    run = {"arm": arm, "seed": seed, "window": model.config.window, **count_weights(model)}
     for split, stream in (("valid", corpus.valid), ("test", corpus.test)):
         if config.eval_tokens:
             stream = stream[: config.eval_tokens + 1]
@@ -802,15 +795,25 @@ def measure(model: EDMForCausalLM, corpus: dnc_gpt2.Corpus, tokenizer: object, c
             if config.topic_rows:
                 run["topic"] = topic_consistency(model, corpus, tokenizer, config)
             if arm not in ("base", "full"):
-                run |= measure_swapped(model, stream, count, config)
+                run |= measure_swapped(model, stream, back, scored, config)
     return run
 
 
-def measure_swapped(model: EDMForCausalLM, stream: Tensor, count: int, config: Config) -> dict:
-    """Loss and recall over a stream, `count` tokens of it scored, with another row's memory."""
+def count_weights(model: EDMForCausalLM) -> dict[str, int]:
+    """How many parameters a model has, and how many of them are trained."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    return {"parameters": sum(p.numel() for p in model.parameters()),
+            "trained_parameters": sum(p.numel() for p in trained)}
+
+
+def measure_swapped(model: EDMForCausalLM, stream: Tensor, back: np.ndarray, scored: Tensor,
+                    config: Config) -> dict:
+    """Loss, by distance too, and recall over a stream with another row's memory; arguments as of
+    by_distance."""
     nll = evaluate(model, stream, config.eval_rows, swap=True)
     return {
-        "swapped_loss": float(nll.sum()) / count,
+        "swapped_loss": float(nll.sum()) / int(scored.sum()),
+        "swapped_by_distance": by_distance(nll, back, scored),
         "recall_swapped": planted_recall(model, stream, config, swap=True),
     }
 
@@ -881,15 +884,33 @@ def gap_note(base: Base, config: Config) -> str:
 
 
 def print_by_distance(arms: dict[str, list[dict]]) -> None:
-    """Print perplexity for each distance to the last use of a token."""
+    """Print perplexity for each distance to the last use of a token, and what the row's own memory
+    has to do with it."""
     print()
     print_heading("Validation perplexity by distance to the last use of the same token")
+    buckets = [i for i, row in enumerate(arms["base"][0]["by_distance"]) if row["tokens"]]
+    print_buckets(arms, buckets, lambda run, i: perplexity(run["by_distance"][i]["loss"]), ",.1f")
+    with_memory = {arm: runs for arm, runs in arms.items() if "swapped_by_distance" in runs[0]}
+    if with_memory:
+        print()
+        print_heading("Nats a token that are lost with the memory of another row")
+        print_buckets(with_memory, buckets, lost_nats, ".3f")
+
+
+def lost_nats(run: dict, bucket: int) -> float:
+    """How much worse a bucket of tokens is with the memory of another row."""
+    own, other = (run[name][bucket]["loss"] for name in ("by_distance", "swapped_by_distance"))
+    return other - own
+
+
+def print_buckets(arms: dict[str, list[dict]], buckets: list[int],
+                  figure: Callable[[dict, int], float], form: str) -> None:
+    """Print a row for each bucket of distances: figure(run, bucket) of every arm over its seeds."""
     print(f"  {'windows back':<15}{'tokens':>9}" + "".join(f"{arm:>15}" for arm in arms))
-    for i, bucket in enumerate(arms["base"][0]["by_distance"]):
-        if bucket["tokens"]:
-            losses = [[run["by_distance"][i]["loss"] for run in runs] for runs in arms.values()]
-            cells = [cell([*map(perplexity, of_arm)], ",.1f", 15) for of_arm in losses]
-            print(f"  {bucket['windows_back']:<15}{bucket['tokens']:>9,}" + "".join(cells))
+    rows = next(iter(arms.values()))[0]["by_distance"]
+    for i in buckets:
+        cells = [cell([figure(run, i) for run in runs], form, 15) for runs in arms.values()]
+        print(f"  {rows[i]['windows_back']:<15}{rows[i]['tokens']:>9,}" + "".join(cells))
 
 
 def print_recall(arms: dict[str, list[dict]]) -> None:

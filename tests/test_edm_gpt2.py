@@ -403,11 +403,16 @@ def finished(base, edm_tokenizer, tmp_path_factory) -> SimpleNamespace:
 
 def test_command_trains_measures_and_saves(finished):
     """Tables before the picture, whatever the folder's name; the JSON says where it comes from."""
-    order = ["what do memories add?", "swapped", "Recall", "Topic", "edm_gpt2.png", "goes on"]
+    order = ["what do memories add?", "swapped", "by distance", "lost with the memory of another",
+             "Recall", "Topic", "edm_gpt2.png", "goes on"]
     places = [finished.out.index(words) for words in order]
     assert places == sorted(places)
     content = json.loads((finished.folder / "plots" / "edm_gpt2.json").read_text())
     assert [run["arm"] for run in content["runs"]] == ["base", "full", "recurrent", "edm", "both"]
+    for run in content["runs"][2:]:  # the buckets of both make up the whole
+        for name, whole in (("by_distance", "valid_loss"), ("swapped_by_distance", "swapped_loss")):
+            total = sum(row["tokens"] * (row["loss"] or 0) for row in run[name])
+            assert total / run["valid_tokens"] == pytest.approx(run[whole])
     assert {"versions", "device", "command", "config"} <= set(content["about"])
     assert (finished.folder / "plots" / "edm_gpt2.png").stat().st_size > 10_000
 
