@@ -970,8 +970,9 @@ def plot_recall(axis: object, arms: dict[str, list[dict]], styles: dict[str, dic
     for arm, of_arm in arms.items():
         losses = np.array([[row["loss"] for row in run["recall"]] for run in of_arm])
         axis.plot([row["windows"] for row in of_arm[0]["recall"]], losses.mean(0), **styles[arm])
+    distances = [row["windows"] for row in arms["base"][0]["recall"]]
     axis.set_xscale("log", base=2)
-    axis.set_xticks(RECALL_WINDOWS, [str(windows) for windows in RECALL_WINDOWS])
+    axis.set_xticks(distances, map(str, distances))
     axis.set(ylabel="loss (nats / token)", xlabel="windows back",
              title="Recall of a planted random string")
 

@@ -28,8 +28,9 @@ class HeadLoss(torch.autograd.Function):
         nll = torch.zeros_like(scored)
         nll_alone = torch.zeros_like(scored)
         top1 = torch.zeros_like(scored)
-        d_h = torch.zeros_like(h)
-        d_weight = torch.zeros_like(weight)
+        # Nothing that nobody asks for: none of it in an evaluation, no d_weight of a frozen head.
+        d_h = torch.zeros_like(h) if any(ctx.needs_input_grad) else None
+        d_weight = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
         d_vocabulary = torch.zeros_like(scored)
         d_match = torch.zeros_like(scored)
 
@@ -49,7 +50,7 @@ class HeadLoss(torch.autograd.Function):
             nll[rows] = chunk_nll * scored[rows]
             top1[rows] = (best == labels).to(h.dtype)
 
-            if any(ctx.needs_input_grad):
+            if d_h is not None:
                 share = share.unsqueeze(1) / total  # (m, 1)
                 d_logits = powers.scatter_add_(1, target, -total)  # (m, V), but for the share
                 d_h[rows] = share_gradient(d_logits.to(dtype), share, x, low, d_weight)
@@ -103,14 +104,14 @@ def exponentiate(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor, Tensor
     return nll.squeeze(1), best.squeeze(1), total
 
 
-def share_gradient(d_logits: Tensor, share: Tensor, x: Tensor, low: Tensor, d_weight: Tensor
-                   ) -> Tensor:
-    """d_weight (V, C) += (share * d_logits)^T x, for d_logits (m, V), shares (m, 1) and x (m, C)
-    -> (share * d_logits) @ low (V, C). Products in the type of d_logits."""
+def share_gradient(d_logits: Tensor, share: Tensor, x: Tensor, low: Tensor,
+                   d_weight: Tensor | None) -> Tensor:
+    """d_weight (V, C), if any, += (share * d_logits)^T x, for d_logits (m, V), shares (m, 1) and
+    x (m, C) -> (share * d_logits) @ low (V, C). Products in the type of d_logits."""
     shared_x = x * share
-    if d_logits.dtype == d_weight.dtype:
+    if d_weight is not None and d_logits.dtype == d_weight.dtype:
         d_weight.addmm_(d_logits.T, shared_x)
-    else:
+    elif d_weight is not None:
         d_weight += d_logits.T @ shared_x.to(d_logits.dtype)
     d_x = d_logits @ low
     return d_x.to(share.dtype) * share

@@ -297,3 +297,31 @@ def test_head_loss_without_gradients_has_the_same_values(pointed):
         without = head_loss(*inputs)
     for value, want in zip(without, (loss, nll, top1), strict=True):
         assert not value.requires_grad and torch.equal(value, want)
+
+
+@pointed_or_not
+def test_head_loss_of_a_frozen_head_gives_the_rest_the_same_gradient(pointed):
+    """A head that is not trained has no gradient, and none as large as it is made on the way; an
+    evaluation of it makes none at all."""
+    h, weight, targets, rho = head_case(pointed=pointed)
+    leaves = (h,) if rho is None else (h, rho)
+
+    def run(head: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        inputs = (h, head, targets, torch.float64, slices_of(5), pointer_of(rho))
+        return torch.autograd.grad(head_loss(*inputs)[0], leaves)
+
+    class WeightWide(TorchDispatchMode):
+        made = 0
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            result = function(*args, **(kwargs or {}))
+            self.made += isinstance(result, torch.Tensor) and result.shape == (V, C) \
+                and result.untyped_storage().data_ptr() != weight.untyped_storage().data_ptr()
+            return result
+
+    with WeightWide() as trained:
+        wanted = run(weight)
+    with WeightWide() as frozen:
+        got = run(weight.detach())
+    assert all(torch.equal(a, b) for a, b in zip(got, wanted, strict=True))
+    assert trained.made and not frozen.made
