@@ -1331,7 +1331,10 @@ class Measurements:
                  "identity": identity(base, corpus, config)} | run_facts(device_name(device()))
         log = cls(path, about, [], [], None)
         if config.resume:
-            log.take_over(read_json(path, "delete it, or run without --resume"), config)
+            remedy = "delete it, or run without --resume"
+            content = read_json(path, remedy)
+            with reading(path, remedy):
+                log.take_over(content, config)
         return log
 
     def take_over(self, content: dict, config: Config) -> None:
@@ -1340,14 +1343,16 @@ class Measurements:
             what = "has another base, text or setting" if content else "is not there"
             print(f"resume: {self.path} {what}; from the start", flush=True)
             return
-        runs, self.history = content["runs"], content["history"]
-        first = (config.arm_list[-1], config.seed_list[0])  # which save_dir holds
+        runs = content["runs"]
+        in_folder = (config.arm_list[-1], config.seed_list[0])  # which save_dir holds
+        others = [run for run in runs if (run["arm"], run["seed"]) != in_folder]
         if saved_as(config) == content["saved"]:
-            self.saved = content["saved"]
+            self.runs, self.saved = runs, content["saved"]
         else:
-            runs = [run for run in runs if (run["arm"], run["seed"]) != first]
-        self.runs = runs
-        print(f"resume: {len(runs)} runs of {self.path}", flush=True)
+            self.runs = others
+        measured = {(run["arm"], run["seed"]) for run in self.runs}
+        self.history = [row for row in content["history"] if (row["arm"], row["seed"]) in measured]
+        print(f"resume: {len(self.runs)} runs of {self.path}", flush=True)
 
     def write(self) -> None:
         """Write the file, whole or not at all."""

@@ -437,13 +437,21 @@ def test_a_stopped_comparison_goes_on_from_what_it_measured(finished, monkeypatc
 
     again = eg.read_json(path, "")
     assert figures(again) == figures(whole)
-    assert again["history"][-2:] == whole["history"][-2:]
+    assert again["history"] == whole["history"]
     assert eg.main(flags(fields)) == 0
     assert "resume: 5 runs" in capsys.readouterr().out
     assert eg.main(flags(fields | {"seeds": "0,3", "arms": "recurrent"})) == 0
     assert "resume: 4 runs" in capsys.readouterr().out  # what save_dir holds is of another arm
     assert eg.main(flags(fields | {"lr": 1e-4, "arms": "recurrent"})) == 0
     assert "has another base, text or setting; from the start" in capsys.readouterr().out
+
+    for content in ({"about": whole["about"]}, whole | {"runs": [{}]}):
+        eg.write_json(content, path)
+        assert eg.main(flags(fields)) == 2
+        assert str(path) in (line := error_line(capsys.readouterr().err)) and "--resume" in line
+    path.write_bytes(path.read_bytes()[:-40])
+    assert eg.main(flags(fields)) == 2
+    assert str(path) in error_line(capsys.readouterr().err)
     eg.write_json(whole, path)
 
 
@@ -461,7 +469,7 @@ def test_generate_goes_on_with_its_notebook(finished, edm_tokenizer, monkeypatch
     assert int(state.start + state.fill) == 2 * (prompt + 20)
 
     config = (saved / "config.json").read_text()
-    assert config.count("edm_model.EDM") == 2
+    assert config.count("edm_model.EDM") == 3
     (saved / "config.json").write_text(config.replace("edm_model.EDM", "edm_gpt2.EDM"))
     (saved / "edm_model.py").rename(saved / "edm_gpt2.py")
     (saved / eg.SUMS).unlink()
