@@ -1365,12 +1365,15 @@ def worker_count(config: Config) -> int:
 
 
 def new_processes() -> BaseContext:
-    """How workers start: as forks of a process that has imported this script, once for all that the
-    command does; where there is none (Windows), each imports it. None has used CUDA before."""
+    """How workers start: as forks of a process that has imported the libraries, once for all that
+    the command does; where there is none (Windows), each imports them. None has used CUDA before.
+    """
     if "forkserver" not in multiprocessing.get_all_start_methods():
         return multiprocessing.get_context("spawn")
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([__name__])
+    # Libraries by name: Python 3.11 passes over a script, and does not know its folder.
+    context.set_forkserver_preload(
+        ["torch._dynamo", "transformers.models.gpt2.modeling_gpt2", "numba"])
     return context
 
 

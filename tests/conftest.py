@@ -21,10 +21,12 @@ from typing import NamedTuple
 import pytest
 import torch
 from forkserver import Forked
+from pictures import draw_on_demand
 
 import dnc_gpt2
 
 torch.set_num_threads(1)
+draw_on_demand()
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when triton is first imported: kernels on the CPU
 
@@ -146,9 +148,16 @@ def finished(tmp_path_factory, tiny_argv, run_cli) -> Finished:
     """The tiny two-arm run, never interrupted. Its folders are not to be changed."""
     folder = tmp_path_factory.mktemp("finished")
     save_dir, plot_dir = folder / "checkpoints", folder / "plots"
-    done = run_cli([*tiny_argv, f"--save_dir={save_dir}", f"--plot_dir={plot_dir}"])
+    done = run_cli([*tiny_argv, f"--save_dir={save_dir}", f"--plot_dir={plot_dir}"],
+                   env=os.environ | {"DRAW_PICTURES": "1"})
     assert done.returncode == 0, done.stderr
     return Finished(tiny_argv, save_dir, plot_dir, done.stdout, done.stderr)
+
+
+@pytest.fixture
+def drawn(monkeypatch) -> None:
+    """Pictures are drawn in this test."""
+    monkeypatch.setenv("DRAW_PICTURES", "1")
 
 
 @pytest.fixture

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import faulthandler
 import json
 import os
 import runpy
@@ -24,6 +25,8 @@ import threading
 import time
 import traceback
 from pathlib import Path
+
+from pictures import draw_on_demand
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -97,7 +100,7 @@ class Forked:
         while left:
             ready, _, _ = select.select([*left], [], [], max(0.0, deadline - time.monotonic()))
             if not ready:
-                raise subprocess.TimeoutExpired(self.args, timeout)
+                raise subprocess.TimeoutExpired(self.args, timeout, self.last_words(said))
             for fd in ready:
                 block = os.read(fd, 2**16)
                 said[fd] += block
@@ -109,6 +112,18 @@ class Forked:
         self.wait(max(0.0, deadline - time.monotonic()))
         texts = [bytes(text).decode("utf-8", "replace") for text in said.values()]
         return texts[0], texts[1] if len(texts) == 2 else ""
+
+    def last_words(self, said: dict[int, bytearray]) -> str:
+        """What a process that hangs has printed, and where each of its threads stands; shown."""
+        self.send_signal(signal.SIGUSR1)
+        while select.select([self.pipes[-1]], [], [], 2)[0]:
+            block = os.read(self.pipes[-1], 2**16)
+            said[self.pipes[-1]] += block
+            if not block:
+                break
+        text = b"\n".join(said.values()).decode("utf-8", "replace")
+        print(text[-8000:])
+        return text
 
     def send_signal(self, number: int) -> None:
         """Send a signal, unless it has ended."""
@@ -147,6 +162,7 @@ def import_libraries() -> None:
         with contextlib.suppress(ImportError):
             __import__(name)
     torch.set_num_threads(1)
+    draw_on_demand()
 
 
 def serve(requests: socket.socket) -> None:
@@ -195,6 +211,7 @@ def become(task: dict, out: int, err: int) -> None:
     sys.stdin = open(0, closefd=False, encoding="utf-8")
     sys.stdout = open(1, "w", closefd=False, encoding="utf-8")
     sys.stderr = open(2, "w", closefd=False, encoding="utf-8", buffering=1)
+    faulthandler.register(signal.SIGUSR1, sys.stderr)
     os.environ.clear()
     os.environ.update(task["env"])
     os.chdir(task["cwd"])

@@ -34,7 +34,10 @@ os.environ |= {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALL
 import matplotlib.figure  # noqa: F401, as transformers' classes: for the commands
 import numpy as np
 import torch
+from pictures import draw_on_demand
 from transformers import AutoTokenizer, GPT2LMHeadModel  # noqa: F401
+
+draw_on_demand()
 
 ROOT = Path(__file__).resolve().parents[1]
 ORDER = ("dnc_gpt2", "inspect", "edm_gpt2", "edm_lora", "edm_generate", "long_range",

@@ -330,6 +330,7 @@ def test_tuned_shares_are_the_modes_own():
     assert [lm.tuned(mode) for mode in app.MODES] == [(0, 0), (0, 0.25), (0.5, 0), (0.75, 0.1)]
 
 
+@pytest.mark.slow
 @needs_gradio
 def test_twenty_visitors_at_once_are_not_mixed(lm):
     modes = itertools.cycle(["knn", "both", "decoder", "base"])

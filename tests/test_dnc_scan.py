@@ -706,6 +706,7 @@ for tensor in (reads, *torch.autograd.grad(loss, (z, memory))):
 """.replace("SIZES", "(8, 64, 32, 64, 4)")
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("numba") is None, reason="numba is not installed")
 def test_compiled_and_cached_kernels_give_the_same_bits(tmp_path):
     """A process that compiles the CPU kernels and one that loads them: reads, and the gradients of

@@ -244,6 +244,7 @@ torch.save(results, folder + "/results.pt")
 """
 
 
+@pytest.mark.slow
 def test_saved_folders_go_on_elsewhere_bit_for_bit(edm_tokenizer, tmp_path):
     """In a process in another folder, without this repository: model, memory file, streamer,
     pipeline. The tokenizer's end token was in no vocabulary: each base gets a row for it."""

@@ -395,6 +395,7 @@ def finished(base, edm_tokenizer, tmp_path_factory) -> SimpleNamespace:
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(printed):
         patch.chdir(folder)
         patch.setenv("HOME", str(folder))
+        patch.setenv("DRAW_PICTURES", "1")
         fields = {"base": "base", "dataset": "~/te$xt", "max_steps": 2, "eval_rows": 2,
                   "recall_rows": 2, "topic_rows": 2, "new_tokens": 5}
         assert eg.main(flags(RUN | fields)) == 0

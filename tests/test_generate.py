@@ -513,6 +513,7 @@ def test_damaged_newest_checkpoint_is_passed_over(finished, tmp_path, main, caps
 
 
 # ══ lm-evaluation-harness ════════════════════════════════════════════════════════════════════════
+@pytest.mark.slow
 def test_harness_scores_both_kinds_of_folder(exported, edm_base, tmp_path):
     """A local task, through lm-eval's own adapter, batched and rolling: the rolling figure is the
     model's own loss over the text behind the end token."""

@@ -179,8 +179,8 @@ def test_train_baseline_that_is_stopped_has_saved_and_goes_on(data_folder, token
 # ── the command as a person meets it ────────────────────────────────────────────────────────────
 
 
-def test_folder_with_a_dollar_in_its_name_and_the_whole_banner(main, capfd, tokenizer_folder,
-                                                               tmp_path):
+def test_folder_with_a_dollar_in_its_name_and_the_whole_banner(main, drawn, capfd,
+                                                               tokenizer_folder, tmp_path):
     """Its name is in every title; the table stands before the pictures are drawn."""
     folder = write_corpus(tmp_path / "a$b$c^{")
     argv = flags(dict(
@@ -211,6 +211,7 @@ def test_dnc_gpt2_alone_in_an_empty_folder_runs_to_the_table(data_folder, tokeni
     assert "head: runs as a chunked F.cross_entropy" in done.stdout
 
 
+@pytest.mark.slow
 def test_every_command_runs_tiny_and_computes_the_same_twice(tmp_path):
     """tests/freeze.py: all commands once, the first once more, its digests equal."""
     def freeze(*words: str) -> list[str]:

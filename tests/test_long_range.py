@@ -993,6 +993,7 @@ def trained(tmp_path_factory) -> lr.Config:
     folder = tmp_path_factory.mktemp("long_range")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(lr, "run_all", run_here)
+        patch.setenv("DRAW_PICTURES", "1")
         assert lr.main(argv_of(folder)) == 0
     return tiny(**folders_in(folder))
 
@@ -1194,6 +1195,7 @@ def test_train_ends_where_the_loss_is_not_finite(trained, tmp_path, jobs_run, ca
     assert jobs_run == [lr.Job("copy", "window", 0, 1e30)] and not files(tmp_path)
 
 
+@pytest.mark.slow
 def test_command_trains_the_same_weights_with_two_workers(trained, tmp_path):
     """The real command in a process of its own, on the same data: bit for bit what was trained in
     this one; and the weights have moved."""

@@ -76,7 +76,9 @@ def argv_of(folder, checkpoint: str, text_folder: str, **fields) -> list[str]:
 def made(tmp_path_factory, checkpoint, text_folder) -> Path:
     """A folder with everything built, trained, tuned and evaluated. Not to be changed."""
     folder = tmp_path_factory.mktemp("models")
-    assert md.main(argv_of(folder, checkpoint, text_folder)) == 0
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("DRAW_PICTURES", "1")
+        assert md.main(argv_of(folder, checkpoint, text_folder)) == 0
     return folder
 
 

@@ -808,6 +808,7 @@ def test_data_parallel_trains_to_the_same_weights(start, corpus, two_devices, ar
         torch.testing.assert_close(value, theirs[name], rtol=1e-3, atol=2e-5, msg=name)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler here")
 def test_use_compile_trains_on_the_cpu_and_saves_a_plain_checkpoint(start, corpus, tmp_path):
     fields = {"use_compile": True, "save_dir": str(tmp_path), "lr": 1e-3}
@@ -863,7 +864,7 @@ def test_init_from_starts_from_the_pretrained_model(start, pretrained):
 
 
 def test_init_from_is_run_with_the_sizes_of_the_pretrained_model(
-        main, capfd, pretrained, tiny_argv, tmp_path):
+        main, drawn, capfd, pretrained, tiny_argv, tmp_path):
     outputs = {"save_dir": tmp_path / "c", "plot_dir": tmp_path / "p", "max_steps": 1}
     argv = [*tiny_argv, *flags(outputs | {"init_from": pretrained[1], "arms": "dnc"})]
     assert main(argv) == 0
