@@ -146,7 +146,10 @@ ARM_FILES = {
     "text": "decoder_text.pt",
     "distilled": "decoder_distilled.pt",
     "finetuned": "base_finetuned.pt",
+    "lora": "base_lora.pt",
 }
+# Arms that are the base itself, trained on: the field of their rates, and what they are called.
+TUNED = {"finetuned": ("finetune_lrs", "fine-tuned base"), "lora": ("lora_lrs", "base with LoRA")}
 WindowTokens = Annotated[int, Bound("8 or more", lambda x: x >= 8)]
 
 
@@ -189,6 +192,8 @@ class Config:
     target_width: Count = 64  # M, heaviest tokens of a kNN target that are kept
     arms: str = "auto"  # beside decoder_kind: of a pretrained base text, of yours all but tail
     finetune_lrs: str = "1e-4,3e-4"  # of the fine-tuned base, and of a tail: the better is kept
+    lora_lrs: str = "3e-4,1e-3"  # of arm lora: adapters on every projection of the base
+    lora_rank: Count = 16  # of those adapters
     # mixing
     mixing: Literal["probability", "logits"] = "probability"  # of base and decoder
     alpha: float | Literal["auto"] = "auto"  # share of the decoder, from 0 to 1; auto: tuned
@@ -214,11 +219,9 @@ class Config:
         """model_dir as a path."""
         return Path(self.model_dir)
 
-    @property
-    def rates(self) -> list[float]:
-        """The learning rates of what starts from trained weights. Raises ValueError where one is
-        no number."""
-        return [float(rate) for rate in self.finetune_lrs.split(",")]
+    def rates(self, field: str = "finetune_lrs") -> list[float]:
+        """The learning rates that a field holds. Raises ValueError where one is no number."""
+        return [float(rate) for rate in getattr(self, field).split(",")]
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -235,8 +238,11 @@ class Config:
                       f"divisible by decoder_heads ({heads})")
         arms = set(self.arm_list) - {"auto"}
         require_field(self, "arms", arms <= ARM_FILES.keys(), "auto, or of " + ", ".join(ARM_FILES))
-        require_field(self, "finetune_lrs", are_rates(self.finetune_lrs),
-                      "rates above 0, separated by commas")
+        for name in ("finetune_lrs", "lora_lrs"):
+            require_field(self, name, are_rates(getattr(self, name)),
+                          "rates above 0, separated by commas")
+        if "lora" in arms:
+            import_peft()
 
 
 def are_rates(text: str) -> bool:
@@ -245,6 +251,15 @@ def are_rates(text: str) -> bool:
         return all(0 < float(rate) < math.inf for rate in text.split(","))
     except ValueError:
         return False
+
+
+def import_peft():
+    """Import peft. Only arm lora needs it."""
+    try:
+        import peft
+    except ImportError:
+        raise ValueError("arms lora: needs peft; pip install peft") from None
+    return peft
 
 
 def settled(config: Config, base: str) -> Config:
@@ -500,7 +515,7 @@ class Systems(NamedTuple):
     """What is compared with the base, loaded."""
 
     decoders: dict[str, Decoder] = {}  # by arm
-    finetuned: Base | None = None
+    bases: dict[str, Base] = {}  # the base trained on, by arm
     store: Datastore | None = None
 
 
@@ -515,7 +530,7 @@ class Grid(NamedTuple):
 class Scores(NamedTuple):
     """What each system gives to the token that really followed each of n positions."""
 
-    log_p: dict[str, np.ndarray]  # base and finetuned: (n,) log-probability
+    log_p: dict[str, np.ndarray]  # bases: (n,) log-probability
     mixed: dict[str, np.ndarray]  # decoders: (A, n) log-probability of base + decoder by alpha
     knn: np.ndarray  # (K, U, n) probability under p_knn by k and tau
 
@@ -580,10 +595,10 @@ def score_group(config: Config, base: Base, stream: torch.Tensor, group: list[Wi
         log_memory = decoder_log_p(decoder, inputs, ids.to(base.device), group)
         mixed[arm] = mixed_columns(log_base, log_memory, at, grid.alphas, config.mixing)
 
-    if systems.finetuned is not None:
-        _, _, logits = read_group(systems.finetuned, stream, group)
+    for arm, tuned in systems.bases.items():
+        _, _, logits = read_group(tuned, stream, group)
         log_tuned = logits.log_softmax(-1)  # (m, V)
-        log_p["finetuned"] = taken(log_tuned, at).cpu().numpy()
+        log_p[arm] = taken(log_tuned, at).cpu().numpy()
 
     knn = np.zeros((0, 0, len(targets)))
     if systems.store is not None:
@@ -789,9 +804,10 @@ def batches(config: Config, count: int, window: int) -> list[np.ndarray]:
 
 
 def make_optimizer(model: nn.Module, lr: float) -> torch.optim.Optimizer:
-    """Make AdamW, with weight decay on matrices only."""
-    matrices = [p for p in model.parameters() if p.dim() >= 2]
-    vectors = [p for p in model.parameters() if p.dim() < 2]
+    """Make AdamW for what is trained, with weight decay on matrices only."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    matrices = [p for p in trained if p.dim() >= 2]
+    vectors = [p for p in trained if p.dim() < 2]
     groups = [{"params": matrices, "weight_decay": 0.01}, {"params": vectors, "weight_decay": 0.0}]
     return torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95))
 
@@ -922,9 +938,9 @@ def best_decoder(config: Config, base: Base, domain: Domain, store: Datastore, a
     if kind_of(config, arm) != "tail":
         return train_decoder(config, base, domain, store, arm, targets, config.decoder_lr)
     best, kept = math.inf, None
-    for lr in config.rates:
+    for lr in config.rates():
         decoder = train_decoder(config, base, domain, store, arm, targets, lr)
-        if len(config.rates) == 1:
+        if len(config.rates()) == 1:
             return decoder
         scores = score(config, base, domain.valid, config.tune_tokens, Systems({arm: decoder}),
                        Grid(alphas=[*SHARES, 1.0]), f"{arm} at {lr:g}")
@@ -935,40 +951,87 @@ def best_decoder(config: Config, base: Base, domain: Domain, store: Datastore, a
     return kept
 
 
-def finetune(config: Config, base: Base, domain: Domain, lr: float) -> Base:
-    """Train a copy of the base on as many tokens of the domain as the decoders."""
+def add_adapters(model: nn.Module, rank: int) -> nn.Module:
+    """Put LoRA adapters (Hu et al. 2021) on every projection of a model but its head, in place ->
+    the model that peft makes of it, in which nothing else is trained."""
+    peft = import_peft()
+    is_transposed = model.config.model_type == "gpt2"  # Conv1D, whose weight is (in, out)
+    return peft.get_peft_model(model, peft.LoraConfig(
+        r=rank,
+        lora_alpha=2 * rank,
+        target_modules="all-linear",
+        fan_in_fan_out=is_transposed))
+
+
+def logits_of(base: Base, model: nn.Module, ids: torch.Tensor) -> torch.Tensor:
+    """The logits (B, T, V) at tokens ids (B, T) of a model trained on from the base."""
+    prefix = torch.tensor(base.prefix, dtype=torch.int64, device=base.device)  # (P,)
+    prefixes = prefix.expand(len(ids), -1)  # (B, P)
+    out = model(input_ids=torch.cat([prefixes, ids], dim=1), use_cache=False)
+    return out.logits[:, len(prefix) :].float()
+
+
+def finetune(config: Config, base: Base, domain: Domain, arm: str, lr: float
+             ) -> tuple[Base, dict]:
+    """Train a copy of the base, or adapters on it, on as many tokens of the domain as the decoders
+    -> the base that comes of it, adapters merged, and what its file holds."""
     torch.manual_seed(config.seed)
     count = training_positions(config, len(domain.train) - 1)
     window = min(base.window, count)
     model = copy.deepcopy(base.model).requires_grad_(True)
-    prefix = torch.tensor(base.prefix, dtype=torch.int64, device=base.device)  # (P,)
+    if arm == "lora":
+        model = add_adapters(model, config.lora_rank)
 
     def loss_of(starts: np.ndarray) -> tuple[torch.Tensor, str]:
         _, ids, next_ids = read_rows(domain.train, starts, window, base.device)
-        prefixes = prefix.expand(len(ids), -1)  # (B, P)
-        out = model(input_ids=torch.cat([prefixes, ids], dim=1), use_cache=False)
-        logits = out.logits[:, len(prefix) :].float()  # (B, T, V)
-        ce = F.cross_entropy(logits.flatten(0, 1), next_ids)
+        ce = F.cross_entropy(logits_of(base, model, ids).flatten(0, 1), next_ids)
         return ce, f"CE {ce.item():.3f}"
 
     steps = batches(config, count, window)
-    optimize(model, lr, steps, loss_of, f"fine-tuning at {lr:g}", "finetune_lrs")
-    return dataclasses.replace(base, model=model.eval().requires_grad_(False))
+    field, name = TUNED[arm]
+    optimize(model, lr, steps, loss_of, f"{name} at {lr:g}", field)
+    payload = {"lr": lr, "model_state_dict": model.state_dict()}
+    if arm == "lora":
+        adapters = import_peft().get_peft_model_state_dict(model)
+        payload |= {"model_state_dict": adapters, "rank": config.lora_rank}
+        model = model.merge_and_unload()
+    return dataclasses.replace(base, model=model.eval().requires_grad_(False)), payload
 
 
-def train_finetuned(config: Config, base: Base, domain: Domain) -> dict:
-    """Fine-tune at every rate and keep the better on validation -> payload of its file."""
-    best, payload = math.inf, {}
-    for lr in config.rates:
-        tuned = finetune(config, base, domain, lr)
-        scores = score(config, base, domain.valid, config.tune_tokens, Systems(finetuned=tuned),
+def best_tuned(config: Config, base: Base, domain: Domain, arm: str) -> dict:
+    """Train the base on at every rate and keep the better on validation -> payload of its file."""
+    field, name = TUNED[arm]
+    best, kept = math.inf, {}
+    for lr in config.rates(field):
+        tuned, payload = finetune(config, base, domain, arm, lr)
+        scores = score(config, base, domain.valid, config.tune_tokens, Systems(bases={arm: tuned}),
                        Grid())
-        ppl = perplexity(scores.log_p["finetuned"])
-        print(f"fine-tuned base at {lr:g}: validation perplexity {ppl:,.2f}")
+        ppl = perplexity(scores.log_p[arm])
+        print(f"{name} at {lr:g}: validation perplexity {ppl:,.2f}")
         if ppl <= best:
-            best = ppl
-            payload = {"lr": lr, "model_state_dict": tuned.model.state_dict()}
-    return payload
+            best, kept = ppl, payload
+    trained = sum(weight.numel() for weight in kept["model_state_dict"].values())
+    print(f"{name}: {trained:,} trained parameters")
+    return kept
+
+
+def load_tuned(config: Config, base: Base, manifest: dict, arm: str) -> Base:
+    """Load a base that was trained on. Raises ValueError with one line."""
+    path = arm_path(config, arm)
+    payload = load_trained(path, manifest)
+    weights = payload["model_state_dict"]
+    model = copy.deepcopy(base.model)
+    with reading(path, "train again: python memory_decoder.py train"):
+        if arm == "lora":
+            model = add_adapters(model, payload["rank"])
+            adapters = import_peft().get_peft_model_state_dict(model)
+            require(weights.keys() == adapters.keys(), "file", str(path),
+                    "adapters of every projection of this base")
+            import_peft().set_peft_model_state_dict(model, weights)
+            model = model.merge_and_unload()
+        else:
+            model.load_state_dict(weights)
+    return dataclasses.replace(base, model=model.eval().requires_grad_(False))
 
 
 def decoder_size(decoder: Decoder | TailDecoder) -> int:
@@ -991,8 +1054,8 @@ def train(config: Config, base: Base, domain: Domain) -> None:
     for arm in config.arm_list:
         began = time.perf_counter()
         kind = None
-        if arm == "finetuned":
-            payload = train_finetuned(config, base, domain)
+        if arm in TUNED:
+            payload = best_tuned(config, base, domain, arm)
         else:
             decoder = best_decoder(config, base, domain, store, arm, targets)
             kind = decoder.kind
@@ -1011,7 +1074,7 @@ NAMES = {
     "hidden": "memory decoder (hidden)",
     "tokens": "memory decoder (tokens)",
     "both": "both",
-    "finetuned": "fine-tuned base",
+    **{arm: name for arm, (_, name) in TUNED.items()},
     "text": "decoder (text alone)",
     "both_text": "text alone and kNN-LM",
     "distilled": "plain distillation",
@@ -1032,16 +1095,10 @@ def load_systems(config: Config, base: Base, domain: Domain) -> tuple[dict, Syst
     FileNotFoundError."""
     manifest, store = open_built(config, base, domain)
     decoders = {arm: load_decoder(arm_path(config, arm), base, manifest)
-                for arm in config.arm_list if arm != "finetuned"}
-    finetuned = None
-    if "finetuned" in config.arm_list:
-        path = arm_path(config, "finetuned")
-        payload = load_trained(path, manifest)
-        model = copy.deepcopy(base.model)
-        with reading(path, "train again: python memory_decoder.py train"):
-            model.load_state_dict(payload["model_state_dict"])
-        finetuned = dataclasses.replace(base, model=model)
-    return manifest, Systems(decoders, finetuned, store)
+                for arm in config.arm_list if arm not in TUNED}
+    bases = {arm: load_tuned(config, base, manifest, arm)
+             for arm in config.arm_list if arm in TUNED}
+    return manifest, Systems(decoders, bases, store)
 
 
 def tune(config: Config, base: Base, domain: Domain) -> None:
@@ -1121,8 +1178,8 @@ def answering_systems(config: Config, base: Base, systems: Systems, chosen: dict
     for system, arm in searching(config).items():
         with_decoder, _ = answering[arm]
         answering[system] = (with_decoder, "both")
-    if systems.finetuned is not None:
-        answering["finetuned"] = (dataclasses.replace(lm, base=systems.finetuned), "base")
+    for arm, tuned in systems.bases.items():
+        answering[arm] = (dataclasses.replace(lm, base=tuned), "base")
     return answering
 
 

@@ -114,7 +114,7 @@ def client(address: str):
     """A visitor without a browser."""
     from gradio_client import Client
 
-    return Client(address, verbose=False, analytics_enabled=False)
+    return Client(address, verbose=False, analytics_enabled=False, httpx_kwargs={"timeout": 60})
 
 
 def expected(lm, messages: list[dict], sampling: Sampling) -> str:

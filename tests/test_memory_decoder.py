@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import concurrent.futures
 import contextlib
+import copy
 import dataclasses
 import json
 import math
@@ -36,7 +37,8 @@ faiss = pytest.importorskip("faiss")
 TINY = dict(
     window=32, stride=16, batch_windows=2, index="flat", knn_k=8, decoder_dim=16, decoder_layers=2,
     decoder_heads=4, decoder_reach=12, batch_tokens=128, target_width=8, finetune_lrs="1e-3",
-    latency_tokens=3, latency_rounds=1, tune_tokens=200, eval_tokens=200)
+    latency_tokens=3, latency_rounds=1, tune_tokens=200, eval_tokens=200, lora_rank=3)
+EVERY_ARM = "tokens,text,distilled,finetuned,lora"  # but a tail
 BASE = dict(
     arms="baseline", hidden_size=32, num_layers=2, num_heads=2, batch_size=4, seq_len=32,
     max_steps=60, lr=1e-2, save_every_steps=100, eval_rows=2, eval_tokens=200,
@@ -78,14 +80,14 @@ def made(tmp_path_factory, checkpoint, text_folder) -> Path:
     folder = tmp_path_factory.mktemp("models")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("DRAW_PICTURES", "1")
-        assert md.main(argv_of(folder, checkpoint, text_folder)) == 0
+        assert md.main(argv_of(folder, checkpoint, text_folder, arms=EVERY_ARM)) == 0
     return folder
 
 
 @pytest.fixture(scope="module")
 def config(made, checkpoint, text_folder) -> md.Config:
     """The Config of `made`."""
-    folders = {"model_dir": str(made), "plot_dir": str(made)}
+    folders = {"model_dir": str(made), "plot_dir": str(made), "arms": EVERY_ARM}
     return md.settled(md.Config(**TINY, base=checkpoint, domain=text_folder, **folders), checkpoint)
 
 
@@ -883,6 +885,37 @@ def test_auto_trains_a_tail_of_a_pretrained_base_and_everything_beside_ones_own(
     assert asked.arm_list == ["tokens"]
 
 
+def test_adapters_start_as_the_base_and_are_saved_alone(made, config, lm):
+    """On every projection and nowhere else; merged from the file they are what was trained."""
+    manifest = ds.read_manifest(made)
+    domain = md.load_domain(config, lm.base)
+    ids = domain.valid[None, :20]
+    saved = dnc_gpt2.load_tensors(md.arm_path(config, "lora"), ("lr", "model_state_dict"), "")
+    untrained = md.add_adapters(copy.deepcopy(lm.base.model), 3)
+    tuned, payload = md.finetune(config, lm.base, domain, "lora", saved["lr"])
+    loaded = md.load_tuned(config, lm.base, manifest, "lora")
+    with torch.no_grad():
+        assert torch.equal(untrained(input_ids=ids).logits, lm.base.model(input_ids=ids).logits)
+        logits = [base.model(input_ids=ids).logits for base in (lm.base, tuned, loaded)]
+    assert torch.equal(logits[1], logits[2]) and not torch.equal(logits[0], logits[1])
+
+    width, layers = 32, 2
+    sizes = [(width, 3 * width), (width, width), (width, 4 * width), (4 * width, width)]
+    expected = layers * sum(3 * (inputs + outputs) for inputs, outputs in sizes)
+    assert sum(weight.numel() for weight in saved["model_state_dict"].values()) == expected
+    assert payload["model_state_dict"].keys() == saved["model_state_dict"].keys()
+
+
+def test_adapters_of_another_base_are_refused_in_one_line(made, config, lm, tmp_path):
+    manifest = ds.read_manifest(made)
+    payload = torch.load(md.arm_path(config, "lora"), weights_only=True)
+    payload["model_state_dict"].popitem()
+    elsewhere = dataclasses.replace(config, model_dir=str(tmp_path))
+    dnc_gpt2.save_tensors(payload, md.arm_path(elsewhere, "lora"))
+    with pytest.raises(ValueError, match="base_lora.pt.*adapters of every projection"):
+        md.load_tuned(elsewhere, lm.base, manifest, "lora")
+
+
 def test_a_tail_keeps_its_blocks_alone_and_learns(tail_lm):
     weights = tail_lm.decoder.state_dict()
     block = ds.blocks_of(tail_lm.base.model)[-1].state_dict()
@@ -952,7 +985,8 @@ def test_evaluation_has_a_row_a_system_with_settings_from_validation(made):
     assert list(rows) == [name for name in md.NAMES.values() if name in rows]
     assert len(rows) == len(md.NAMES) - 1  # no tail here
     for row in rows.values():
-        assert row["valid_ppl"] <= rows["base"]["valid_ppl"] or row["system"] == "fine-tuned base"
+        is_tuned = row["system"] in [name for _, name in md.TUNED.values()]
+        assert row["valid_ppl"] <= rows["base"]["valid_ppl"] or is_tuned
         assert 1 < row["test_ppl"] < 1000 and row["ms_per_token"] > 0
     knn, surface = rows["kNN-LM"], np.array(manifest["tuning"]["surface"])
     assert knn["tau"] == manifest["settings"]["tau"]
