@@ -10,9 +10,10 @@
     python dnc_gpt2.py --generate "Some text"  go on with it, by the newest checkpoint
     python dnc_gpt2.py --export FOLDER         write it for AutoModelForCausalLM
 
-Read downward: Config, memory, model, loss, training, comparison; then what serves them: generation,
-data, checkpoints, export, the shell of a command, main. It runs as the only file; the folder
-dnc_scan beside it makes the same computations faster.
+Read downward: Config, memory, model, loss, training; the mixture and the LM head, which they call;
+evaluation, comparison; then what serves them: generation, data, checkpoints, export, the shell of a
+command, main. It runs as the only file; the folder dnc_scan beside it makes the same computations
+faster.
 Letters, everywhere: B batch rows, T time, S segments (windows) a step, L = S * T, C hidden width,
 V vocabulary, N memory slots, W word width, R read heads, P sampled positions, M rows of logits.
 The DNC is Graves et al. 2016, "Hybrid computing using a neural network with dynamic external
@@ -379,23 +380,6 @@ def dnc_loop(interface: Interface, state: DNCState, options: DNCOptions
     return *traces, state
 
 
-def pick_scan(scan: str, state: DNCState, options: DNCOptions) -> Callable:
-    """The recurrence for such a state: dnc_loop, or dnc_scan, the same function fused, where it can
-    run. Says once why it cannot; raises ValueError then if `scan` is "fused"."""
-    if scan == "eager":
-        return dnc_loop
-    try:
-        from dnc_scan import dnc_scan, refusal
-
-        reason = refusal(state, options)
-    except ImportError as error:
-        reason = f"{error}; put the folder dnc_scan beside dnc_gpt2.py"
-    require(scan == "auto" or not reason, "scan", scan, f"auto or eager here: {reason}")
-    if reason:
-        say_once(f"scan auto: the recurrence runs in the eager loop, slower: {reason}")
-    return dnc_loop if reason else dnc_scan
-
-
 class RowInterface(nn.Module):
     """Instructions for rows that say what followed what: a key of LN(h_t-1), the state that had to
     predict token t, and a value of that token's embedding; a read asks with LN(h_t).
@@ -457,7 +441,9 @@ class RowInterface(nn.Module):
         empty = None
         if self.empty is not None:
             empty = at_least_float32(self.empty(normed))
-        read_modes, sharpening = self.along_links(normed)
+        read_modes = sharpening = None
+        if self.links is not None:
+            read_modes, sharpening = link_instructions(self.links(normed), self.reads, self.options)
 
         return Interface(
             write_key=row_key,
@@ -475,17 +461,6 @@ class RowInterface(nn.Module):
             sharpening=sharpening,
             empty=empty,
         )
-
-    def along_links(self, normed: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        """read_modes and sharpening of an Interface, None where they are switched off."""
-        if self.links is None:
-            return None, None
-        parts = at_least_float32(self.links(normed)).unflatten(-1, (self.reads, -1))  # (B, T, R, ·)
-        sharpening = None
-        if self.options.sharpen_links:
-            sharpening = oneplus(parts[..., 3:])
-        return parts[..., :3].softmax(-1), sharpening
-
 
 def at_least_float32(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.float()
@@ -558,16 +533,6 @@ class DNCMemory(nn.Module):
         return h_out, new, DNCTrace(x.write_gate, write_weights, read_weights, held)
 
 
-def map_state(fn: Callable, state: tuple | None) -> tuple | None:
-    """Apply fn to every tensor of a state: detach, move, roll or select rows. None stays None."""
-    if state is None:
-        return None
-    parts = []
-    for part in state:
-        parts.append(fn(part) if isinstance(part, Tensor) else map_state(fn, part))
-    return type(state)(*parts)
-
-
 # ══ Model: GPT2Model, memory, tied LM head ═══════════════════════════════════════════════════════
 class Output(NamedTuple):
     """A training step's forward pass, batch first, so that nn.DataParallel can gather it."""
@@ -577,123 +542,6 @@ class Output(NamedTuple):
     effect: Tensor  # (B, P) KL or benefit at the sampled positions, no gradient
     trace: DNCTrace | None  # None as well of a memory without write gates
     state: tuple | None
-
-
-LOGITS_AT_ONCE = 2**25  # elements of one chunk of logits (128 MiB in float32)
-
-
-def logit_chunks(rows: int, weight: Tensor, tensors: int = 1) -> list[slice]:
-    """Slices of rows of which that many tensors of logits, weight (V, C), fit LOGITS_AT_ONCE."""
-    vocabulary = weight.shape[0]
-    size = max(1, LOGITS_AT_ONCE // tensors // vocabulary)
-    slices = []
-    for start in range(0, rows, size):
-        end = min(start + size, rows)
-        slices.append(slice(start, end))
-    return slices
-
-
-class Pointer(NamedTuple):
-    """The part of a prediction that reads point to: p(y) = c0 softmax(E h_out)[y] + match(y), with
-    match(y) = sum_i weights_i [tokens_i = y] and c0 = 1 - sum_i weights_i. It sums to one over the
-    vocabulary. Shared by every memory whose reads point. Sources: pointer sentinel mixture (Merity
-    et al. 2016), continuous cache (Grave et al. 2017)."""
-    tokens: Tensor  # (M, N) ids; any id where the weight is 0
-    weights: Tensor  # (M, N) >= 0, sum <= 1: mean of the heads' reads of slots that hold a token
-
-    def rows(self, at) -> "Pointer":
-        """The pointer of some of the M rows: a slice, or indices."""
-        return Pointer(self.tokens[at], self.weights[at])
-
-    def vocabulary(self) -> Tensor:
-        """c0 (M,), the share that is left to the vocabulary."""
-        return (1 - self.weights.sum(-1)).clamp_min(1e-9)
-
-    def match(self, targets: Tensor) -> Tensor:
-        """match(y) of targets (M,)."""
-        return (self.weights * (self.tokens == targets.unsqueeze(-1))).sum(-1)
-
-    def nll(self, nll: Tensor, targets: Tensor) -> Tensor:
-        """-log p(y) of targets (M,), from the vocabulary's own -log softmax(E h_out)[y] (M,)."""
-        by_vocabulary = self.vocabulary().log() - nll
-        return -torch.logaddexp(by_vocabulary, (self.match(targets) + 1e-30).log())
-
-    def mix(self, log_p: Tensor) -> Tensor:
-        """Log-probabilities (..., V) of the vocabulary -> log p."""
-        p = log_p.exp() * self.vocabulary().unsqueeze(-1)
-        return p.scatter_add_(-1, self.tokens, self.weights.to(p.dtype)).clamp_min_(1e-38).log_()
-
-    def top1(self, best: Tensor, p_best: Tensor, p_held: Tensor) -> Tensor:
-        """The token of the largest p (M,): the vocabulary's best, of probability p_best there, both
-        (M,), or a token that is held, of probability p_held there (M, N). Without gradient."""
-        tokens, order = self.tokens.sort(1)  # (M, N), equal tokens side by side
-        weights = self.weights.detach().gather(1, order)
-        differs = tokens[:, 1:] != tokens[:, :-1]
-        group = F.pad(differs, (1, 0), value=False).cumsum(1)  # (M, N), one number a token
-        sums = torch.zeros_like(weights).scatter_add_(1, group, weights)
-        match = sums.gather(1, group)  # (M, N)
-
-        share = self.vocabulary().detach()  # (M,)
-        p = share.unsqueeze(1) * p_held.gather(1, order) + match
-        p, at = p.max(1)
-        held = tokens.gather(1, at.unsqueeze(1)).squeeze(1)
-        return torch.where(p > share * p_best, held, best)
-
-
-def point(trace: "DNCTrace | CacheTrace") -> Pointer:
-    """The pointer of a trace, its B * T rows in one."""
-    tokens = trace.tokens.flatten(0, 1)  # (B*T, N)
-    weights = trace.read_weights.mean(2)
-    weights = weights.flatten(0, 1) * (tokens >= 0)
-    return Pointer(tokens.clamp_min(0), weights)
-
-
-def chunked_head_loss(h: Tensor, weight: Tensor, targets: Tensor, dtype: torch.dtype,
-                      slices: list[slice], pointer: Pointer | None = None,
-                      lambda_vocabulary: float = 0.0) -> tuple[Tensor, Tensor, Tensor]:
-    """The readable LM head: a chunk of logits at a time, computed again in the backward.
-
-    h (M, C), weight (V, C), targets (M,), dtype of the products, slices of the M rows, pointer of
-    the M rows or None -> loss (), nll (M,), top1 (M,); a target of -100 counts 0 in all three. The
-    loss is the mean nll; with a pointer, that of the mixture and lambda_vocabulary times that of
-    the vocabulary alone: a token that memory knows would else teach the vocabulary nothing.
-    """
-    from torch.utils.checkpoint import checkpoint
-
-    def score(x, target, held):  # (m, C), (m,), a pointer of m rows or None
-        logits = F.linear(x.to(dtype), weight.to(dtype)).to(h.dtype)  # (m, V)
-        alone = F.cross_entropy(logits, target, ignore_index=-100, reduction="none")
-        p = logits.detach().softmax(-1)
-        p_best, best = p.max(-1)
-        if held is None:
-            return alone, alone, best
-        best = held.top1(best, p_best, p.gather(1, held.tokens))
-        mixed = held.nll(alone, target) * (target != -100)
-        return mixed, alone, best
-
-    parts = []
-    for rows in slices:
-        held = None if pointer is None else pointer.rows(rows)
-        parts.append(checkpoint(score, h[rows], targets[rows], held, use_reentrant=False))
-    nll, alone, best = (torch.cat(part) for part in zip(*parts, strict=True))
-    loss = nll.mean()
-    if pointer is not None:
-        loss = loss + lambda_vocabulary * alone.mean()
-    return loss, nll.detach(), (best == targets).to(h.dtype)
-
-
-def head_loss(h: Tensor, weight: Tensor, targets: Tensor, dtype: torch.dtype,
-              pointer: Pointer | None = None, lambda_vocabulary: float = 0.0
-              ) -> tuple[Tensor, Tensor, Tensor]:
-    """`chunked_head_loss`, or dnc_scan.head, the same function in less memory and time."""
-    slices = logit_chunks(len(h), weight, tensors=1 if dtype == h.dtype else 2)
-    try:
-        from dnc_scan.head import head_loss as fast
-    except ImportError:
-        say_once("head: runs as a chunked F.cross_entropy, slower: put the folder dnc_scan beside "
-                 "dnc_gpt2.py")
-        fast = chunked_head_loss
-    return fast(h, weight, targets, dtype, slices, pointer, lambda_vocabulary)
 
 
 class GPT2WithMemory(nn.Module):
@@ -755,46 +603,14 @@ class GPT2WithMemory(nn.Module):
             nll, top1 = nll.view(B, L), top1.view(B, L)
             effect = h.new_zeros(B, 0)
             if positions is not None:
-                effect = self.routing_effect(h, h_out, nll, targets, positions, pointer)
+                effect = routing_effect(self.config.routing, weight, h=h, h_out=h_out, nll=nll,
+                                        targets=targets, positions=positions, pointer=pointer)
         return Output(loss.expand(B), nll, top1, effect, trace, state)
 
-    @torch.no_grad()
-    def routing_effect(self, h: Tensor, h_out: Tensor, nll: Tensor, targets: Tensor,
-                       positions: Tensor, pointer: Pointer | None) -> Tensor:
-        """What memory does at positions (B, P): the benefit NLL without - NLL with, or KL(with ||
-        without), both (B, P) in nats. Logits without memory exist here alone, a chunk at a time."""
-        weight = self.head_weight()
-        first = torch.arange(len(h), device=h.device).unsqueeze(1) * h.shape[1]  # (B, 1)
-        at = (first + positions).flatten()  # (B*P,)
-        h, h_out, nll, targets = (x.flatten(0, 1)[at] for x in (h, h_out, nll, targets))
-        effect = torch.zeros_like(nll)
-        for rows in logit_chunks(len(h), weight, tensors=4):
-            without = F.linear(h[rows], weight).float()  # (m, V)
-            if self.config.routing == "kl":
-                log_p = F.linear(h_out[rows], weight).float().log_softmax(-1)  # (m, V)
-                if pointer is not None:
-                    log_p = pointer.rows(at[rows]).mix(log_p)
-                log_q = without.log_softmax(-1)
-                effect[rows] = (log_p.exp() * (log_p - log_q)).sum(-1)
-            else:
-                nll_without = F.cross_entropy(without, targets[rows], reduction="none")
-                effect[rows] = nll_without - nll[rows]
-        return effect.view(positions.shape)
-
-    def pointer(self, trace: "DNCTrace | CacheTrace | None") -> Pointer | None:
-        """The pointer of a trace, None where there is no memory or it does not point."""
+    def pointer(self, trace: "DNCTrace | CacheTrace | None") -> "Pointer | None":
+        """What a trace points at: p(y) = c0 softmax(E h_out)[y] + sum_i rho_i [token_i = y] (class
+        Pointer). None where there is no memory or it does not point."""
         return point(trace) if self.config.pointing and trace is not None else None
-
-    @torch.no_grad()
-    def log_probabilities(self, tokens: Tensor, state: tuple | None) -> Tensor:
-        """log p of every token of the vocabulary after each of tokens (B, L) -> (B, L, V), all of
-        it at once; logits as of `measure`."""
-        with self.autocast(tokens.device):
-            _, h_out, _, trace = self.hidden(tokens, state)
-        h_out = h_out.flatten(0, 1).float()
-        weight = self.head_weight().float()
-        log_p = next_token_log_p(h_out, weight, self.pointer(trace))  # (B * L, V)
-        return log_p.view(*tokens.shape, -1)
 
     @torch.no_grad()
     def measure(self, tokens: Tensor, targets: Tensor, state: tuple | None,
@@ -809,16 +625,6 @@ class GPT2WithMemory(nn.Module):
 
 
 # ══ Loss ═════════════════════════════════════════════════════════════════════════════════════════
-def weight_entropy(weights: Tensor) -> Tensor:
-    """H(w / sum w) / log N of weightings (..., N), in [0, 1]; a closed gate is no focus."""
-    total = weights.sum(-1, keepdim=True)
-    p = weights / total.clamp_min(1e-12)
-    log_p = p.clamp_min(1e-12).log()
-    entropy = -(p * log_p).sum(-1)
-    slots = weights.shape[-1]
-    return entropy / math.log(max(2, slots))
-
-
 def total_loss(output: Output, positions: Tensor | None, config: Config) -> Tensor:
     """L = L_LM + lambda_r L_routing + lambda_e L_entropy, a scalar. L_routing, -mean(g sg(effect))
     over positions (B, P), rewards a gate that is open where memory changes the prediction."""
@@ -829,18 +635,6 @@ def total_loss(output: Output, positions: Tensor | None, config: Config) -> Tens
     if isinstance(output.trace, DNCTrace) and config.lambda_entropy > 0:
         loss = loss + config.lambda_entropy * weight_entropy(output.trace.write_weights).mean()
     return loss
-
-
-def routing_positions(config: Config, step: int, device: torch.device | str = "cpu"
-                      ) -> Tensor | None:
-    """Positions (rows, P) at which L_routing is computed, drawn from seed and step alone, of this
-    rank's rows; None where there is no such loss: then no logits without memory are computed."""
-    if config.memory != "dnc" or config.lambda_routing == 0:
-        return None
-    count = max(1, round(config.routing_fraction * config.step_len))
-    generator = torch.Generator().manual_seed(config.seed * 1_000_003 + step)
-    order = torch.rand(config.rows, config.step_len, generator=generator).argsort(1)
-    return order[share_of(config.rows), :count].to(device)  # (rows, P)
 
 
 # ══ Training: one loop for every arm ═════════════════════════════════════════════════════════════
@@ -918,6 +712,16 @@ def train_step(run: Run, forward: nn.Module, rows: Tensor) -> None:
     run.optimizer.step()
     run.state = state
     run.step += 1
+
+
+def map_state(fn: Callable, state: tuple | None) -> tuple | None:
+    """Apply fn to every tensor of a state: detach, move, roll or select rows. None stays None."""
+    if state is None:
+        return None
+    parts = []
+    for part in state:
+        parts.append(fn(part) if isinstance(part, Tensor) else map_state(fn, part))
+    return type(state)(*parts)
 
 
 def rows_of(state: tuple | None, at: slice) -> tuple | None:
@@ -1175,6 +979,169 @@ def count_parameters(module: nn.Module | None) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
 
 
+# ══ Head and loss, further: the mixture, logits a chunk at a time, what memory changes ═══════════
+class Pointer(NamedTuple):
+    """The part of a prediction that reads point to: p(y) = c0 softmax(E h_out)[y] + match(y), with
+    match(y) = sum_i weights_i [tokens_i = y] and c0 = 1 - sum_i weights_i. It sums to one over the
+    vocabulary. Shared by every memory whose reads point. Sources: pointer sentinel mixture (Merity
+    et al. 2016), continuous cache (Grave et al. 2017)."""
+    tokens: Tensor  # (M, N) ids; any id where the weight is 0
+    weights: Tensor  # (M, N) >= 0, sum <= 1: mean of the heads' reads of slots that hold a token
+
+    def rows(self, at) -> "Pointer":
+        """The pointer of some of the M rows: a slice, or indices."""
+        return Pointer(self.tokens[at], self.weights[at])
+
+    def vocabulary(self) -> Tensor:
+        """c0 (M,), the share that is left to the vocabulary."""
+        return (1 - self.weights.sum(-1)).clamp_min(1e-9)
+
+    def match(self, targets: Tensor) -> Tensor:
+        """match(y) of targets (M,)."""
+        return (self.weights * (self.tokens == targets.unsqueeze(-1))).sum(-1)
+
+    def nll(self, nll: Tensor, targets: Tensor) -> Tensor:
+        """-log p(y) of targets (M,), from the vocabulary's own -log softmax(E h_out)[y] (M,)."""
+        by_vocabulary = self.vocabulary().log() - nll
+        return -torch.logaddexp(by_vocabulary, (self.match(targets) + 1e-30).log())
+
+    def mix(self, log_p: Tensor) -> Tensor:
+        """Log-probabilities (..., V) of the vocabulary -> log p."""
+        p = log_p.exp() * self.vocabulary().unsqueeze(-1)
+        return p.scatter_add_(-1, self.tokens, self.weights.to(p.dtype)).clamp_min_(1e-38).log_()
+
+    def top1(self, best: Tensor, p_best: Tensor, p_held: Tensor) -> Tensor:
+        """The token of the largest p (M,): the vocabulary's best, of probability p_best there, both
+        (M,), or a token that is held, of probability p_held there (M, N). Without gradient."""
+        tokens, order = self.tokens.sort(1)  # (M, N), equal tokens side by side
+        weights = self.weights.detach().gather(1, order)
+        differs = tokens[:, 1:] != tokens[:, :-1]
+        group = F.pad(differs, (1, 0), value=False).cumsum(1)  # (M, N), one number a token
+        sums = torch.zeros_like(weights).scatter_add_(1, group, weights)
+        match = sums.gather(1, group)  # (M, N)
+
+        share = self.vocabulary().detach()  # (M,)
+        p = share.unsqueeze(1) * p_held.gather(1, order) + match
+        p, at = p.max(1)
+        held = tokens.gather(1, at.unsqueeze(1)).squeeze(1)
+        return torch.where(p > share * p_best, held, best)
+
+
+def point(trace: "DNCTrace | CacheTrace") -> Pointer:
+    """The pointer of a trace, its B * T rows in one."""
+    tokens = trace.tokens.flatten(0, 1)  # (B*T, N)
+    weights = trace.read_weights.mean(2)
+    weights = weights.flatten(0, 1) * (tokens >= 0)
+    return Pointer(tokens.clamp_min(0), weights)
+
+
+def head_loss(h: Tensor, weight: Tensor, targets: Tensor, dtype: torch.dtype,
+              pointer: Pointer | None = None, lambda_vocabulary: float = 0.0
+              ) -> tuple[Tensor, Tensor, Tensor]:
+    """`chunked_head_loss`, or dnc_scan.head, the same function in less memory and time."""
+    slices = logit_chunks(len(h), weight, tensors=1 if dtype == h.dtype else 2)
+    try:
+        from dnc_scan.head import head_loss as fast
+    except ImportError:
+        say_once("head: runs as a chunked F.cross_entropy, slower: put the folder dnc_scan beside "
+                 "dnc_gpt2.py")
+        fast = chunked_head_loss
+    return fast(h, weight, targets, dtype, slices, pointer, lambda_vocabulary)
+
+
+def chunked_head_loss(h: Tensor, weight: Tensor, targets: Tensor, dtype: torch.dtype,
+                      slices: list[slice], pointer: Pointer | None = None,
+                      lambda_vocabulary: float = 0.0) -> tuple[Tensor, Tensor, Tensor]:
+    """The readable LM head: a chunk of logits at a time, computed again in the backward.
+
+    h (M, C), weight (V, C), targets (M,), dtype of the products, slices of the M rows, pointer of
+    the M rows or None -> loss (), nll (M,), top1 (M,); a target of -100 counts 0 in all three. The
+    loss is the mean nll; with a pointer, that of the mixture and lambda_vocabulary times that of
+    the vocabulary alone: a token that memory knows would else teach the vocabulary nothing.
+    """
+    from torch.utils.checkpoint import checkpoint
+
+    def score(x, target, held):  # (m, C), (m,), a pointer of m rows or None
+        logits = F.linear(x.to(dtype), weight.to(dtype)).to(h.dtype)  # (m, V)
+        alone = F.cross_entropy(logits, target, ignore_index=-100, reduction="none")
+        p = logits.detach().softmax(-1)
+        p_best, best = p.max(-1)
+        if held is None:
+            return alone, alone, best
+        best = held.top1(best, p_best, p.gather(1, held.tokens))
+        mixed = held.nll(alone, target) * (target != -100)
+        return mixed, alone, best
+
+    parts = []
+    for rows in slices:
+        held = None if pointer is None else pointer.rows(rows)
+        parts.append(checkpoint(score, h[rows], targets[rows], held, use_reentrant=False))
+    nll, alone, best = (torch.cat(part) for part in zip(*parts, strict=True))
+    loss = nll.mean()
+    if pointer is not None:
+        loss = loss + lambda_vocabulary * alone.mean()
+    return loss, nll.detach(), (best == targets).to(h.dtype)
+
+
+LOGITS_AT_ONCE = 2**25  # elements of one chunk of logits (128 MiB in float32)
+
+
+def logit_chunks(rows: int, weight: Tensor, tensors: int = 1) -> list[slice]:
+    """Slices of rows of which that many tensors of logits, weight (V, C), fit LOGITS_AT_ONCE."""
+    vocabulary = weight.shape[0]
+    size = max(1, LOGITS_AT_ONCE // tensors // vocabulary)
+    slices = []
+    for start in range(0, rows, size):
+        end = min(start + size, rows)
+        slices.append(slice(start, end))
+    return slices
+
+
+@torch.no_grad()
+def routing_effect(kind: str, weight: Tensor, *, h: Tensor, h_out: Tensor, nll: Tensor,
+                   targets: Tensor, positions: Tensor, pointer: Pointer | None) -> Tensor:
+    """What memory does at positions (B, P): the benefit NLL without - NLL with, or KL(with ||
+    without), both (B, P) in nats. Logits without memory exist here alone, a chunk at a time."""
+    first = torch.arange(len(h), device=h.device).unsqueeze(1) * h.shape[1]  # (B, 1)
+    at = (first + positions).flatten()  # (B*P,)
+    h, h_out, nll, targets = (x.flatten(0, 1)[at] for x in (h, h_out, nll, targets))
+    effect = torch.zeros_like(nll)
+    for rows in logit_chunks(len(h), weight, tensors=4):
+        without = F.linear(h[rows], weight).float()  # (m, V)
+        if kind == "kl":
+            log_p = F.linear(h_out[rows], weight).float().log_softmax(-1)  # (m, V)
+            if pointer is not None:
+                log_p = pointer.rows(at[rows]).mix(log_p)
+            log_q = without.log_softmax(-1)
+            effect[rows] = (log_p.exp() * (log_p - log_q)).sum(-1)
+        else:
+            nll_without = F.cross_entropy(without, targets[rows], reduction="none")
+            effect[rows] = nll_without - nll[rows]
+    return effect.view(positions.shape)
+
+
+def routing_positions(config: Config, step: int, device: torch.device | str = "cpu"
+                      ) -> Tensor | None:
+    """Positions (rows, P) at which L_routing is computed, drawn from seed and step alone, of this
+    rank's rows; None where there is no such loss: then no logits without memory are computed."""
+    if config.memory != "dnc" or config.lambda_routing == 0:
+        return None
+    count = max(1, round(config.routing_fraction * config.step_len))
+    generator = torch.Generator().manual_seed(config.seed * 1_000_003 + step)
+    order = torch.rand(config.rows, config.step_len, generator=generator).argsort(1)
+    return order[share_of(config.rows), :count].to(device)  # (rows, P)
+
+
+def weight_entropy(weights: Tensor) -> Tensor:
+    """H(w / sum w) / log N of weightings (..., N), in [0, 1]; a closed gate is no focus."""
+    total = weights.sum(-1, keepdim=True)
+    p = weights / total.clamp_min(1e-12)
+    log_p = p.clamp_min(1e-12).log()
+    entropy = -(p * log_p).sum(-1)
+    slots = weights.shape[-1]
+    return entropy / math.log(max(2, slots))
+
+
 # ══ Evaluation: statistics of every token, and their means ═══════════════════════════════════════
 # Columns of the statistics that evaluation takes of every token: of a prediction, of what a memory
 # does to it, and of the gates with which a DNC writes.
@@ -1226,6 +1193,18 @@ def next_token_log_p(h: Tensor, weight: Tensor, pointer: Pointer | None) -> Tens
     """log p of every token of the vocabulary (M, V): h (M, C), weight (V, C), pointer of M rows."""
     log_p = (h @ weight.T).log_softmax(-1)
     return log_p if pointer is None else pointer.mix(log_p)
+
+
+@torch.no_grad()
+def log_probabilities(model: GPT2WithMemory, tokens: Tensor, state: tuple | None) -> Tensor:
+    """log p of every token of the vocabulary after each of tokens (B, L) -> (B, L, V), all of it at
+    once; logits as of `measure`."""
+    with model.autocast(tokens.device):
+        _, h_out, _, trace = model.hidden(tokens, state)
+    h_out = h_out.flatten(0, 1).float()
+    weight = model.head_weight().float()
+    log_p = next_token_log_p(h_out, weight, model.pointer(trace))  # (B * L, V)
+    return log_p.view(*tokens.shape, -1)
 
 
 def prediction_columns(log_p: Tensor, p: Tensor, target: Tensor) -> list[Tensor]:
@@ -2136,6 +2115,23 @@ def plot_curves(runs: list[Run], path: Path, corpus: str) -> None:
 
 
 # ══ Memory, further: Graves' own interface, temporal links, the other options ════════════════════
+def pick_scan(scan: str, state: DNCState, options: DNCOptions) -> Callable:
+    """The recurrence for such a state: dnc_loop, or dnc_scan, the same function fused, where it can
+    run. Says once why it cannot; raises ValueError then if `scan` is "fused"."""
+    if scan == "eager":
+        return dnc_loop
+    try:
+        from dnc_scan import dnc_scan, refusal
+
+        reason = refusal(state, options)
+    except ImportError as error:
+        reason = f"{error}; put the folder dnc_scan beside dnc_gpt2.py"
+    require(scan == "auto" or not reason, "scan", scan, f"auto or eager here: {reason}")
+    if reason:
+        say_once(f"scan auto: the recurrence runs in the eager loop, slower: {reason}")
+    return dnc_loop if reason else dnc_scan
+
+
 class HiddenInterface(nn.Linear):
     """Graves' interface: all instructions from LN(h_t) by one matrix. `biases` are added to the
     initial biases of its parts, by their names."""
@@ -2214,6 +2210,14 @@ def split_interface(z: Tensor, width: int, reads: int, options: DNCOptions) -> I
 def oneplus(x: Tensor) -> Tensor:
     """1 + log(1 + exp(x)), Graves' name for what strengths go through."""
     return 1 + F.softplus(x)
+
+
+def link_instructions(z: Tensor, reads: int, options: DNCOptions
+                      ) -> tuple[Tensor, Tensor | None]:
+    """read_modes and sharpening of an Interface, from z (B, T, R * (3 or 5))."""
+    parts = at_least_float32(z).unflatten(-1, (reads, -1))  # (B, T, R, 3 or 5)
+    sharpening = oneplus(parts[..., 3:]) if options.sharpen_links else None
+    return parts[..., :3].softmax(-1), sharpening
 
 
 def link_update(link: Tensor, precedence: Tensor, write_weights: Tensor

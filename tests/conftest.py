@@ -204,6 +204,12 @@ def error_line(captured_err: str) -> str:
     return lines[-1]
 
 
+def pytest_collection_modifyitems(items) -> None:
+    """The kernels' tests first: then one process compiles them, and the other finds them compiled
+    when it takes over what is left."""
+    items.sort(key=lambda item: item.path.name != "test_dnc_scan.py")
+
+
 # ── counts of the fault suite ────────────────────────────────────────────────────────────────────
 @pytest.fixture
 def fault(request):

@@ -326,7 +326,7 @@ def test_probabilities_sum_to_one_and_score_as_measure_does(start, arm):
     model = run.model
     with torch.no_grad():
         state = model.hidden(x, model.init_state(3))[2]  # not empty
-        log_p = model.log_probabilities(x, state)
+        log_p = dnc_gpt2.log_probabilities(model, x, state)
         trained = model(x, y, state).nll
     assert log_p.shape == (*x.shape, 300)
     assert (log_p.double().exp().sum(-1) - 1).abs().max() < 1e-5
