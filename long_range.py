@@ -38,7 +38,7 @@ if __name__ == "__main__" and not hasattr(sys, "ps1"):  # until main listens: no
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 # isort: off
-import dnc_gpt2  # noqa: F401, before torch: it says how threads wait
+import dnc_gpt2  # before torch: it says how threads wait
 # isort: on
 import numpy as np
 import torch
@@ -89,15 +89,19 @@ from dnc_gpt2 import (
     # model
     DNCMemory,
     DNCOptions,
+    Pointer,
+    build_dnc,
     count_parameters,
     map_state,
     pick_scan,
+    point,
 )
 # isort: on
 from edm_model import EDM
 
-ARMS = ("window", "knn_store", "dnc", "edm", "full")
-MEMORY_ARMS = ("knn_store", "dnc", "edm")
+ARMS = ("window", "knn_store", "dnc", "edm", "full", "split", "pointing")
+DNC_ARMS = ("dnc", "split", "pointing")  # Graves'; that of dnc_gpt2.py, its reads added; pointing
+MEMORY_ARMS = ("knn_store", "edm", *DNC_ARMS)
 MOST = 32_000  # tokens of a row and symbols of a task: on disk both are int16
 
 Symbols = Annotated[int, Bound(f"from 1 to {MOST}", lambda x: 1 <= x <= MOST)]
@@ -113,7 +117,7 @@ class Config:
 
     # what
     tasks: str = "copy,mqar"  # or associative_recall, repeat_copy, brackets, repeats, random
-    arms: str = "window,knn_store,dnc,full"  # of these and edm, whose trunk is frozen
+    arms: str = "window,knn_store,pointing,full"  # or dnc, split, edm, whose trunk is frozen
     seeds: str = "0"  # weights and order of the data, one run each
     lengths: str = "32,64,96,160,256,288,544,4128"  # tokens of a tested row, multiples of window
     # data
@@ -140,10 +144,10 @@ class Config:
     mem_slots: Count = 64  # N of the DNC; where a test asks for more pairs, twice the pairs
     mem_width: Count = 64  # W of the DNC
     num_reads: Count = 1  # R of the DNC
-    strength_bias: float = 16.0  # initial strength about 17; at 1.7 addressing is not learned
-    free_bias: float = -4.0  # free gates start at 0.02: reading does not free what was written
-    write_bias: float = -2.0  # write gates start at 0.12: filler has to earn its place
-    allocation_bias: float = 4.0  # allocation gates start at 0.98: writes go to free slots
+    strength_bias: float = 16.0  # dnc: initial strength about 17; at 1.7 it learns no addresses
+    free_bias: float = -4.0  # dnc: free gates start at 0.02: reading frees nothing
+    write_bias: float = -2.0  # dnc: write gates start at 0.12: filler has to earn its place
+    allocation_bias: float = 4.0  # dnc: allocation gates start at 0.98: writes go to free slots
     use_links: bool = False  # temporal links of the DNC
     knn_width: Count = 64  # D, of the keys of knn_store
     knn_top_k: Count = 16  # keys that a query of knn_store or of edm reads
@@ -205,7 +209,7 @@ class Config:
 # What --full changes: every task, every seed, Zoology's 8,192 symbols and number of rows.
 FULL = {
     "tasks": "copy,associative_recall,mqar,repeat_copy,brackets,repeats,random",
-    "arms": "window,knn_store,dnc,edm,full",
+    "arms": "window,knn_store,dnc,split,pointing,edm,full",
     "seeds": "0,1,2,3,4",
     "mqar_symbols": 8192,
     "pairs": 32,
@@ -935,17 +939,27 @@ def make_memory(config: Config, arm: str, segment: int) -> nn.Module | None:
         return EDM(hidden_size=C, heads=config.num_heads, width=C // config.num_heads,
                    slots=config.edm_slots, top_k=config.knn_top_k, segment=config.window,
                    bptt_segments=segment // config.window)
-    if arm == "dnc":
-        biases = {
-            "write_strength": config.strength_bias,
-            "read_strengths": config.strength_bias,
-            "write_gate": config.write_bias,
-            "free_gates": config.free_bias,
-            "allocation_gate": config.allocation_bias}
-        return DNCMemory(hidden_size=C, slots=config.mem_slots, width=config.mem_width,
-                         reads=config.num_reads, options=DNCOptions(config.use_links),
-                         scan=config.scan, biases=biases)
+    if arm in DNC_ARMS:
+        return make_dnc(config, arm)
     return None
+
+
+def make_dnc(config: Config, arm: str) -> DNCMemory:
+    """Graves' DNC, or the memory of dnc_gpt2.py with all that it starts with there."""
+    if arm != "dnc":
+        return build_dnc(dnc_gpt2.Config(
+            hidden_size=config.hidden_size, num_heads=1, mem_slots=config.mem_slots,
+            mem_width=config.mem_width, num_reads=config.num_reads, use_links=config.use_links,
+            scan=config.scan))
+    biases = {
+        "write_strength": config.strength_bias,
+        "read_strengths": config.strength_bias,
+        "write_gate": config.write_bias,
+        "free_gates": config.free_bias,
+        "allocation_gate": config.allocation_bias}
+    return DNCMemory(hidden_size=config.hidden_size, slots=config.mem_slots,
+                     width=config.mem_width, reads=config.num_reads,
+                     options=DNCOptions(config.use_links), scan=config.scan, biases=biases)
 
 
 def waves(positions: int, width: int) -> torch.Tensor:
@@ -998,7 +1012,7 @@ class LongRangeModel(nn.Module):
         if self.arm == "edm":
             return self.memory.init_state(rows, self.segment if self.training else 0)
         state = self.memory.init_state(rows)
-        if self.arm == "dnc" and slots > self.memory.slots:
+        if self.arm in DNC_ARMS and slots > self.memory.slots:
             return add_slots(state, slots - self.memory.slots)
         return state
 
@@ -1014,6 +1028,8 @@ class LongRangeModel(nn.Module):
         h = h.reshape(B, L, -1)  # (B, L, C)
         if state is None:
             return h, None, None
+        if self.arm in DNC_ARMS:
+            return self.memory(h, state, tokens, self.controller.wte(tokens))
         return self.memory(h, state)
 
     def hidden_with_notebook(self, tokens: torch.Tensor, state: tuple):
@@ -1038,6 +1054,22 @@ class LongRangeModel(nn.Module):
     def logits(self, h: torch.Tensor) -> torch.Tensor:
         """h (M, C) of the scored positions -> (M, V)."""
         return self.output(h) @ self.controller.wte.weight.T
+
+    def pointer(self, trace: tuple | None, row: torch.Tensor, column: torch.Tensor
+                ) -> Pointer | None:
+        """What reads point at, at M scored positions; None where the arm's reads do not point."""
+        if self.arm != "pointing":
+            return None
+        length = trace.read_weights.shape[1]
+        return point(trace).rows(row * length + column)
+
+    def log_p(self, h: torch.Tensor, trace: tuple | None, row: torch.Tensor, column: torch.Tensor
+              ) -> torch.Tensor:
+        """Log-probabilities (M, V) at M scored positions of h (B, L, C), given by row and column
+        (M,); trace as of `hidden`."""
+        log_p = self.logits(h[row, column]).log_softmax(-1)
+        pointer = self.pointer(trace, row, column)
+        return log_p if pointer is None else pointer.mix(log_p)
 
 
 def add_slots(state: tuple, more: int) -> tuple:
@@ -1125,7 +1157,7 @@ def free_fields(job: Job) -> set[str]:
     free.add("steps" if job.task == "mqar" else "mqar_steps")
     if job.arm != "edm":
         free.update(EDM_FIELDS)
-    if job.arm != "dnc":
+    if job.arm not in DNC_ARMS:
         free.update(DNC_FIELDS)
     return free
 
@@ -1221,6 +1253,23 @@ def gate_cost(g: torch.Tensor, late: float, closing: float) -> torch.Tensor:
     return (in_the_end + (1 - late) * early).mean()
 
 
+def recall_losses(model: LongRangeModel, h: torch.Tensor, trace: tuple | None, at: torch.Tensor,
+                  answers: torch.Tensor) -> tuple[torch.Tensor, float]:
+    """Answers (B, Q) at positions (B, Q) of h (B, L, C) -> the loss to train on, and the mean loss
+    of the answers. Where reads point the first is that of the mixture and that of the vocabulary
+    alone, as in dnc_gpt2.py."""
+    rows = torch.arange(len(at), device=at.device)
+    row, column = rows.unsqueeze(1).expand_as(at).flatten(), at.flatten()  # (B * Q,)
+    answers = answers.flatten()
+    nll = F.cross_entropy(model.logits(h[row, column]), answers, reduction="none")
+    loss = nll.mean()
+    pointer = model.pointer(trace, row, column)
+    if pointer is None:
+        return loss, loss.item()
+    mixed = pointer.nll(nll, answers).mean()
+    return loss + mixed, mixed.item()
+
+
 def train_step(model: LongRangeModel, both: list[torch.optim.Optimizer], group: dict,
                rows: torch.Tensor | slice, *, rate: float, config: Config, carried: bool = False,
                late: float = 0.0) -> float:
@@ -1234,12 +1283,10 @@ def train_step(model: LongRangeModel, both: list[torch.optim.Optimizer], group: 
     tokens, at, answers = on_device(group, rows)
     state = model.init_state(len(tokens)) if carried else None
     h, _, trace = model.hidden(tokens, state)
-    scored = h.gather(1, at.unsqueeze(2).expand(-1, -1, h.shape[2]))  # (B, Q, C)
-    loss = F.cross_entropy(model.logits(scored.flatten(0, 1)), answers.flatten())
-    recall_loss = loss.item()
+    loss, recall_loss = recall_losses(model, h, trace, at, answers)
     if not loss.requires_grad:  # of a frozen trunk, in a row of one block: nothing could be read
         return recall_loss
-    if carried and model.arm == "dnc":  # late: before recall is learned it closes gates for good
+    if carried and model.arm in DNC_ARMS:  # late: before recall is learned it closes gates for good
         cost = gate_cost(trace.write_gate, late, config.lambda_closing)
         loss = loss + config.lambda_gate * late * cost
 
@@ -1405,7 +1452,7 @@ def run_all(function: Callable, config: Config, jobs: list[Job], what: str) -> l
 
 def slowest_first(jobs: list[Job]) -> list[Job]:
     """The order of jobs in which no core waits for a last long run."""
-    return sorted(jobs, key=lambda job: (job.arm != "dnc", job.arm != "knn_store"))
+    return sorted(jobs, key=lambda job: (job.arm not in DNC_ARMS, job.arm != "knn_store"))
 
 
 def first_jobs(config: Config) -> list[Job]:
@@ -1432,13 +1479,14 @@ def chosen_jobs(config: Config) -> list[Job]:
 
 def check_scan(config: Config, task: str) -> None:
     """Raise ValueError where the recurrence asked for cannot run, in training or in a test."""
-    memory_model = build_model(config, task, "dnc", 0)
     most_slots = 0
     if task == "mqar":
         most_slots = max(2 * pairs for _, pairs in specs("mqar_test", config.mqar_test))
-    for slots in (0, most_slots):
-        state = memory_model.init_state(1, slots)
-        pick_scan(config.scan, state, memory_model.memory.options)
+    for arm in {*DNC_ARMS} & {*config.arm_list}:
+        model = build_model(config, task, arm, 0)
+        for slots in (0, most_slots):
+            state = model.init_state(1, slots)
+            pick_scan(config.scan, state, model.memory.options)
 
 
 def train(config: Config) -> None:
@@ -1448,8 +1496,7 @@ def train(config: Config) -> None:
             "2.9 or newer for its Muon optimizer: pip install 'torch>=2.9,<=2.13.0'")
     for task in config.task_list:  # what cannot run is said before hours of training
         load_data(config, task, "train")
-        if "dnc" in config.arm_list:
-            check_scan(config, task)
+        check_scan(config, task)
 
     for jobs_of in (first_jobs, chosen_jobs):
         jobs = jobs_of(config)
@@ -1474,10 +1521,10 @@ class Tally:
     loss: float = 0.0
     count: int = 0
 
-    def add(self, logits: torch.Tensor, answers: torch.Tensor) -> None:
-        """Count logits (M, V) of M scored tokens, whose answers are (M,)."""
-        loss = F.cross_entropy(logits, answers, reduction="sum")
-        is_right = logits.argmax(-1) == answers
+    def add(self, log_p: torch.Tensor, answers: torch.Tensor) -> None:
+        """Count log-probabilities (M, V) of M scored tokens, whose answers are (M,)."""
+        loss = F.nll_loss(log_p, answers, reduction="sum")
+        is_right = log_p.argmax(-1) == answers
         self.loss += loss.item()
         self.right += is_right.sum().item()
         self.count += len(answers)
@@ -1536,13 +1583,13 @@ def score_rows(model: LongRangeModel, state: tuple | None, batch: list[torch.Ten
         is_last = end == cuts[-1]
         if swap and is_last:
             state = map_state(lambda tensor: tensor.roll(1, 0), state)
-        h, state, _ = model.hidden(tokens[:, start:end], state)
+        h, state, trace = model.hidden(tokens[:, start:end], state)
         is_here = (at >= start) & (at < end)
         row, question = is_here.nonzero(as_tuple=True)  # (M,), (M,)
         if len(row) and (is_last or not swap):
             column = at[row, question] - start
-            logits = model.logits(h[row, column])  # (M, V)
-            tally.add(logits, answers[row, question])
+            log_p = model.log_p(h, trace, row, column)  # (M, V)
+            tally.add(log_p, answers[row, question])
     return state
 
 
@@ -1642,7 +1689,7 @@ def measure(config: Config) -> list[dict]:
 
 # ══ Tables and plot ══════════════════════════════════════════════════════════════════════════════
 CELL = 9  # of a table, with a space before it
-LINE_WIDTHS = (1.5, 5.5, 3.5, 2.0, 1.0)  # of ARMS: what lies below shows where curves coincide
+LINE_WIDTHS = (1.5, 5.5, 3.5, 2.0, 1.0, 2.5, 1.5)  # of ARMS: curves that coincide lie in each other
 
 
 def select(rows: list[dict], **fields) -> list[dict]:

@@ -616,7 +616,7 @@ def hidden_change(model: lr.LongRangeModel, place: int) -> torch.Tensor:
     return (out - changed).abs().amax((0, 2))
 
 
-@pytest.mark.parametrize("arm", ["window", "knn_store", "dnc", "edm"])
+@pytest.mark.parametrize("arm", ["window", "knn_store", "dnc", "pointing", "edm"])
 def test_model_trunk_sees_its_block_alone(arm):
     model = tiny_model(arm, read=False)
     for place in (0, 40, 95):
@@ -627,7 +627,7 @@ def test_model_trunk_sees_its_block_alone(arm):
         assert (outside < 1e-6).all()
 
 
-@pytest.mark.parametrize("arm", ["knn_store", "dnc", "edm", "full"])
+@pytest.mark.parametrize("arm", ["knn_store", "dnc", "pointing", "edm", "full"])
 def test_model_memory_or_long_attention_reaches_all_that_is_later_alone(arm):
     change = hidden_change(tiny_model(arm), 40)
     assert change[:40].max() < 1e-6 and change[64:].max() > 1e-4
@@ -644,7 +644,8 @@ def test_model_segment_is_the_longest_row_of_its_task(arm, task, L):
 
 
 @pytest.mark.parametrize("arm, links", [
-    ("window", False), ("knn_store", False), ("dnc", False), ("dnc", True), ("edm", False)])
+    ("window", False), ("knn_store", False), ("dnc", False), ("dnc", True), ("split", True),
+    ("pointing", False), ("edm", False)])
 @torch.no_grad()
 def test_model_by_segments_equals_at_once(arm, links):
     model, tokens = tiny_model(arm, use_links=links), random_tokens(2, 96)
@@ -660,6 +661,41 @@ def test_model_by_segments_equals_at_once(arm, links):
             assert_close(a, b, atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.parametrize("arm", ["dnc", "split", "pointing"])
+@torch.no_grad()
+def test_prediction_of_pointing_is_the_mixture_and_sums_to_one(arm):
+    """And that of the others is the vocabulary's alone."""
+    model, tokens = tiny_model(arm, num_reads=2), random_tokens(2, 64)
+    if arm != "dnc":
+        torch.nn.init.constant_(model.memory.interface.empty.bias, -9.0)  # reads of some weight
+    h, _, trace = model.hidden(tokens, model.init_state(2))
+    row, column = torch.tensor([0, 1, 1]), torch.tensor([0, 40, 63])
+    p = model.log_p(h, trace, row, column).exp()
+    assert_close(p.sum(1), torch.ones(3), atol=1e-5, rtol=0)
+    for b, t, of_token in zip(row.tolist(), column.tolist(), p, strict=True):
+        wanted = model.logits(h[b, t]).softmax(-1)
+        if arm == "pointing":
+            weights = trace.read_weights[b, t].mean(0)  # (N,)
+            held = trace.tokens[b, t]
+            is_held = held >= 0
+            assert weights[is_held].sum() > 0.05
+            wanted = wanted * (1 - weights[is_held].sum())
+            wanted.index_add_(0, held[is_held], weights[is_held])
+        assert_close(of_token, wanted, atol=1e-6, rtol=1e-4)
+
+
+@pytest.mark.parametrize("arm", ["split", "pointing"])
+def test_only_pointing_teaches_keys_before_reads_are_added(arm):
+    """read_proj starts at zero: until it has moved, no gradient of an added read reaches a key."""
+    config = tiny(**WIDE)
+    group = lr.make_group(task="copy", split="train", length=96, items=3, rows=8, config=config)
+    model = lr.build_model(config, "copy", arm, 0)
+    both = lr.optimizers(model, config, 0.01)
+    lr.train_step(model, both, group, slice(None), rate=1.0, config=config, carried=True)
+    slope = model.memory.interface.read_key.weight.grad.abs().max()
+    assert (slope > 0) == (arm == "pointing")
+
+
 @every_task
 def test_model_arms_have_as_many_parameters(task):
     config = tiny(train="256,32", mqar_train="256:4")
@@ -667,7 +703,7 @@ def test_model_arms_have_as_many_parameters(task):
     assert max(sizes) <= 1.02 * min(sizes), sizes
 
 
-@pytest.mark.parametrize("arm", ["window", "knn_store", "dnc", "edm"])
+@pytest.mark.parametrize("arm", ["window", "knn_store", "dnc", "pointing", "edm"])
 def test_model_starts_from_the_weights_of_its_seed(arm):
     """The controllers of the arms with blocks start the same, where shapes agree."""
     one, same, other = (lr.build_model(tiny(**WIDE), "copy", arm, seed).state_dict()
@@ -680,12 +716,13 @@ def test_model_starts_from_the_weights_of_its_seed(arm):
         assert weight.shape != weight_here.shape or torch.equal(weight, weight_here), name
 
 
-@pytest.mark.parametrize("links", [False, True])
+@pytest.mark.parametrize("arm, links", [("dnc", False), ("dnc", True), ("pointing", True)])
 @torch.no_grad()
-def test_init_state_gives_more_slots(links):
+def test_init_state_gives_more_slots(arm, links):
     """As a model of so many slots has them: empty, and the same results from the same weights."""
-    few, many = (tiny_model("dnc", use_links=links, num_reads=2, mem_slots=N) for N in (5, 9))
+    few, many = (tiny_model(arm, use_links=links, num_reads=2, mem_slots=N) for N in (5, 9))
     many.load_state_dict(few.state_dict())
+    many.memory.options = few.memory.options  # usage decays as the model was trained
     state, wanted = few.init_state(3, 9), many.init_state(3)
     assert type(state) is type(wanted)
     for padded, empty in zip(state, wanted, strict=True):
@@ -848,8 +885,8 @@ class FirstToken:
         first = torch.where(state.token == 0, tokens[:, :1].float(), state.token)
         return first.unsqueeze(1).expand(*tokens.shape, 1), First(first), None
 
-    def logits(self, h):
-        return 5.0 * F.one_hot(h[:, 0].long(), 64)
+    def log_p(self, h, trace, row, column):
+        return (5.0 * F.one_hot(h[row, column, 0].long(), 64)).log_softmax(-1)
 
 
 def hand_group(rows: int, L: int, at: list[int], answers: Callable) -> dict:
