@@ -114,6 +114,7 @@ class Config:
     split_rows: bool = True  # a row is a key of what came before and a value of the token (not h)
     row_key: Literal["previous", "own"] = "previous"  # of split rows: made of h_t-1 | of h_t
     empty_slot: bool = True  # a read may choose a slot that is always empty
+    min_surprisal: NotNegative = 4.0  # nats; what GPT-2 expects more surely is not written, 0: all
     usage_decay: Share | Literal["auto"] = "auto"  # of usage at each token; auto = 1 - 1.28 / N
     use_links: bool = False  # temporal links and read modes (Graves)
     mask_min: Share = 1.0  # (M) lowest key mask, 1 = no masks; 0.1, with split_rows False
@@ -220,7 +221,7 @@ class DNCOptions(NamedTuple):
 
 class DNCState(NamedTuple):
     """What one step hands to the next, one row a sequence. Parts that are switched off are empty:
-    without links link and precedence, without split rows the last two."""
+    without links link and precedence, without split rows last, without min_surprisal hidden."""
     memory: Tensor  # (B, N, W)
     usage: Tensor  # (B, N) in [0, 1]
     write_weights: Tensor  # (B, N) >= 0, sum <= 1
@@ -229,6 +230,7 @@ class DNCState(NamedTuple):
     precedence: Tensor  # (B, N), or (B, 0)
     tokens: Tensor  # (B, N) id of the token last written with a weight above 1/2, -1 none; int64
     last: Tensor  # (B, C) LN(h) of the last token, or (B, 0)
+    hidden: Tensor  # (B, C) its h, which says how surely the next token was expected, or (B, 0)
 
 
 class DNCTrace(NamedTuple):
@@ -259,7 +261,7 @@ class Interface(NamedTuple):
 
 def zero_state(batch: int, slots: int, width: int, reads: int, options: DNCOptions,
                dtype: torch.dtype = torch.float32, device: torch.device | None = None,
-               hidden_size: int = 0) -> DNCState:
+               last_size: int = 0, hidden_size: int = 0) -> DNCState:
     """An empty memory: contents, usage, weightings and links are zero, no slot holds a token."""
     zeros = functools.partial(torch.zeros, dtype=dtype, device=device)
     linked = slots if options.use_links else 0
@@ -271,7 +273,8 @@ def zero_state(batch: int, slots: int, width: int, reads: int, options: DNCOptio
         link=zeros(batch, linked, linked),
         precedence=zeros(batch, linked),
         tokens=torch.full((batch, slots), -1, device=device),
-        last=zeros(batch, hidden_size),
+        last=zeros(batch, last_size),
+        hidden=zeros(batch, hidden_size),
     )
 
 
@@ -360,7 +363,7 @@ def dnc_step(x: Interface, state: DNCState, options: DNCOptions) -> tuple[Tensor
         read_weights = follow_links(x, read_weights, state.read_weights, link, options)
 
     state = DNCState(memory, usage, write_weights, read_weights, link, precedence, state.tokens,
-                     state.last)
+                     state.last, state.hidden)
     return read_weights @ memory[..., options.key_width :], state  # (B, R, W - K)
 
 
@@ -462,10 +465,6 @@ class RowInterface(nn.Module):
             empty=empty,
         )
 
-def at_least_float32(x: Tensor) -> Tensor:
-    return x if x.dtype == torch.float64 else x.float()
-
-
 def tokens_held(tokens: Tensor, write_weights: Tensor, before: Tensor) -> Tensor:
     """id_i(t) = x_t where w_t[i] > 1/2, else id_i(t-1): tokens (B, T), write_weights (B, T, N),
     before (B, N), the ids at the start -> (B, T, N). No gradient."""
@@ -489,10 +488,11 @@ class DNCMemory(nn.Module):
 
     def __init__(self, hidden_size: int, slots: int, width: int, reads: int,
                  options: DNCOptions = DNCOptions(), scan: str = "auto",
-                 biases: dict[str, float] | None = None, row_key: str = "previous") -> None:
+                 biases: dict[str, float] | None = None, row_key: str = "previous",
+                 min_surprisal: float = 0.0) -> None:
         super().__init__()
         self.slots, self.width, self.reads = slots, width, reads
-        self.options, self.scan = options, scan
+        self.options, self.scan, self.min_surprisal = options, scan, min_surprisal
         self.norm = nn.LayerNorm(hidden_size)
         self.value_width = width - options.key_width
         if options.key_width:
@@ -506,22 +506,26 @@ class DNCMemory(nn.Module):
         weight = self.read_proj.weight
         dtype = torch.promote_types(weight.dtype, torch.float32)
         last = len(weight) if self.options.key_width else 0
+        hidden = len(weight) if self.min_surprisal else 0
         return zero_state(batch_size, self.slots, self.width, self.reads, self.options, dtype,
-                          weight.device, last)
+                          weight.device, last, hidden)
 
     def forward(self, h: Tensor, state: DNCState, tokens: Tensor | None = None,
-                embedding: Tensor | None = None) -> tuple[Tensor, DNCState, DNCTrace]:
-        """h (B, T, C), state of B rows; for split rows tokens (B, T) and their embedding (B, T, C)
-        -> h_out (B, T, C), state after the last token, trace."""
+                embedding: Tensor | None = None, vocabulary: Tensor | None = None
+                ) -> tuple[Tensor, DNCState, DNCTrace]:
+        """h (B, T, C), state of B rows; for split rows tokens (B, T), their embedding (B, T, C) and
+        that of the vocabulary (V, C) -> h_out (B, T, C), state after the last token, trace."""
         normed = self.norm(h)
         before = None
         if self.options.key_width:
             last = state.last.unsqueeze(1).to(normed.dtype)  # (B, 1, C)
             before = torch.cat((last, normed[:, :-1]), dim=1)
         x = self.interface(normed, before, embedding)
+        if self.min_surprisal:
+            x, state = skip_expected(x, state, h, tokens, vocabulary, least=self.min_surprisal)
         with torch.autocast(h.device.type, enabled=False):  # 1 - 1e-6 is 1 in bfloat16
-            recurrence = pick_scan(self.scan, state, self.options)
-            reads, write_weights, read_weights, new = recurrence(x, state, self.options)
+            reads, write_weights, read_weights, new = pick_scan(
+                self.scan, state, self.options)(x, state, self.options)
         held = state.tokens.unsqueeze(1)[:, :0]  # (B, 0, N)
         if tokens is not None:
             held = tokens_held(tokens, write_weights, state.tokens)  # (B, T, N)
@@ -529,8 +533,8 @@ class DNCMemory(nn.Module):
         if self.options.key_width:
             new = new._replace(last=normed[:, -1].to(state.last.dtype))
         reads = reads.flatten(2).to(self.read_proj.weight.dtype)  # (B, T, R * (W - K))
-        h_out = h + self.read_proj(reads)
-        return h_out, new, DNCTrace(x.write_gate, write_weights, read_weights, held)
+        trace = DNCTrace(x.write_gate, write_weights, read_weights, held)
+        return h + self.read_proj(reads), new, trace
 
 
 # ══ Model: GPT2Model, memory, tied LM head ═══════════════════════════════════════════════════════
@@ -581,9 +585,9 @@ class GPT2WithMemory(nn.Module):
             return h, h, None, None
         if self.config.carry_memory:
             h = h.reshape(B, L, -1)
-            return h, *self.memory(h, state, tokens, embed(tokens))
+            return h, *self.memory(h, state, tokens, embed(tokens), embed.weight)
         empty = self.memory.init_state(len(windows))
-        h_out, _, trace = self.memory(h, empty, windows, embed(windows))
+        h_out, _, trace = self.memory(h, empty, windows, embed(windows), embed.weight)
         if trace is not None:
             trace = type(trace)(*(part.reshape(B, L, *part.shape[2:]) for part in trace))
         return h.reshape(B, L, -1), h_out.reshape(B, L, -1), state, trace
@@ -2115,6 +2119,41 @@ def plot_curves(runs: list[Run], path: Path, corpus: str) -> None:
 
 
 # ══ Memory, further: Graves' own interface, temporal links, the other options ════════════════════
+def at_least_float32(x: Tensor) -> Tensor:
+    return x if x.dtype == torch.float64 else x.float()
+
+
+COMMON = 1024  # first entries of a vocabulary, whose pieces byte pairs number by frequency
+
+
+@torch.no_grad()
+def surprisal(preceding: Tensor, tokens: Tensor, vocabulary: Tensor) -> Tensor:
+    """How little GPT-2 alone expected each token, in nats: -log of x_t's share of softmax(E h_t-1)
+    over x_t itself and the COMMON first entries, nearly all of the sum at little of its cost.
+
+    preceding (B, T, C) = h_t-1, tokens (B, T), vocabulary (V, C) -> (B, T), in float32 at least.
+    """
+    common = at_least_float32(vocabulary[:COMMON])
+    embedding = at_least_float32(F.embedding(tokens, vocabulary))  # (B, T, C)
+    with torch.autocast(preceding.device.type, enabled=False):
+        h = at_least_float32(preceding)
+        own = (h * embedding).sum(-1)  # (B, T), the logit of x_t
+        total = (h @ common.T).logsumexp(-1)
+    total = torch.where(tokens < COMMON, total, torch.logaddexp(total, own))
+    return total - own
+
+
+def skip_expected(x: Interface, state: DNCState, h: Tensor, tokens: Tensor, vocabulary: Tensor, *,
+                  least: float) -> tuple[Interface, DNCState]:
+    """Shut the write gates of x at tokens (B, T) of less surprisal than `least` nats -> x, and the
+    state that knows the last of h (B, T, C). departs from Graves: memory is for what GPT-2 would
+    not say anyway, and N slots reach further back when they hold that alone."""
+    preceding = torch.cat((state.hidden.unsqueeze(1).to(h.dtype), h[:, :-1]), dim=1)
+    is_written = surprisal(preceding, tokens, vocabulary) >= least
+    x = x._replace(write_gate=x.write_gate * is_written)
+    return x, state._replace(hidden=h[:, -1].detach().to(state.hidden.dtype))
+
+
 def pick_scan(scan: str, state: DNCState, options: DNCOptions) -> Callable:
     """The recurrence for such a state: dnc_loop, or dnc_scan, the same function fused, where it can
     run. Says once why it cannot; raises ValueError then if `scan` is "fused"."""
@@ -2255,8 +2294,9 @@ def sharpen(weights: Tensor, strengths: Tensor) -> Tensor:
 # ══ Other memories: what a DNC has to be better than ═════════════════════════════════════════════
 def build_memory(config: Config) -> nn.Module | None:
     """The memory that Config describes, None for "none". Each has init_state(batch) -> a NamedTuple
-    of tensors, batch first, and forward(h, state, tokens, embedding) -> h_out, state, trace or
-    None; h, h_out and the tokens' embedding are (B, T, C), tokens (B, T)."""
+    of tensors, batch first, and forward(h, state, tokens, embedding, vocabulary) -> h_out, state,
+    trace or None; h, h_out and the tokens' embedding are (B, T, C), tokens (B, T), the embedding of
+    the whole vocabulary is (V, C)."""
     C, N, W = config.hidden_size, config.mem_slots, config.mem_width
     build = {
         "none": lambda: None,
@@ -2283,7 +2323,8 @@ def build_dnc(config: Config) -> DNCMemory:
         empty_slot=config.empty_slot,
     )
     return DNCMemory(config.hidden_size, config.mem_slots, config.mem_width, config.num_reads,
-                     options, config.scan, row_key=config.row_key)
+                     options, config.scan, row_key=config.row_key,
+                     min_surprisal=config.min_surprisal)
 
 
 def zeros_beside(parameter: Tensor, *shape: int) -> Tensor:
@@ -2342,10 +2383,10 @@ class GRUMemory(nn.Module):
     def init_state(self, batch: int) -> GRUState:
         return GRUState(zeros_beside(self.recurrent, batch, self.size))
 
-    def forward(self, h: Tensor, state: GRUState, tokens: Tensor | None, embedding: Tensor
-                ) -> tuple[Tensor, GRUState, None]:
+    def forward(self, h: Tensor, state: GRUState, tokens: Tensor | None, embedding: Tensor,
+                vocabulary: Tensor | None = None) -> tuple[Tensor, GRUState, None]:
         """h, embedding (B, T, C), state of B rows -> h_out (B, T, C), state after the last token.
-        tokens are not looked at."""
+        tokens and vocabulary are not looked at."""
         both = torch.cat((self.norm(h), embedding), dim=-1)  # (B, T, 2C)
         x = at_least_float32(self.expand(self.reduce(both)))  # (B, T, 3 N W)
         with torch.autocast(h.device.type, enabled=False):  # states are kept in float32
@@ -2429,10 +2470,10 @@ class DeltaMemory(nn.Module):
             last=zeros_beside(self.log_rate, batch, hidden_size),
         )
 
-    def forward(self, h: Tensor, state: DeltaState, tokens: Tensor | None, embedding: Tensor
-                ) -> tuple[Tensor, DeltaState, None]:
+    def forward(self, h: Tensor, state: DeltaState, tokens: Tensor | None, embedding: Tensor,
+                vocabulary: Tensor | None = None) -> tuple[Tensor, DeltaState, None]:
         """h, embedding (B, T, C), state of B rows -> h_out (B, T, C), state after the last token.
-        tokens are not looked at."""
+        tokens and vocabulary are not looked at."""
         normed = self.norm(h)
         last = state.last.unsqueeze(1).to(normed.dtype)  # (B, 1, C)
         before = torch.cat((last, normed[:, :-1]), dim=1)  # LN(h_t-1)
@@ -2553,9 +2594,10 @@ class CacheMemory(nn.Module):
         )
 
     def forward(self, h: Tensor, state: CacheState, tokens: Tensor,
-                embedding: Tensor | None = None) -> tuple[Tensor, CacheState, CacheTrace]:
+                embedding: Tensor | None = None, vocabulary: Tensor | None = None
+                ) -> tuple[Tensor, CacheState, CacheTrace]:
         """h (B, T, C), state of B rows, tokens (B, T) -> h itself, state after the last token,
-        trace. The embedding is not looked at."""
+        trace. The others are not looked at."""
         cosine, held, new = self.look_up(h, state, tokens)
         weights = self.share * cache_weights(cosine, held, self.theta)  # (B, T, N)
         return h, new, CacheTrace(weights.unsqueeze(2), held)
@@ -2842,17 +2884,16 @@ def remember(model: nn.Module, h: Tensor, tokens: Tensor, take: Tensor, state: t
     trace and its state. A memory knows no padding: rows of one length go through it together."""
     if model.memory is None:
         return h, None, None
-    embedding = model.controller.wte(tokens)
     lengths = take.unique().tolist()
     if lengths == [h.shape[1]]:
-        h_out, state, trace = model.memory(h, state, tokens, embedding)
+        h_out, state, trace = ask_memory(model, h, state, tokens)
         return h_out, trace, state
 
     whole, trace = [], None
     for length in filter(bool, lengths):
         index = (take == length).nonzero().squeeze(1)
-        rows = [x[index, :length] for x in (h, tokens, embedding)]
-        h_out, new, trace = model.memory(rows[0], select_rows(state, index), *rows[1:])
+        some = select_rows(state, index)
+        h_out, new, trace = ask_memory(model, h[index, :length], some, tokens[index, :length])
         state = put_rows(index, new, state)
         parts = [h_out, *(trace or ())]
         whole = whole or [x.new_zeros(*h.shape[:2], *x.shape[2:]) for x in parts]
@@ -2860,6 +2901,12 @@ def remember(model: nn.Module, h: Tensor, tokens: Tensor, take: Tensor, state: t
             of_all[index, :length] = part
     h_out, *fields = whole
     return h_out, type(trace)(*fields) if fields else None, state
+
+
+def ask_memory(model: nn.Module, h: Tensor, state: tuple, tokens: Tensor) -> tuple:
+    """What a model's memory returns for h (B, m, C) and tokens (B, m)."""
+    vocabulary = model.controller.wte.weight
+    return model.memory(h, state, tokens, F.embedding(tokens, vocabulary), vocabulary)
 
 
 def select_rows(state: tuple | None, index: Tensor) -> tuple | None:
@@ -3468,9 +3515,9 @@ FREE_FIELDS = {
 # Fields that an arm without memory does not use: its checkpoints serve whatever they are.
 MEMORY_FIELDS = {
     "mem_slots", "mem_width", "num_reads", "carry_memory", "pointing", "split_rows", "row_key",
-    "empty_slot", "usage_decay", "use_links", "mask_min", "dealloc_wipe", "sharpen_links",
-    "memory_lr", "empty_share", "lambda_vocabulary", "lambda_routing", "lambda_entropy", "routing",
-    "routing_fraction",
+    "empty_slot", "usage_decay", "min_surprisal", "use_links", "mask_min", "dealloc_wipe",
+    "sharpen_links", "memory_lr", "empty_share", "lambda_vocabulary", "lambda_routing",
+    "lambda_entropy", "routing", "routing_fraction",
 }
 # What checkpoints say that are older than these fields: the plain DNC.
 OLDER_FIELDS = {
@@ -3479,6 +3526,7 @@ OLDER_FIELDS = {
     "row_key": "previous",
     "empty_slot": False,
     "usage_decay": 1.0,
+    "min_surprisal": 0.0,
     "empty_share": 0.0,
     "lambda_vocabulary": 0.0,
 }
@@ -3697,8 +3745,8 @@ END = "<|endoftext|>"  # begins, ends and pads a text
 # Fields of Config that say how a memory is built: DNCGPT2Config has them under the same names.
 CARRIED_FIELDS = (
     "seq_len", "memory", "mem_slots", "mem_width", "num_reads", "pointing", "split_rows", "row_key",
-    "empty_slot", "usage_decay", "use_links", "mask_min", "dealloc_wipe", "sharpen_links",
-    "lambda_vocabulary",
+    "empty_slot", "usage_decay", "min_surprisal", "use_links", "mask_min", "dealloc_wipe",
+    "sharpen_links", "lambda_vocabulary",
 )
 
 

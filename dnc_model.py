@@ -145,6 +145,7 @@ class DNCGPT2Config(PretrainedConfig):
                  row_key: str = "previous",
                  empty_slot: bool = True,
                  usage_decay: float | str = "auto",
+                 min_surprisal: float = 4.0,
                  use_links: bool = False,
                  mask_min: float = 1.0,
                  dealloc_wipe: bool = False,
@@ -176,6 +177,7 @@ class DNCGPT2Config(PretrainedConfig):
         self.row_key = row_key
         self.empty_slot = empty_slot
         self.usage_decay = usage_decay
+        self.min_surprisal = min_surprisal
         self.use_links = use_links
         self.mask_min = mask_min
         self.dealloc_wipe = dealloc_wipe

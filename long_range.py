@@ -950,7 +950,7 @@ def make_dnc(config: Config, arm: str) -> DNCMemory:
         return build_dnc(dnc_gpt2.Config(
             hidden_size=config.hidden_size, num_heads=1, mem_slots=config.mem_slots,
             mem_width=config.mem_width, num_reads=config.num_reads, use_links=config.use_links,
-            scan=config.scan))
+            min_surprisal=0.0, scan=config.scan))  # of symbols that nothing predicts
     biases = {
         "write_strength": config.strength_bias,
         "read_strengths": config.strength_bias,
@@ -1079,7 +1079,7 @@ def add_slots(state: tuple, more: int) -> tuple:
     for name, tensor in state._asdict().items():
         padded[name] = tensor
         is_used = 0 not in tensor.shape  # the links are not, where the DNC has none
-        if is_used and name != "last":
+        if is_used and name not in ("last", "hidden"):
             empty = -1 if name == "tokens" else 0
             padded[name] = F.pad(tensor, pads.get(name, (0, more)), value=empty)
     return type(state)(**padded)

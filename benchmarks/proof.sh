@@ -32,12 +32,12 @@ declare -A switches=(
     [all_on]="" [no_pointing]="--pointing False" [no_empty_slot]="--empty_slot False"
     [row_key_own]="--row_key own" [rows_whole]="--split_rows False" [no_decay]="--usage_decay 1.0"
     [slow_memory]="--memory_lr 0.1" [never_emptied]="--empty_share 0"
-    [no_vocabulary_loss]="--lambda_vocabulary 0"
+    [no_vocabulary_loss]="--lambda_vocabulary 0" [writes_all]="--min_surprisal 0"
     [no_card_losses]="--lambda_routing 0 --lambda_entropy 0"
 )
 if [[ $what == ablation ]]; then
     names="all_on no_pointing no_empty_slot row_key_own rows_whole no_decay slow_memory
-           never_emptied no_vocabulary_loss no_card_losses baseline"
+           never_emptied no_vocabulary_loss writes_all no_card_losses baseline"
 else
     names=${ARMS:-baseline dnc wide delta gru dnc_reset matched}
 fi

@@ -65,7 +65,7 @@ SIZES = {"card": CARD, "small": SMALL, "long": CARD | {"batch_size": 32, "seq_le
 
 # Fields of Config; what is not named stays as it is shipped.
 MEMORIES = {"pointing": {}, "plain": {"pointing": False, "split_rows": False, "empty_slot": False,
-                                      "usage_decay": 1.0}}
+                                      "usage_decay": 1.0, "min_surprisal": 0.0}}
 
 class Arm(NamedTuple):
     name: str  # baseline | dnc

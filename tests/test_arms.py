@@ -399,7 +399,8 @@ def test_an_emptied_row_starts_anew_and_the_others_go_on(start, arm):
     with torch.no_grad():
         empty = model.init_state(6)
         _, _, _ = model.hidden(tokens, empty)[:3]
-        _, state, _ = model.memory(torch.randn(6, 16, 16), empty, tokens, torch.randn(6, 16, 16))
+        table = model.head_weight()
+        _, state, _ = model.memory(torch.randn(6, 16, 16), empty, tokens, table[tokens], table)
     emptied = dnc_gpt2.empty_some_rows(state, run.config, 0)
     assert type(emptied) is type(state)
     kinds = set()

@@ -29,6 +29,7 @@ from oracle import (
 from oracle import tokens_held as oracle_tokens_held
 from oracle import zero_state as oracle_zero_state
 
+import dnc_gpt2
 from dnc_gpt2 import (
     DNCMemory,
     DNCOptions,
@@ -155,7 +156,8 @@ def to_torch(state, dtype=torch.float64, last=None) -> DNCState:
     """An oracle state as DNCState, in which no slot holds a token; without links the fields of the
     links are empty, without `last` (B, C) so is that."""
     B, N, _ = state["memory"].shape
-    empty = {"link": np.zeros((B, 0, 0)), "precedence": np.zeros((B, 0)), "last": np.zeros((B, 0))}
+    empty = {"link": np.zeros((B, 0, 0)), **dict.fromkeys(("precedence", "last", "hidden"),
+                                                          np.zeros((B, 0)))}
     if last is not None:
         empty["last"] = last
     fields = {k: torch.tensor(v, dtype=dtype) for k, v in {**empty, **state}.items()}
@@ -285,7 +287,7 @@ class Case:
         h = self.h if h is None else h
         tokens = self.tokens if tokens is None else tokens
         state = self.module.init_state(len(h)) if state is None else state
-        return self.module(h, state, tokens, self.table[tokens])
+        return self.module(h, state, tokens, self.table[tokens], self.table)
 
     def carried(self) -> DNCState:
         """The state after the case's own tokens, without its graph."""
@@ -472,6 +474,55 @@ def test_dnc_memory_matches_oracle(options):
         last = [layer_norm(x, p.weight.detach().numpy(), p.bias.detach().numpy())
                 for x in case.h[:, -1].numpy()]
         np.testing.assert_allclose(after.last, last, **close)
+
+
+def surprisal_by_hand(h, token, table, common) -> float:
+    """-log of a token's share of softmax(table h), over the first `common` and the token itself."""
+    logits = table @ h
+    counted = {*range(min(common, len(table))), int(token)}
+    total = np.log(sum(np.exp(logits[entry]) for entry in counted))
+    return total - logits[token]
+
+
+@pytest.mark.parametrize("common", [1, 5, 1024])
+def test_surprisal_is_minus_log_of_the_share_of_the_common_entries(common, monkeypatch):
+    monkeypatch.setattr(dnc_gpt2, "COMMON", common)
+    case = Case(PLAIN, torch.float64)
+    found = dnc_gpt2.surprisal(case.h, case.tokens, case.table)
+    wanted = [[surprisal_by_hand(h, token, case.table.numpy(), common)
+               for h, token in zip(*row, strict=True)]
+              for row in zip(case.h.numpy(), case.tokens.tolist(), strict=True)]
+    np.testing.assert_allclose(found, wanted, atol=1e-12, rtol=0)
+
+
+@pytest.mark.parametrize("options", [PLAIN, DNCOptions(key_width=2, empty_slot=True)],
+                         ids=["plain", "key+empty"])
+def test_dnc_memory_writes_only_what_was_not_expected(options):
+    """The gate is the interface's where the token before left the surprisal, across segments too,
+    and nothing else; what comes later changes no gate."""
+    case = Case(options, torch.float64, min_surprisal=3.0)
+    B, T, C, *_ = case.sizes
+    case.h *= 0.5  # of less sure a controller
+    state = case.carried()
+    np.testing.assert_array_equal(state.hidden, case.h[:, -1])
+    with torch.no_grad():
+        _, _, trace = case.run(state=state)
+    preceding = np.concatenate((state.hidden[:, None].numpy(), case.h[:, :-1].numpy()), axis=1)
+    surprisal = np.array([[surprisal_by_hand(preceding[b, t], case.tokens[b, t],
+                                             case.table.numpy(), 1024)
+                           for t in range(T)] for b in range(B)])
+    is_written = surprisal >= 3.0
+    assert 0.2 < is_written.mean() < 0.9
+    gates = case.instructions(state).write_gate.numpy()
+    np.testing.assert_allclose(trace.write_gate, gates * is_written, atol=1e-12, rtol=0)
+    assert (trace.write_weights.sum(-1).numpy() > 0).tolist() == is_written.tolist()
+
+    parts, carried = [], state
+    with torch.no_grad():
+        for at in (slice(0, 4), slice(4, 5), slice(5, T)):
+            _, carried, part = case.run(case.h[:, at], carried, case.tokens[:, at])
+            parts.append(part.write_gate)
+    np.testing.assert_allclose(torch.cat(parts, 1), trace.write_gate, atol=1e-12, rtol=0)
 
 
 def test_tokens_held_is_last_write_above_half():

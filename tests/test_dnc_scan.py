@@ -871,7 +871,7 @@ def test_config_scan_chooses_the_recurrence(backend):
         module = dnc_gpt2.build_memory(tiny_config(scan=scan))
         where = (dnc_scan, "dnc_scan") if forbidden == "dnc_scan" else (dnc_gpt2, "dnc_loop")
         with mock.patch.object(*where, refuse_loop):
-            module(h, module.init_state(1), ids, h)
+            module(h, module.init_state(1), ids, h, vocabulary=h[0])
 
 
 # ══ Refusals ═════════════════════════════════════════════════════════════════════════════════════

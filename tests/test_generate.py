@@ -75,8 +75,9 @@ def windows_written_out(model, tokens, stride: int) -> torch.Tensor:
     h = torch.stack(h).unsqueeze(0)  # (1, T, C)
     pointer = None
     if model.memory is not None:
-        embedding = model.controller.wte(tokens.unsqueeze(0))
-        h, _, trace = model.memory(h, model.init_state(1), tokens.unsqueeze(0), embedding)
+        table = model.controller.wte.weight
+        h, _, trace = model.memory(h, model.init_state(1), tokens.unsqueeze(0),
+                                   table[tokens].unsqueeze(0), table)
         pointer = dnc_gpt2.point(trace) if trace is not None else None
     return dnc_gpt2.next_token_log_p(h[0], model.controller.wte.weight, pointer)
 

@@ -292,7 +292,7 @@ class VocabularyProducts(TorchDispatchMode):
     ("dnc", {"routing_fraction": 0.25}, 8), ("dnc", {"routing_fraction": 1.0}, 32)])
 def test_step_computes_logits_without_memory_only_where_routing_needs_them(
         start, arm, fields, without):
-    run = start(arm, **fields)
+    run = start(arm, min_surprisal=0.0, **fields)  # which takes the logits of common tokens
     tokens, positions = tokens_of(run.config), dnc_gpt2.routing_positions(run.config, 0)
     with VocabularyProducts() as products:
         output = run.model(tokens[:, :-1], tokens[:, 1:], run.model.init_state(2), positions)
@@ -899,7 +899,7 @@ def test_init_from_refuses_what_does_not_fit(pretrained, tmp_path, start):
 def test_tiny_sizes_hold_for_every_switch(start, corpus):
     """The switches of the memory pass through Config into a step that trains."""
     graves = {"pointing": False, "split_rows": False, "empty_slot": False, "usage_decay": 1.0,
-              "empty_share": 0.0}
+              "min_surprisal": 0.0, "empty_share": 0.0}
     for fields in ({"use_links": True}, {"mask_min": 0.1, "split_rows": False}, graves,
                    {"dealloc_wipe": True}, {"use_links": True, "sharpen_links": True},
                    {"routing": "kl"}, {"row_key": "own"}, {"usage_decay": 0.5}):
