@@ -6,8 +6,10 @@
 
 The cache is the continuous neural cache (Grave et al. 2017) over the baseline's last hidden states:
 p = (1 - lambda) p_lm + lambda sum_s softmax_s(theta cos(h_t, h_s)) [x_s+1 = y], s the last N states
-before t, N the slots of the DNC. theta and lambda are chosen on validation, test is scored once.
-How to read it: perplexity, and which part of the nats saved falls on `<unk>` and on all the rest.
+before t, N the slots of the DNC. "of the unexpected": s the last N states after which a token came
+that the baseline had not expected, by --least nats, as the DNC writes. theta and lambda are chosen
+on validation, test is scored once. How to read it: perplexity, and which part of the nats saved
+falls on `<unk>` and on all the rest.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ import sys
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -34,6 +37,7 @@ from dnc_gpt2 import (
     folder_texts,
     load_checkpoint,
     perplexity,
+    surprisal,
     tokenize,
 )
 
@@ -62,26 +66,45 @@ def token_nll(model: dnc_gpt2.GPT2WithMemory, stream: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def cache_probability(model: dnc_gpt2.GPT2WithMemory, stream: Tensor, slots: int
-                      ) -> dict[float, Tensor]:
-    """By theta, what the cache gives every target of a stream, (ROWS, length); 0 while empty."""
+def cache_probability(model: dnc_gpt2.GPT2WithMemory, stream: Tensor, slots: int,
+                      least: float = 0.0) -> dict[float, Tensor]:
+    """By theta, what the cache gives every target of a stream, (ROWS, length); 0 while empty. It
+    holds tokens of at least so many nats of surprisal."""
     inputs, targets = evaluation_rows(stream, ROWS)
-    length = model.config.seq_len
-    memory = CacheMemory(model.config.hidden_size, slots)
-    state = memory.init_state(ROWS)
-    found = {theta: [] for theta in memory.THETAS}
-    for x, y in zip(inputs.split(length, 1), targets.split(length, 1), strict=True):
-        h = model.hidden(x, None)[0]  # (ROWS, T, C)
-        cosine, held, state = memory.look_up(h, state, x)  # (ROWS, T, N)
-        match = held == y.unsqueeze(2)
-        for theta in memory.THETAS:
-            found[theta].append((cache_weights(cosine, held, theta) * match).sum(-1))
-    return {theta: torch.cat(parts, dim=1) for theta, parts in found.items()}
+    windows = [model.hidden(x, None)[0] for x in inputs.split(model.config.seq_len, 1)]
+    h = torch.cat(windows, dim=1)  # (ROWS, length, C)
+    before = F.pad(h[:, :-1], (0, 0, 1, 0))  # the state that each token followed
+    is_kept = surprisal(before, inputs, model.head_weight()) >= least
+    is_kept[:, 0] = False  # the first token followed none
+
+    by_theta = {theta: torch.zeros(targets.shape) for theta in CacheMemory.THETAS}
+    for row in range(ROWS):
+        unit, keys = F.normalize(h[row], dim=-1), F.normalize(before[row], dim=-1)
+        places = is_kept[row].nonzero().squeeze(1)
+        if not len(places):
+            continue
+        newest = is_kept[row].cumsum(0).unsqueeze(1) - 1  # (length, 1), of the places up to t
+        slot = newest - torch.arange(slots)  # (length, N)
+        for at in torch.arange(len(unit)).split(256):
+            place = places[slot[at].clamp_min(0)]  # (t, N)
+            held = torch.where(slot[at] >= 0, inputs[row, place], -1)
+            cosine = (keys[place] @ unit[at].unsqueeze(2)).squeeze(2)  # (t, N)
+            match = held == targets[row, at].unsqueeze(1)
+            for theta, found in by_theta.items():
+                found[row, at] = (cache_weights(cosine, held, theta) * match).sum(-1)
+    return by_theta
 
 
 def mixed_nll(nll: Tensor, cache: Tensor, share: float) -> Tensor:
     """The nats of (1 - share) p_lm + share p_cache."""
     return -((1 - share) * (-nll).exp() + share * cache).log()
+
+
+def best_setting(nll: Tensor, cache: dict[float, Tensor], scored: Tensor) -> tuple[float, float]:
+    """theta and lambda of the least mean nats."""
+    settings = itertools.product(CacheMemory.THETAS, CacheMemory.LAMBDAS)
+    return min(settings, key=lambda pair: mixed_nll(
+        nll, cache[pair[0]], pair[1])[scored].mean().item())
 
 
 def is_unknown(stream: Tensor, tokenizer: Tokenizer) -> Tensor:
@@ -111,6 +134,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--dnc", help="checkpoint of a GPT2 + DNC of the same data")
     parser.add_argument("--dataset", required=True, help="folder with valid.txt and test.txt")
     parser.add_argument("--slots", type=int, default=64, help="of the cache, without --dnc")
+    parser.add_argument("--least", type=float, default=4.0, help="nats, of the choosy cache")
     parser.add_argument("--tokens", type=int, default=100_000, help="of each split")
     parser.add_argument("--json", help="file for the figures")
     args = parser.parse_args(argv)
@@ -123,20 +147,20 @@ def main(argv: list[str]) -> int:
     dnc = load_model(args.dnc)[0] if args.dnc else None
     slots = dnc.config.mem_slots if dnc else args.slots
 
-    figures, best = [], None
+    figures, best = [], {}
     for split, stream in streams.items():
         scored = evaluation_rows(stream, ROWS)[1] != -100
         unknown = is_unknown(stream, tokenizer)
         nll = token_nll(base, stream)
-        cache = cache_probability(base, stream, slots)
-        if best is None:
-            settings = list(itertools.product(CacheMemory.THETAS, CacheMemory.LAMBDAS))
-            best = min(settings, key=lambda pair: mixed_nll(
-                nll, cache[pair[0]], pair[1])[scored].mean().item())
-        theta, share = best
-        print(f"{split}, {scored.sum():,} tokens, N {slots}: theta {theta}, lambda {share}, chosen "
-              f"on validation\n  {'':<34} {'ppl':>8}  {'change':>7}   of gain on <unk>")
-        rows = {"baseline": nll, "neural cache": mixed_nll(nll, cache[theta], share)}
+        print(f"{split}, {scored.sum():,} tokens, N {slots}\n  {'':<34} {'ppl':>8}  {'change':>7}"
+              "   of gain on <unk>")
+        rows = {"baseline": nll}
+        for name, least in (("neural cache", 0.0), ("of the unexpected", args.least)):
+            cache = cache_probability(base, stream, slots, least)
+            if split == "valid":
+                best[name] = best_setting(nll, cache, scored)
+            theta, share = best[name]
+            rows[f"{name}, {theta:g}, {share:g}"] = mixed_nll(nll, cache[theta], share)
         if dnc:
             rows["DNC"] = token_nll(dnc, stream)
         for name, values in rows.items():
