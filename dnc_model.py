@@ -145,7 +145,7 @@ class DNCGPT2Config(PretrainedConfig):
                  row_key: str = "previous",
                  empty_slot: bool = True,
                  usage_decay: float | str = "auto",
-                 min_surprisal: float = 4.0,
+                 min_surprisal: float = 0.0,  # as in folders that are older than it
                  use_links: bool = False,
                  mask_min: float = 1.0,
                  dealloc_wipe: bool = False,
@@ -224,7 +224,8 @@ class DNCGPT2ForCausalLM(StatefulCausalLM):
         Its logits are GPT-2's until the memory has learnt something."""
         controller = GPT2Model.from_pretrained(name)
         base = controller.config.to_dict()
-        model = cls(DNCGPT2Config(base=base, **{"pointer_gate": True} | fields))
+        shipped = {"pointer_gate": True, "min_surprisal": 4.0}
+        model = cls(DNCGPT2Config(base=base, **shipped | fields))
         model.controller.load_state_dict(controller.state_dict())
         return model
 

@@ -1142,8 +1142,8 @@ TESTED_FIELDS = ("lengths", "mqar_test", "test_rows")
 HARDWARE_FIELDS = ("workers", "scan", "data_dir", "save_dir", "plot_dir", "log_every_steps")
 # Fields of no other arm, and without influence on the number of parameters.
 EDM_FIELDS = ("edm_slots", "edm_base_steps")
-DNC_FIELDS = ("mem_slots", "strength_bias", "free_bias", "write_bias", "allocation_bias",
-              "lambda_gate", "lambda_closing")
+DNC_FIELDS = ("mem_slots", "lambda_gate", "lambda_closing")
+BIAS_FIELDS = ("strength_bias", "free_bias", "write_bias", "allocation_bias")  # of Graves' alone
 
 
 # What a checkpoint has to hold to be compared.
@@ -1159,6 +1159,8 @@ def free_fields(job: Job) -> set[str]:
         free.update(EDM_FIELDS)
     if job.arm not in DNC_ARMS:
         free.update(DNC_FIELDS)
+    if job.arm != "dnc":
+        free.update(BIAS_FIELDS)
     return free
 
 

@@ -39,6 +39,7 @@ TINY = {
     "num_reads": 2, "batch_size": 4, "seq_len": 16, "bptt_segments": 2, "dropout": 0.1,
     "max_steps": 40, "lr": 3e-3, "routing_fraction": 0.25, "log_every_steps": 4,
     "save_every_steps": 6, "eval_tokens": 200, "eval_rows": 4, "num_gpus": 0,
+    "min_surprisal": 5.7,  # log of its vocabulary: before training some tokens are written
 }  # fmt: skip
 
 

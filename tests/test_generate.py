@@ -32,7 +32,8 @@ KINDS = ("dnc", "gru", "delta", "cache", "none")
 def make(dtype=torch.float64, seed: int = 0, base: dict | None = None, **fields):
     """A model whose memory speaks: its parameters are not those of step 0."""
     torch.manual_seed(seed)
-    settings = {"mem_slots": 5, "mem_width": 8, "num_reads": 2, "scan": "eager"} | fields
+    settings = {"mem_slots": 5, "mem_width": 8, "num_reads": 2, "scan": "eager",
+                "min_surprisal": 3.9} | fields  # log of V: some tokens are written, others not
     base = GPT2Config(**BASE | (base or {})).to_dict()
     model = dm.DNCGPT2ForCausalLM(dm.DNCGPT2Config(base=base, **settings)).to(dtype).eval()
     with torch.no_grad():
@@ -146,7 +147,7 @@ def test_blocks_are_the_windows_of_evaluation():
     """With stride = seq_len the folder's loss is that of dnc_gpt2's own evaluation."""
     config = dnc_gpt2.Config(hidden_size=16, num_layers=2, num_heads=2, seq_len=W, mem_slots=5,
                              mem_width=8, num_reads=2, batch_size=4, precision="float32",
-                             scan="eager")
+                             min_surprisal=3.9, scan="eager")
     model = dnc_gpt2.build_model(config, dnc_gpt2.controller_config(config, V)).double()
     other = make(stride=W)
     missing = other.load_state_dict(model.state_dict())
