@@ -78,21 +78,27 @@ def cache_probability(model: dnc_gpt2.GPT2WithMemory, stream: Tensor, slots: int
     is_kept[:, 0] = False  # the first token followed none
 
     by_theta = {theta: torch.zeros(targets.shape) for theta in CacheMemory.THETAS}
+    unit, keys = F.normalize(h, dim=-1), F.normalize(before, dim=-1)
     for row in range(ROWS):
-        unit, keys = F.normalize(h[row], dim=-1), F.normalize(before[row], dim=-1)
-        places = is_kept[row].nonzero().squeeze(1)
-        if not len(places):
-            continue
-        newest = is_kept[row].cumsum(0).unsqueeze(1) - 1  # (length, 1), of the places up to t
-        slot = newest - torch.arange(slots)  # (length, N)
-        for at in torch.arange(len(unit)).split(256):
-            place = places[slot[at].clamp_min(0)]  # (t, N)
-            held = torch.where(slot[at] >= 0, inputs[row, place], -1)
-            cosine = (keys[place] @ unit[at].unsqueeze(2)).squeeze(2)  # (t, N)
+        places = places_held(is_kept[row], slots)  # (length, N)
+        for at in torch.arange(inputs.shape[1]).split(256):
+            place = places[at].clamp_min(0)  # (t, N)
+            held = torch.where(places[at] >= 0, inputs[row, place], -1)
+            cosine = (keys[row, place] @ unit[row, at].unsqueeze(2)).squeeze(2)  # (t, N)
             match = held == targets[row, at].unsqueeze(1)
             for theta, found in by_theta.items():
-                found[row, at] = (cache_weights(cosine, held, theta) * match).sum(-1)
+                weights = cache_weights(cosine, held, theta)
+                found[row, at] = (weights * match).sum(-1)
     return by_theta
+
+
+def places_held(is_kept: Tensor, slots: int) -> Tensor:
+    """Of a row (length,), the last `slots` places up to each place that are kept; -1 none."""
+    places = is_kept.nonzero().squeeze(1)
+    places = torch.cat((places, torch.tensor([-1])))  # what index -1 finds
+    newest = is_kept.cumsum(0).unsqueeze(1) - 1  # (length, 1)
+    slot = newest - torch.arange(slots)  # (length, slots)
+    return places[slot.clamp_min(-1)]
 
 
 def mixed_nll(nll: Tensor, cache: Tensor, share: float) -> Tensor:
