@@ -36,7 +36,8 @@ def compiled(fastmath, inlined=True):
     optimised once more and which may round differently. In the process that compiles, a call
     reaches the first, as its name is known before the caller's code is loaded; in one that loads
     the caller from the cache, it reaches the copy. An inlined callee is not called: then both
-    processes compute the same bits, and a run resumes in the bits in which it began."""
+    processes compute the same bits, and a run resumes in the bits in which it began. So all are
+    inlined but the two that no other function of this file calls."""
     def decorate(function):
         if numba is None:
             return function
@@ -269,7 +270,7 @@ def forward_rows(
                     copy(p, precedences[b, t])
                 copy_rows(cosine, cosines[b, t])
 
-@compiled(FAST, inlined=False)  # its sums, which both of its forms round alike, would change
+@compiled(FAST)
 def content_backward(strength, key_norm, norms, cosine, content, d_content, d_dots, shrink, one):
     """Backward of content_step down to the dot products of the key with every slot: sets d_dots
     (N,) and adds to shrink (N,), the share of its own row that a slot's gradient loses to its norm

@@ -45,7 +45,7 @@ from dnc_gpt2 import (
     usage_update,
     zero_state,
 )
-from dnc_scan import cuda, operator
+from dnc_scan import cpu, cuda, operator
 from dnc_scan.layout import STATE
 
 PLAIN = DNCOptions()
@@ -692,18 +692,28 @@ import hashlib, torch
 from dnc_gpt2 import DNCOptions, interface_sizes, split_interface, zero_state
 from dnc_scan import dnc_scan
 torch.set_num_threads(1)
-options, (B, T, N, W, R) = DNCOptions(key_width=32, usage_decay=0.96, empty_slot=True), SIZES
-draw = torch.Generator().manual_seed(0)
-z = torch.randn(B, T, sum(interface_sizes(W, R, options).values()), generator=draw)
-x = split_interface(z.requires_grad_(), W, R, options)
-x = x._replace(write_key=x.write_key[..., :32], read_keys=x.read_keys[..., :32])
-memory = torch.randn(B, N, W, generator=draw, requires_grad=True)
-state = zero_state(B, N, W, R, options)._replace(memory=memory)
-reads, w, wr, after = dnc_scan(x, state, options, "numba")
-loss = sum(value.square().sum() for value in (reads, w, wr, *after[:6]))
-for tensor in (reads, *torch.autograd.grad(loss, (z, memory))):
-    print(hashlib.sha256(tensor.detach().numpy().tobytes()).hexdigest())
-""".replace("SIZES", "(8, 64, 32, 64, 4)")
+for B, T, N, W, R, K in SIZES:
+    options = DNCOptions(key_width=K, usage_decay=0.96, empty_slot=True)
+    draw = torch.Generator().manual_seed(0)
+    z = torch.randn(B, T, sum(interface_sizes(W, R, options).values()), generator=draw)
+    x = split_interface(z.requires_grad_(), W, R, options)
+    x = x._replace(write_key=x.write_key[..., :K], read_keys=x.read_keys[..., :K])
+    memory = torch.randn(B, N, W, generator=draw, requires_grad=True)
+    state = zero_state(B, N, W, R, options)._replace(memory=memory)
+    reads, w, wr, after = dnc_scan(x, state, options, "numba")
+    loss = sum(value.square().sum() for value in (reads, w, wr, *after[:6]))
+    for tensor in (reads, *torch.autograd.grad(loss, (z, memory))):
+        print(hashlib.sha256(tensor.detach().numpy().tobytes()).hexdigest())
+""".replace("SIZES", "((8, 64, 32, 64, 4, 32), (8, 64, 16, 16, 4, 8), (3, 17, 11, 7, 3, 3))")
+
+
+@numba_only
+def test_every_kernel_that_another_calls_is_inlined(backend):
+    """Or the process that compiles rounds otherwise than those that load what it compiled."""
+    kernels = {name for name, value in vars(cpu).items() if hasattr(value, "targetoptions")}
+    inlined = {name for name in kernels if getattr(cpu, name).targetoptions["forceinline"]}
+    assert kernels - inlined == {"forward_rows", "backward_rows"}
+    assert {"content_backward", "dot"} <= inlined
 
 
 @pytest.mark.slow
@@ -719,7 +729,7 @@ def test_compiled_and_cached_kernels_give_the_same_bits(tmp_path):
         printed.append(done.stdout.split())
     for kernel in ("forward_rows", "backward_rows"):
         assert list(tmp_path.rglob(f"*{kernel}*.nbc"))
-    assert len(set(printed[0])) == 3
+    assert len(set(printed[0])) == 9
     assert printed[1] == printed[0]
 
 
