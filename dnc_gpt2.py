@@ -5435,6 +5435,23 @@ def run_comparison(config: Config, preset: str, stop: StopSignal) -> None:
         compare_arms(config, corpus, device, gpus, preset, stop)
 
 
+def say_where_ids_are_not_by_frequency(config: Config, corpus: Corpus) -> None:
+    """Say what that does to `surprisal`, which sums over the first entries of the vocabulary."""
+    share = (corpus.train < COMMON).float().mean().item()
+    if config.min_surprisal == 0 or share > 0.3:
+        return
+    low = -math.log(max(share, 1e-6))
+    print(f"min_surprisal: only {share:.1%} of the training tokens are among the first {COMMON:,} "
+          f"entries of this vocabulary, which are not its most frequent: surprisal reads about "
+          f"{low:.1f} nats low, and fewer tokens are written (--min_surprisal "
+          f"{max(0.0, config.min_surprisal - low):.1f} makes up for it)")
+
+
+def say_where_the_recurrence_is_slow(config: Config, device: torch.device) -> None:
+    memory = build_memory(config).to(device)
+    pick_scan(config.scan, memory.init_state(1), memory.options)
+
+
 def compare_arms(config: Config, corpus: Corpus, device: torch.device, gpus: int, preset: str,
                  stop: StopSignal) -> None:
     """`run_comparison` on a device (that of a rank), in folders that can be written."""
@@ -5455,8 +5472,8 @@ def compare_arms(config: Config, corpus: Corpus, device: torch.device, gpus: int
         settings = controller_config(of_arm, corpus.vocab_size)
         check_memory(arm_bytes(of_arm, settings), SIZES, device)
     if {"dnc", "dnc_reset"} & set(config.arm_list):
-        memory = build_memory(config).to(device)
-        pick_scan(config.scan, memory.init_state(1), memory.options)
+        say_where_ids_are_not_by_frequency(config, corpus)
+        say_where_the_recurrence_is_slow(config, device)
     if was_restarted():
         config = dataclasses.replace(config, resume="auto")
     elif ranks.rank == 0:

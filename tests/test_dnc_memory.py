@@ -484,6 +484,20 @@ def surprisal_by_hand(h, token, table, common) -> float:
     return total - logits[token]
 
 
+def test_a_vocabulary_that_is_not_numbered_by_frequency_is_said(corpus, capsys, monkeypatch):
+    say, config = dnc_gpt2.say_where_ids_are_not_by_frequency, tiny_config()
+    say(config, corpus)
+    assert capsys.readouterr().out == ""
+    monkeypatch.setattr(dnc_gpt2, "COMMON", 10)
+    rare = torch.tensor([3] + 9 * [200])
+    say(config, corpus._replace(train=rare))
+    printed = capsys.readouterr().out
+    assert "10.0% of the training tokens" in printed and "2.3 nats low" in printed
+    assert f"--min_surprisal {5.7 - np.log(10):.1f}" in printed
+    say(tiny_config(min_surprisal=0.0), corpus._replace(train=rare))
+    assert capsys.readouterr().out == ""
+
+
 @pytest.mark.parametrize("common", [1, 5, 1024])
 def test_surprisal_is_minus_log_of_the_share_of_the_common_entries(common, monkeypatch):
     monkeypatch.setattr(dnc_gpt2, "COMMON", common)
