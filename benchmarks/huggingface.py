@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+sys.path[0] = str(ROOT)  # not this folder, whose kernels.py a package of that name would meet
 SCRATCH = tempfile.TemporaryDirectory(prefix="huggingface-")
 os.environ["HF_MODULES_CACHE"] = f"{SCRATCH.name}/modules"  # the folders' code, not the user's
 os.environ["HF_HUB_OFFLINE"] = "1"
