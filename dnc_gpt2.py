@@ -653,6 +653,7 @@ class Run:
     total_steps: int
     steps_per_epoch: int
     tag: str = ""  # in file names, what tells it from other runs of its arm: seed, rate
+    turns: int = 1  # in which an arm of fewer rows reads what the others read at once
     step: int = 0
     state: tuple | None = None  # of the memory
     history: list[dict] = dataclasses.field(default_factory=list)  # rows of metrics.jsonl
@@ -702,9 +703,10 @@ def train_step(run: Run, forward: nn.Module, rows: Tensor) -> None:
     """One step on the next step_len tokens of every row. Raises Diverged, the weights untouched."""
     config, within = run.config, run.step % run.steps_per_epoch
     if within == 0:  # a new pass over the stream starts with an empty memory
-        run.state = run.model.init_state(len(rows))
-    start = within * config.step_len
+        run.state = run.model.init_state(len(rows) // run.turns)
+    start = within // run.turns * config.step_len
     run.state = empty_some_rows(run.state, config, run.step)
+    rows = rows[within % run.turns :: run.turns]
     tokens = rows[:, start : start + config.step_len + 1]  # (B, L + 1)
     tokens = tokens.to(run.device, non_blocking=True)
     set_rates(run)
@@ -938,8 +940,9 @@ def train(run: Run, corpus: "Corpus", forward: nn.Module, stop: "StopSignal") ->
     from tqdm import tqdm
 
     config, started = run.config, run.step
-    rows = training_rows(corpus.train, config.rows, config.step_len)
-    rows = rows[share_of(config.rows)]
+    rows = training_rows(corpus.train, config.rows * run.turns, config.step_len // run.turns)
+    share = share_of(config.rows)
+    rows = rows[share.start * run.turns : share.stop * run.turns]
     peak_memory_mb(run.device, reset=True)
     bar = tqdm(total=run.total_steps, initial=run.step, desc=run.arm, unit="step",
                disable=rank_and_size().rank > 0)
@@ -3557,7 +3560,7 @@ def checkpoint_payload(run: Run, corpus: Corpus) -> dict:
         "optimizer_state_dict": run.optimizer.state_dict(),
         "global_step": run.step,
         "epoch": run.step // run.steps_per_epoch,
-        "stream_position": run.step % run.steps_per_epoch * run.config.step_len,
+        "stream_position": run.step % run.steps_per_epoch // run.turns * run.config.step_len,
         "val_ppl": last_perplexity(run),
         "memory_state": state_of_all_rows(run.state),
         "rng": random_states(),
@@ -5147,7 +5150,7 @@ def arm_config(name: str, config: Config) -> Config:
     replace = functools.partial(dataclasses.replace, config)
     if name == "matched":
         return replace(memory="none", mlp_width=matched_width(config))
-    if name == "wide":  # half as many windows: the same tokens a step, and the same rows if it can
+    if name == "wide":  # half as many windows a step: the same rows, or in two turns
         require_field(config, "batch_size", config.batch_size % 2 == 0,
                       "even for the arm wide, which has half as many windows, twice as long")
         segments = config.bptt_segments
@@ -5167,15 +5170,18 @@ def arm_config(name: str, config: Config) -> Config:
 def start_run(name: str, config: Config, corpus: Corpus, device: torch.device, tag: str = ""
               ) -> Run:
     """Build one arm, as `arm_config` has it, ready to train, resumed if Config says so."""
-    config = arm_config(name, config)
+    rows, config = config.rows, arm_config(name, config)
     model = build_model(config, controller_config(config, corpus.vocab_size)).to(device)
     if config.checkpoint_activations:
         model.controller.activation_checkpointing_enable({"use_reentrant": False})
     if config.use_compile:
         model.controller.compile(mode=config.compile_mode)
-    per_epoch = (len(corpus.train) - 1) // (config.rows * config.step_len)
+    steps = (len(corpus.train) - 1) // (config.rows * config.step_len)
+    turns = min(steps, rows // config.rows)
+    per_epoch = steps // turns * turns
     total = config.max_steps or config.epochs * per_epoch
-    run = Run(ARMS[name], config, model, make_optimizer(model, config), total, per_epoch, tag)
+    run = Run(ARMS[name], config, model, make_optimizer(model, config), total, per_epoch, tag,
+              turns)
     rank = rank_and_size().rank
     if rank > 0:  # its rows drop other units than those of rank 0
         torch.manual_seed(config.seed * 1_000_003 + rank * 7_919)

@@ -466,6 +466,28 @@ def test_wide_has_the_tokens_of_a_step_in_windows_twice_as_long(segments, batch,
         assert wide.rows == config.rows
 
 
+@pytest.mark.parametrize("segments, batch", [(1, 4), (2, 4), (3, 12)])
+def test_wide_reads_what_the_baseline_reads(start, corpus, monkeypatch, segments, batch):
+    """Of every two steps the same windows as targets."""
+    plain = dnc_gpt2.add_gradients
+    seen = []
+
+    def note_windows(run, forward, tokens):
+        seen.extend(tuple(window) for window in tokens[:, 1:].reshape(-1, 4).tolist())
+        return plain(run, forward, tokens)
+
+    monkeypatch.setattr(dnc_gpt2, "add_gradients", note_windows)
+    windows = {}
+    for arm in ("baseline", "wide"):
+        seen.clear()
+        run = start(arm, seq_len=4, bptt_segments=segments, batch_size=batch)
+        run.total_steps = run.steps_per_epoch // 2 * 2
+        dnc_gpt2.train(run, corpus, run.model, dnc_gpt2.StopSignal())
+        windows[arm] = [sorted(seen[at : at + 2 * batch])
+                        for at in range(0, len(seen), 2 * batch)]
+    assert windows["wide"] == windows["baseline"] and len(windows["wide"]) >= 4
+
+
 def test_arms_differ_by_what_their_names_say():
     config = tiny_config(**TINIEST)
     base = vars(dnc_gpt2.arm_config("baseline", config))
