@@ -672,7 +672,7 @@ class Run:
     @property
     def tokens_per_s(self) -> float:
         """Training tokens a second, warm-up and evaluation left out; NaN before any."""
-        return self.meter["tokens"] / (self.meter["seconds"] or math.nan)
+        return self.meter["tokens"] / self.meter["seconds"] if self.meter["tokens"] else math.nan
 
     @property
     def device(self) -> torch.device:
@@ -904,17 +904,27 @@ def validate(run: Run, corpus: "Corpus", stop: "StopSignal") -> None:
 
 
 def finish(run: Run, corpus: "Corpus", stop: "StopSignal") -> None:
-    """Score validation and test, and save the finished arm."""
+    """Score validation and test, and save the finished arm; where that fails, what was trained."""
     run.meter["peak_mb"] = max(peak_memory_mb(run.device), run.meter["peak_mb"])
     print(f"{run.arm}: evaluating on validation and test", flush=True)
+    try:
+        run.results = final_results(run, corpus, stop)
+    except Exception:  # say, no memory left; a StopSignal is none
+        save_checkpoint(run, corpus)
+        raise
+    save_checkpoint(run, corpus, final=True)
+
+
+def final_results(run: Run, corpus: "Corpus", stop: "StopSignal") -> dict:
+    """The evaluations of validation and test, with memory swapped too, and what the run cost."""
     config = run.config
     end = config.final_eval_tokens + 1 if config.final_eval_tokens else None
     valid, test = corpus.valid[:end], corpus.test[:end]
-    run.results = {
+    results = {
         "valid": evaluate(run.model, valid, config, stop) | text_size(corpus.tokenizer, valid),
         "test": evaluate(run.model, test, config, stop, brief=True)
         | text_size(corpus.tokenizer, test),
-        "sees_ahead": sees_ahead(run.model, valid, config),
+        "sees_ahead": sees_ahead(run.model, corpus.valid, config),
         "steps": run.step,
         "seconds": run.meter["seconds"],
         "parameters": count_parameters(run.model),
@@ -922,8 +932,8 @@ def finish(run: Run, corpus: "Corpus", stop: "StopSignal") -> None:
         "tokens_per_s": run.tokens_per_s,
     }
     if run.model.memory is not None and config.carry_memory:
-        run.results["swapped"] = evaluate(run.model, valid, config, stop, brief=True, swap=True)
-    save_checkpoint(run, corpus, final=True)
+        results["swapped"] = evaluate(run.model, valid, config, stop, brief=True, swap=True)
+    return results
 
 
 def timed_step(run: Run, forward: nn.Module, rows: Tensor, warm: bool) -> None:
@@ -1342,7 +1352,7 @@ def sees_ahead(model: GPT2WithMemory, stream: Tensor, config: Config) -> float:
     exchanged: 0 but for rounding, or the arm sees what it is to predict."""
     device = model.head_weight().device
     length = min(2 * config.seq_len, len(stream) - 1)
-    at = length - max(1, config.seq_len // 2)
+    at = max(1, length - max(1, config.seq_len // 2))
     tokens = stream[:length].to(device)
     targets = stream[1 : length + 1].to(device)
     exchanged = (targets[at:] + 1) % model.head_weight().shape[0]
@@ -1525,6 +1535,13 @@ def print_comparison(reference: list[Run], other: list[Run], corpus: "Corpus") -
     for label, key, form in COST_ROWS:
         print_row(label, values_of(reference, key), values_of(other, key), form)
     print(f"{LINE}\n{explanation(config)}")
+    print_equal_time(config)
+
+
+def print_equal_time(config: Config) -> None:
+    """Print what the figure at equal time is of."""
+    print(f"  At equal time: perplexity of the first {config.eval_tokens:,} tokens of validation "
+          "when the\n  fastest arm of this table had ended.")
 
 
 def what_was_run(runs: list[Run], corpus: "Corpus") -> str:
@@ -1622,8 +1639,7 @@ def print_arms(runs: dict[str, list[Run]], config: Config, corpus: "Corpus") -> 
     print_costs(runs)
     print(LINE)
     print(explanation(config))
-    print(f"  At equal time: perplexity of the first {config.eval_tokens:,} tokens of validation "
-          "when the\n  fastest arm had ended.")
+    print_equal_time(config)
 
 
 def print_line(label: str, cells: list[str], label_width: int = 18, width: int = 17) -> None:
@@ -1893,6 +1909,8 @@ def kept_of(result: dict) -> dict:
 def kept_of_run(run: Run) -> dict:
     """What results.json has of a run."""
     figures = {key: value for key, value in run.results.items() if not isinstance(value, dict)}
+    if not math.isfinite(figures["tokens_per_s"]):  # JSON has no NaN
+        figures["tokens_per_s"] = None
     splits = {key: kept_of(value) for key, value in run.results.items() if isinstance(value, dict)}
     history = [row for row in run.history if row["split"] == "validation"]
     return {"seed": run.config.seed, "lr": run.config.lr, **figures, **splits,
@@ -2698,6 +2716,7 @@ def tune_on(baseline: Run, run: Run, corpus: "Corpus", stop: "StopSignal") -> No
     trained = baseline.model.controller.state_dict()
     run.model.controller.load_state_dict(trained)
     run.step = baseline.step
+    run.meter["seconds"] = baseline.meter["seconds"]  # what it took to be what it is
     peak_memory_mb(run.device, reset=True)
     stream = corpus.valid[: run.config.eval_tokens + 1]
     with stop.held():
@@ -2928,7 +2947,7 @@ def pick_token(logits: Tensor, temperature: float, draw: torch.Generator, top_k:
     Holtzman et al. 2020, arXiv 1904.09751."""
     if temperature == 0:
         return int(logits.argmax())
-    logits = logits / temperature
+    logits = logits / max(temperature, 1e-6)  # below, no two logits are near enough for a draw
     if 0 < top_k < len(logits):
         least = logits.topk(top_k).values[-1]
         logits = logits.masked_fill(logits < least, -math.inf)
@@ -2936,6 +2955,7 @@ def pick_token(logits: Tensor, temperature: float, draw: torch.Generator, top_k:
     if top_p < 1:
         ordered, order = shares.sort(descending=True)
         ahead = ordered.cumsum(0) - ordered  # what the more likely ones have together
+        ahead[0] = -1.0  # the most likely one stays, also at a share of 0
         shares[order[ahead >= top_p]] = 0
     return int(torch.multinomial(shares, 1, generator=draw))
 
@@ -3203,9 +3223,14 @@ def hub_texts(name: str) -> dict[str, list[str]]:
         hub_id, _, configuration = name.partition(":")
         splits = load_dataset(hub_id, configuration or None)
         column = text_column(name, next(iter(splits.values())).column_names)
-        texts = {split: list(rows[column]) for split, rows in splits.items()}
+        texts = {split: [line_of(row) for row in rows[column]] for split, rows in splits.items()}
     require("train" in texts, "dataset", name, f"with a train split (it has {', '.join(texts)})")
     return {split: ["".join(parts)] for split, parts in three_splits(name, texts).items()}
+
+
+def line_of(row: str) -> str:
+    """A row of a data set with the line end that keeps its last word from the next row's first."""
+    return row if row == "" or row.endswith("\n") else row + "\n"
 
 
 def three_splits(name: str, texts: dict[str, list[str]]) -> dict[str, list[str]]:
@@ -3722,7 +3747,9 @@ def resume_run(run: Run, corpus: Corpus) -> None:
         arms = [ARMS[name] for name in run.config.arm_list]
         require_field(run.config, "resume", payload["arm"] in arms,
                       f"of an arm of this run ({payload['arm']} is not); set --arms")
-        if payload["arm"] == run.arm and payload["config"]["seed"] == run.config.seed:
+        same_rate = not run.config.lr_grid or payload["config"]["lr"] == run.config.lr
+        same_seed = payload["config"]["seed"] == run.config.seed
+        if payload["arm"] == run.arm and same_seed and same_rate:
             restore(run, payload, run.config.resume, corpus)
             print(f"{run.arm}: resumed from {run.config.resume}")
             return
@@ -3917,12 +3944,17 @@ def model_card(trained: Trained, config: Config) -> str:
 
 
 def is_comparable(payload: dict, other: dict) -> bool:
-    """Whether a checkpoint is of a finished run on the same data and seed as another."""
+    """Whether a checkpoint is of a finished run as another, of another arm: the same data, fields
+    and steps."""
     for name in ("fingerprint", "global_step"):
         if payload[name] != other[name]:
             return False
-    if payload["config"]["seed"] != other["config"]["seed"]:
-        return False
+    of_arm = FREE_FIELDS | MEMORY_FIELDS | {"memory", "mlp_width"}
+    if payload["config"].get("lr_grid"):  # every arm has a rate of its own
+        of_arm |= {"lr"}
+    for name, value in payload["config"].items():
+        if name not in of_arm and other["config"].get(name, value) != value:
+            return False
     return payload["arm"] != other["arm"] and bool(other["results"])
 
 
@@ -4095,6 +4127,7 @@ def check_repeats(config: Config, rule: Callable) -> None:
     listed = re.fullmatch(r"\d{1,9}(, ?\d{1,9})+", config.seeds)
     rule("seeds", counted or listed, "1 to 99, or a list of whole numbers such as 0,1,2")
     rule("seeds", len(set(config.seed_list)) == len(config.seed_list), "a list with each once")
+    rule("seeds", max(config.seed_list) < 2**32, "of seeds below 2**32; set a smaller seed")
     rule("lr_grid", rates_of(config.lr_grid), "empty, or a list of different numbers above 0, "
          "such as 3e-4,1e-3")
 
@@ -5362,7 +5395,7 @@ def try_rates(name: str, config: Config, seed: int, rates: list[float], corpus: 
     The cache is made of the base, a finished baseline, and has no rate to choose."""
     candidates = []
     for number, rate in enumerate(rates):
-        tag = "" if seed == config.seed_list[0] else f"_seed{seed}"
+        tag = "" if seed == config.seed else f"_seed{seed}"  # wherever it stands in a list
         if config.lr_grid:
             tag += f"_lr{rate:g}"
         variant = dataclasses.replace(config, seed=seed, lr=rate)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 
 import numpy as np
 import pytest
@@ -170,13 +171,19 @@ def test_text_size_counts_what_is_scored(corpus):
         "words": len(text.split()), "bytes": len(text.encode())}
 
 
-def test_equal_time_reads_every_curve_where_the_fastest_arm_ended(start):
+def test_equal_time_reads_every_curve_where_the_fastest_arm_ended(start, corpus):
     fast, slow = start("baseline"), start("dnc")
+    fast.meter["seconds"] = 10.0
     fast.meter["validated"] = [[5.0, 4.0], [10.0, 3.0]]
     slow.meter["validated"] = [[8.0, 3.5], [16.0, 2.5]]
     fast.results, slow.results = {"seconds": 10.0}, {"seconds": 16.0}
     table = dnc_gpt2.at_equal_time([[fast], [slow]])
     assert table == [[pytest.approx(math.exp(3.0))], [pytest.approx(math.exp(3.25))]]
+    # A cache took as long as the baseline that it is made of.
+    cache = start("cache")
+    dnc_gpt2.tune_on(fast, cache, corpus, dnc_gpt2.StopSignal())
+    assert cache.meter["validated"][0][0] == fast.meter["seconds"] == 10.0
+    assert dnc_gpt2.kept_of_run(cache)["tokens_per_s"] is None  # JSON has no NaN
     slow.meter["validated"] = [[16.0, 2.5]]
     assert dnc_gpt2.at_equal_time([[fast], [slow]])[1] == [None]
 
@@ -264,6 +271,43 @@ def test_finished_job_of_seeds_is_told_again_without_training(printed, argv, cap
     assert tables[0] == tables[1]
 
 
+def test_a_named_checkpoint_resumes_the_run_of_its_rate(printed, argv, folder, capfd, tmp_path):
+    for path in (folder / "c").glob("*lr0.003_step3.pt"):
+        shutil.copy(path, tmp_path / path.name)
+    named = next(tmp_path.glob("GPT2_Baseline_lr0.003*"))
+    words = [word for word in argv if not word.startswith(("--seeds", "--lr_grid", "--save_dir"))]
+    assert dnc_gpt2.main([*words, "--arms=baseline", "--lr_grid=1e-3,3e-3",
+                          f"--save_dir={tmp_path}", f"--resume={named}"]) == 0
+    out = capfd.readouterr().out
+    assert out.count(f"resumed from {named}") == 1
+
+
+def test_a_seed_has_its_own_files_wherever_it_stands_in_a_list(argv, tmp_path, capfd):
+    words = [*(word for word in argv if not word.startswith(("--seeds", "--lr_grid"))),
+             "--arms=baseline", f"--save_dir={tmp_path}"]
+    assert dnc_gpt2.main([*words, "--seeds=0,1"]) == 0
+    first = (tmp_path / "GPT2_Baseline_FINAL_step6.pt").read_bytes()
+    capfd.readouterr()
+    assert dnc_gpt2.main([*words, "--seeds=1,2", "--resume=auto"]) == 0
+    out = capfd.readouterr().out
+    assert "finished in" in out and "GPT2_Baseline_seed1_FINAL_step6.pt" in out
+    assert (tmp_path / "GPT2_Baseline_FINAL_step6.pt").read_bytes() == first
+
+
+def test_a_final_evaluation_of_few_tokens_ends_and_one_that_fails_loses_nothing(
+        start, corpus, monkeypatch):
+    run = start("wide", max_steps=2, final_eval_tokens=3)
+    monkeypatch.setattr(dnc_gpt2, "text_size", None)  # called in the final evaluation alone
+    with pytest.raises(TypeError):
+        dnc_gpt2.train(run, corpus, run.model, dnc_gpt2.StopSignal())
+    monkeypatch.undo()
+    again = start("wide", max_steps=2, final_eval_tokens=3, resume="auto")
+    assert again.step == 2 and not again.results
+    dnc_gpt2.train(again, corpus, again.model, dnc_gpt2.StopSignal())
+    assert again.results["sees_ahead"] < dnc_gpt2.LEAK
+    assert int(again.results["valid"]["counts"].sum()) == 3
+
+
 def test_a_finished_baseline_serves_another_memory(start, corpus):
     """What a model without memory does not use may differ; what it is made of may not."""
     run = start("baseline", max_steps=1)
@@ -282,7 +326,8 @@ def test_a_finished_baseline_serves_another_memory(start, corpus):
 @pytest.mark.parametrize("fields, said", [
     ({"seeds": "0"}, "seeds"), ({"seeds": "three"}, "seeds"), ({"seeds": "1,1"}, "seeds"),
     ({"seeds": "9" * 300}, "seeds"), ({"lr_grid": "1e-3,fast"}, "lr_grid"),
-    ({"lr_grid": "1e-3,1e-3"}, "lr_grid"), ({"lr_grid": "-1,1"}, "lr_grid")])
+    ({"seed": 2**32 - 1, "seeds": "2"}, "seeds"), ({"lr_grid": "1e-3,1e-3"}, "lr_grid"),
+    ({"lr_grid": "-1,1"}, "lr_grid")])
 def test_seeds_and_rates_that_cannot_be_read_are_refused_in_one_line(fields, said, capfd):
     assert dnc_gpt2.main(flags(fields)) == 2
     err = capfd.readouterr().err

@@ -433,6 +433,11 @@ def test_hub_dataset_without_a_split_says_what_takes_its_place(hub, capsys):
     assert texts["train"][0] + texts["valid"][0] == pseudo_english(260, 0)
 
 
+def test_rows_of_a_hub_dataset_are_lines():
+    rows = ["The end.", "", " = A = \n"]
+    assert [dnc_gpt2.line_of(row) for row in rows] == ["The end.\n", "", " = A = \n"]
+
+
 def test_hub_auto_falls_back_to_the_embedded_corpus_and_says_so(hub, capsys, monkeypatch):
     hub.has_data = False
     monkeypatch.setattr(dnc_gpt2, "embedded_texts", small_embedded)

@@ -458,7 +458,22 @@ def test_pick_token_draws_from_top_k_and_top_p_alone():
     assert drawn() == {0, 1, 2, 3} and drawn(top_k=2) == {1, 2} and drawn(top_p=0.79) == {1, 2}
     assert drawn(top_p=0.81) == {1, 2, 3} and drawn(top_p=0.4) == {1}
     assert drawn(top_k=3, top_p=0.8) == {1, 2}
-    assert dnc_gpt2.pick_token(shares.log(), 0.0, draw_from) == 1
+    assert drawn(top_p=0.0) == {1}  # the most likely one is always left
+    for coldest in (0.0, 1e-40):
+        assert dnc_gpt2.pick_token(shares.log(), coldest, draw_from) == 1
+
+
+def test_card_compares_runs_that_differ_by_their_arm_alone(finished):
+    paths = [finished.save_dir / f"{stem}_FINAL_step40.pt" for stem in
+             ("GPT2_+_DNC", "GPT2_Baseline")]
+    dnc, baseline = (dnc_gpt2.load_checkpoint(str(path)) for path in paths)
+    assert dnc_gpt2.is_comparable(dnc, baseline)
+    for field, value in {"batch_size": 2, "hidden_size": 64, "lr": 1.0, "seed": 1}.items():
+        other = baseline | {"config": baseline["config"] | {field: value}}
+        assert not dnc_gpt2.is_comparable(dnc, other), field
+    chosen = {"lr_grid": "1e-3,1"}
+    assert dnc_gpt2.is_comparable(dnc | {"config": dnc["config"] | chosen}, baseline | {
+        "config": baseline["config"] | chosen | {"lr": 1.0}})
 
 
 def test_raised_token_names_the_position_that_its_slot_was_written_at():
