@@ -1303,7 +1303,8 @@ def token_statistics(h: Tensor, h_out: Tensor, targets: Tensor,
 def evaluate(model: GPT2WithMemory, stream: Tensor, config: Config, stop: "StopSignal",
              brief: bool = False, swap: bool = False) -> dict:
     """Score every token of a stream but the first, memory carried along each row from an empty
-    state; with `swap`, at each window start every row gets the state of the row before it.
+    state; with `swap`, at each window start every row goes on from the state of the row before it.
+    After eval_rows windows that is its own again: a memory that reaches so far back finds it.
 
     Returns `metrics` (means over tokens; brief: of the loss alone), `nll` (rows, length) of every
     token, and `sums` (bins, rows, K) of STATS and `counts` (bins, rows) of scored tokens: a bin is
