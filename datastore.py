@@ -76,7 +76,7 @@ class KeyTap:
     """The keys, and where they are wanted the states, of the forward pass that this same thread ran
     last.
 
-    Hooks take the input of modules on the way: of the last feed-forward, or of the head, and of one
+    Hooks take what enters the last feed-forward, or what leaves the final norm, and what enters one
     of the last blocks. It is kept by thread, so that users who share the model never see each
     other's.
     """
@@ -84,8 +84,11 @@ class KeyTap:
     def __init__(self, model: nn.Module, key: str, tail: int = 0):
         self.key = key  # feed_forward | final
         self.here = threading.local()
-        module = model.get_output_embeddings() if key == "final" else last_feed_forward(model)
-        self.hook_onto(module, "keys")
+        if key == "final":
+            # Not what enters the head: transformers gives it the rows of logits_to_keep alone.
+            model.base_model.register_forward_hook(self.take_final)
+        else:
+            self.hook_onto(last_feed_forward(model), "keys")
         # The states are what enters the last so many blocks, at most all; 0 = none are taken.
         self.tail = min(tail, model.config.get_text_config().num_hidden_layers)
         if self.tail:
@@ -93,6 +96,10 @@ class KeyTap:
 
     def __deepcopy__(self, memo: dict) -> "KeyTap":
         return self  # a copy of the model, to be fine-tuned, may share it
+
+    def take_final(self, module: nn.Module, args: tuple, out: tuple) -> None:
+        """Keep as keys what the model gives to its head."""
+        self.here.keys = out[0]
 
     def hook_onto(self, module: nn.Module, name: str) -> None:
         """Keep under a name what enters a module."""
@@ -170,11 +177,16 @@ class Base:
                 ) -> tuple[torch.Tensor, torch.Tensor]:
         """Read ids (B, T) -> float32 logits (B, T, V), or (B, kept, V) of the last so many tokens,
         and keys (B, T, D). `cache`, a transformers DynamicCache, holds what was read before and is
-        extended."""
+        extended. Raises ValueError where this model gives no key of its width for every token."""
         options = {cache_argument(self.model): cache, "use_cache": cache is not None,
                    "logits_to_keep": kept}  # over 50,000 tokens, logits take most of the memory
         out = self.model(input_ids=ids.to(self.device), **options)
-        return out.logits.float(), self.tap.here.keys.float()
+        keys = self.tap.here.keys
+        other = "feed_forward" if self.tap.key == "final" else "final"
+        require(keys.shape == (*ids.shape, self.width), "key", self.tap.key,
+                f"a state of {self.width} numbers for each of {tuple(ids.shape)} tokens (those of "
+                f"{self.model.config.model_type} are {tuple(keys.shape)}); set --key {other}")
+        return out.logits.float(), keys.float()
 
     @property
     def states(self) -> torch.Tensor | None:
@@ -400,8 +412,10 @@ class Build(NamedTuple):
     def describe(self) -> dict:
         """Return all that decides the bytes of the datastore, as the manifest holds it."""
         vocabulary = sorted(self.base.tokenizer.get_vocab().items())
-        tail = {"tail": self.base.tap.tail} if self.base.tap.tail else {}
-        return tail | {
+        more = {"tail": self.base.tap.tail} if self.base.tap.tail else {}
+        if self.base.tap.key == "final":
+            more |= {"final": "of every token"}
+        return more | {
             "base": self.base.name, "base_fingerprint": self.base.fingerprint,
             "key": self.base.tap.key, "layer": self.base.layer, "window": self.base.window,
             "stride": self.stride, "batch_windows": self.batch_windows, "domain": self.domain,
@@ -820,6 +834,9 @@ def check_manifest(folder: Path, base: Base, manifest: dict) -> None:
             raise ValueError(f"{folder / MANIFEST}: was built with {name} {built!r}, this is "
                              f"{this!r}; name that one, or build again")
 
+    older = manifest["key"] == "final" and "final" not in manifest
+    require(not older, "key", "final", f"of every token, and those in {folder} are of a window's "
+            "last one, as an older version took them; build again")
     check("base", manifest.get("base_fingerprint") == base.fingerprint, manifest["base"], base.name)
     these = {"width": base.width, "vocab": base.vocab, "key": base.tap.key, "window": base.window}
     these |= {"tail": base.tap.tail} if base.tap.tail else {}

@@ -224,6 +224,7 @@ class TailDecoder(nn.Module):
                     module.layer_idx = number  # of the cache
         for module in tail.modules():
             module._forward_pre_hooks.clear()  # the tap's, which is for the base
+            module._forward_hooks.clear()
         positions = getattr(tail.base_model, "wpe", None)
         if positions is not None:  # GPT-2 adds them to what it is given; the states have them
             nn.init.zeros_(positions.weight)

@@ -19,6 +19,7 @@ import shutil
 import signal
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -324,6 +325,43 @@ def test_a_folder_of_another_architecture_gives_keys_after_the_norm_and_no_prefi
     ids, keys, logits = ds.read_group(base, stream, windows)
     assert torch.equal(keys, seen[0][:, 1:].float()) and keys.shape == (2, 10, 16)
     assert torch.equal(ids[1], stream[5:15]) and logits.shape == (15, base.vocab)
+
+
+@pytest.mark.parametrize("kind", ["Llama", "Gemma2"])
+@pytest.mark.parametrize("batch", [1, 4])
+def test_final_keys_are_the_state_before_the_head_of_every_token(
+        kind, batch, tmp_path, tokenizer_folder):
+    """Built, and read as queries with some of the logits; what an older version built is refused
+    and built anew."""
+    save_foreign_base(kind, tokenizer_folder, tmp_path)
+    base = ds.load_base(str(tmp_path), 16, "final", tail=1)
+    stream = torch.randint(0, base.vocab, (90,), generator=torch.Generator().manual_seed(0))
+    job = ds.Build(tmp_path, base, stream, "", "", 7, batch, "flat", {"config": {}})
+    ds.build_datastore(job)
+    keys = np.load(tmp_path / ds.KEYS)
+    for group in ds.plan_windows(job.count, base.window, 7, batch):
+        ids = ds.stack_group(base, stream, group)
+        normed = base.model.model(ids).last_hidden_state  # (B, P + T, D)
+        expected = ds.used(normed, group).half().numpy()
+        assert (keys[group[0].first : group[-1].end] == expected).all()
+        assert torch.equal(ds.read_group(base, stream, group)[1], normed[:, 1:])
+
+    ml.make_tail(base, 1, 16)
+    assert torch.equal(base.forward(ids, kept=1)[1], normed), "no pass of a tail is the tap's"
+    manifest = ds.read_manifest(tmp_path)
+    ds.check_manifest(tmp_path, base, manifest)
+    del manifest["final"]
+    with pytest.raises(ValueError, match="key = 'final'.*every token.*build again"):
+        ds.check_manifest(tmp_path, base, manifest)
+    assert "final" in job.describe(), "of another identity than the older one, so it is built"
+
+
+def test_keys_that_are_not_one_a_token_are_refused(lm):
+    tap = copy.copy(lm.base.tap)
+    tap.here = SimpleNamespace(keys=torch.zeros(4, 32))
+    base = dataclasses.replace(lm.base, tap=tap)
+    with pytest.raises(ValueError, match="key = 'feed_forward'.*for each of .1, 4. tokens"):
+        base.forward(torch.arange(4)[None])
 
 
 def naive_scores(lm, stream: torch.Tensor, mixing: str) -> np.ndarray:
