@@ -247,16 +247,17 @@ def own_base(path: str) -> tuple[nn.Module, object]:
 
 
 def foreign_base(name: str) -> tuple[nn.Module, object]:
-    """Load a causal LM by hub name or folder as (model, tokenizer). Raises ValueError, which says
-    how to log in where access has to be asked for. Weights are taken as safetensors alone, never
-    as a pickle."""
+    """Load a causal LM by hub name or folder as (model, tokenizer), in float32 whatever its file
+    holds: what is trained on it is, and in bfloat16 most steps of training would round away. Raises
+    ValueError, which says how to log in where access has to be asked for. Weights are taken as
+    safetensors alone, never as a pickle."""
     try:
         with asking_hub("base", name, "a folder written by save_pretrained"):
             from transformers import AutoModelForCausalLM, AutoTokenizer
 
             tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
-            model = AutoModelForCausalLM.from_pretrained(name, use_safetensors=True,
-                                                         trust_remote_code=False)
+            model = AutoModelForCausalLM.from_pretrained(
+                name, dtype=torch.float32, use_safetensors=True, trust_remote_code=False)
     except ValueError as refused:
         if re.search(r"gated|\b40[13]\b", str(refused.__context__), re.IGNORECASE):
             raise ValueError(f"base = {name!r}: is gated; ask for access on its page, log in with "
@@ -292,9 +293,7 @@ def load_base(name: str, window: int, key: str, tail: int = 0) -> Base:
         model, tokenizer = own_base(name)
     else:
         model, tokenizer = foreign_base(str(packaged_base()) if name == PACKAGED else name)
-    model = model.eval().requires_grad_(False)
-    where = local_device()
-    model = model.float() if where.type == "cpu" else model.to(where)
+    model = model.eval().requires_grad_(False).to(local_device())
 
     settings = model.config.get_text_config()
     positions = getattr(settings, "max_position_embeddings", None) or window

@@ -327,6 +327,16 @@ def test_a_folder_of_another_architecture_gives_keys_after_the_norm_and_no_prefi
     assert torch.equal(ids[1], stream[5:15]) and logits.shape == (15, base.vocab)
 
 
+def test_a_base_is_float32_on_every_device_whatever_its_file_holds(tmp_path, tokenizer_folder):
+    """What it gives to a tail is."""
+    save_foreign_base("Llama", tokenizer_folder, tmp_path)
+    half = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    half.save_pretrained(tmp_path)
+    model, _ = ds.foreign_base(str(tmp_path))  # as it is before it is moved to a device
+    assert {weight.dtype for weight in model.parameters()} == {torch.float32}
+    assert torch.equal(model.lm_head.weight, half.lm_head.weight.float())
+
+
 @pytest.mark.parametrize("kind", ["Llama", "Gemma2"])
 @pytest.mark.parametrize("batch", [1, 4])
 def test_final_keys_are_the_state_before_the_head_of_every_token(
