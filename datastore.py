@@ -133,9 +133,9 @@ def last_feed_forward(model: nn.Module) -> nn.Module:
 
 
 @functools.cache
-def cache_argument(model: nn.Module) -> str:
-    """What this version of transformers calls the cache in a model's forward."""
-    names = inspect.signature(model.forward).parameters
+def cache_argument(kind: type[nn.Module]) -> str:
+    """What this version of transformers calls the cache in the forward of a kind of model."""
+    names = inspect.signature(kind.forward).parameters
     return "cache" if "cache" in names else "past_key_values"
 
 
@@ -178,7 +178,7 @@ class Base:
         """Read ids (B, T) -> float32 logits (B, T, V), or (B, kept, V) of the last so many tokens,
         and keys (B, T, D). `cache`, a transformers DynamicCache, holds what was read before and is
         extended. Raises ValueError where this model gives no key of its width for every token."""
-        options = {cache_argument(self.model): cache, "use_cache": cache is not None,
+        options = {cache_argument(type(self.model)): cache, "use_cache": cache is not None,
                    "logits_to_keep": kept}  # over 50,000 tokens, logits take most of the memory
         out = self.model(input_ids=ids.to(self.device), **options)
         keys = self.tap.here.keys

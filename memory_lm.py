@@ -199,19 +199,25 @@ class TailDecoder(nn.Module):
     whose decoder begins as a small pretrained model. Beside a pretrained base, what starts from
     noise would first have to learn the language.
 
+    `begin` (1, P, D) are the states of the prefix, which stands before every text (attention of the
+    base rests on it): they stand before the states of every row. None where there is no prefix.
+
     Only the blocks are trained and kept in its file. Raises ValueError where the blocks of this
     model cannot be run alone.
     """
 
     kind = "tail"
 
-    def __init__(self, model: nn.Module, blocks: int, reach: int):
+    def __init__(self, model: nn.Module, blocks: int, reach: int,
+                 begin: torch.Tensor | None = None):
         super().__init__()
         self.reach = reach
+        self.register_buffer("begin", begin, persistent=False)
         # Copied are the last blocks and what is small; a base of billions is not held twice.
-        head = model.get_output_embeddings().weight
+        ends = (model.get_input_embeddings().weight, model.get_output_embeddings().weight)
+        shared = {id(weight): weight for weight in ends}
         dropped = {id(block): nn.Identity() for block in blocks_of(model)[:-blocks]}
-        tail = copy.deepcopy(model, memo={id(head): head} | dropped)
+        tail = copy.deepcopy(model, memo=shared | dropped)
         kept = blocks_of(tail)
         del kept[:-blocks]
         settings = tail.config.get_text_config()
@@ -232,7 +238,8 @@ class TailDecoder(nn.Module):
         self.blocks = kept.requires_grad_(True)
         weight = tail.get_output_embeddings().weight
         self.sizes = dict(kind="tail", blocks=blocks, reach=reach, vocab=weight.shape[0],
-                          key_width=weight.shape[1])
+                          key_width=weight.shape[1],
+                          prefix=0 if begin is None else begin.shape[1])
 
     def forward(self, states: torch.Tensor, ids: torch.Tensor | None, cache: list | None = None,
                 kept: int = 0) -> torch.Tensor:
@@ -240,10 +247,14 @@ class TailDecoder(nn.Module):
         `cache`, a list that is empty at first, holds what the next tokens attend to."""
         from transformers import DynamicCache
 
+        kept = kept or states.shape[1]
+        if self.begin is not None and not cache:
+            begins = self.begin.expand(len(states), -1, -1)  # (B, P, D)
+            states = torch.cat([begins, states], dim=1)  # (B, P + T, D)
         options = {"use_cache": cache is not None}
         if cache is not None:
             cache[:] = cache or [DynamicCache()]
-            options[cache_argument(self.tail)] = cache[0]
+            options[cache_argument(type(self.tail))] = cache[0]
         out = self.tail(inputs_embeds=states, logits_to_keep=kept, **options)
         return out.logits.float()
 
@@ -261,13 +272,19 @@ class TailDecoder(nn.Module):
 
 
 @torch.no_grad()
-def make_tail(base: Base, blocks: int, reach: int) -> TailDecoder:
-    """Make a decoder of the last blocks of a base, whose states are taken there. Raises ValueError
-    where it does not begin as the base."""
-    decoder = TailDecoder(base.model, blocks, reach).to(base.device)
-    ids = torch.arange(min(8, base.vocab)).unsqueeze(0)
-    logits, _ = base.forward(ids)
-    alike = torch.allclose(decoder.eval()(base.states, None), logits, atol=1e-3, rtol=1e-3)
+def make_tail(base: Base, blocks: int, reach: int, is_prefixed: bool = True) -> TailDecoder:
+    """Make a decoder of the last blocks of a base, whose states are taken there, behind the prefix
+    of the base unless told otherwise: an older version trained without it. Raises ValueError where
+    it does not begin as the base."""
+    prefix, begin = base.prefix if is_prefixed else (), None
+    if prefix:
+        base.forward(torch.tensor([prefix]), kept=1)
+        begin = base.states  # (1, P, D); they are the same whatever follows
+    decoder = TailDecoder(base.model, blocks, reach, begin).to(base.device).eval()
+    ids = range(min(8, base.vocab))
+    logits, _ = base.forward(torch.tensor([[*prefix, *ids]]), kept=len(ids))
+    logits_of_tail = decoder(base.states[:, len(prefix) :], None)
+    alike = torch.allclose(logits_of_tail, logits, atol=1e-3, rtol=1e-3)
     require(alike, "decoder_kind", "tail", f"hidden or tokens: the last blocks of "
             f"{base.model.config.model_type} cannot be run alone")
     return decoder
@@ -304,7 +321,8 @@ def load_decoder(path: Path, base: Base, manifest: dict) -> Decoder | TailDecode
     with reading(path, "train again"):
         sizes = payload["sizes"]
         if sizes["kind"] == "tail":
-            decoder = make_tail(base, int(sizes["blocks"]), int(sizes["reach"]))
+            decoder = make_tail(base, int(sizes["blocks"]), int(sizes["reach"]),
+                                is_prefixed="prefix" in sizes)
             decoder.load_state_dict(payload["model_state_dict"])
             return decoder.ready()
         same_width = sizes["kind"] == "tokens" or sizes["key_width"] == base.width

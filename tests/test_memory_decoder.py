@@ -12,12 +12,14 @@ import concurrent.futures
 import contextlib
 import copy
 import dataclasses
+import gc
 import json
 import math
 import resource
 import shutil
 import signal
 import warnings
+import weakref
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -891,27 +893,67 @@ def test_training_that_diverges_names_the_rate(config, lm, domain, targets):
 
 @pytest.mark.parametrize("kind", ["Llama", "Mistral", "Qwen2", "Gemma2", "GPT2"])
 def test_a_tail_begins_as_the_base_and_caches_give_the_same(kind, tmp_path, tokenizer_folder):
+    prefix = ()
     if kind == "GPT2":
         sizes = transformers.GPT2Config(n_embd=16, n_layer=3, n_head=2, n_positions=24)
         model = transformers.GPT2LMHeadModel(sizes)
     else:
-        save_foreign_base(kind, tokenizer_folder, tmp_path)
+        prefix = (save_foreign_base(kind, tokenizer_folder, tmp_path),)
         model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
     tap = ds.KeyTap(model.eval().requires_grad_(False), "feed_forward", tail=1)
-    base = ds.Base("", model, None, 24, (), False, tap, "")
-    tail = ml.make_tail(base, 1, 24)
-    head = model.get_output_embeddings().weight
+    base = ds.Base("", model, None, 23, prefix, False, tap, "")
+    tail = ml.make_tail(base, 1, 23)
+    head, embedding = model.get_output_embeddings().weight, model.get_input_embeddings().weight
     assert tail.tail.get_output_embeddings().weight is head, "shared, not held twice"
+    assert tail.tail.get_input_embeddings().weight is embedding, "also where the head is its own"
     assert len(ds.blocks_of(model)) > 1 and not head.requires_grad
     ids = torch.randint(0, 200, (2, 20), generator=torch.Generator().manual_seed(0))
-    logits, keys = base.forward(ids)
-    torch.testing.assert_close(tail(base.states, None), logits, atol=1e-5, rtol=1e-4)
-    assert torch.equal(base.tap.here.keys, keys), "the tail's own pass is none of the tap's"
+    _, keys, _ = ds.read_group(base, ids.flatten(), [ds.Window(0, 0, 20), ds.Window(20, 20, 40)])
+    begins = torch.tensor(prefix, dtype=torch.int64).expand(2, -1)
+    logits = model(torch.cat([begins, ids], dim=1)).logits[:, len(prefix) :]
+    states = base.states[:, len(prefix) :]
+    torch.testing.assert_close(tail(states, None), logits, atol=1e-5, rtol=1e-4)
+    last = base.tap.here.keys[:, len(prefix) :]
+    assert torch.equal(last, keys), "the tail's own pass is none of the tap's"
     cache, parts = [], []
-    for states in base.states.split([7, 1, 12], dim=1):
-        parts.append(tail(states, None, cache, kept=1))
+    for part in states.split([7, 1, 12], dim=1):
+        parts.append(tail(part, None, cache, kept=1))
     expected = logits[:, [6, 7, 19]]
     torch.testing.assert_close(torch.cat(parts, dim=1), expected, atol=1e-5, rtol=1e-4)
+
+
+def test_an_untrained_tail_is_scored_and_answers_as_the_base_behind_its_prefix(
+        tmp_path, tokenizer_folder):
+    """A file of an older version, which was trained without the prefix, goes on without it."""
+    save_foreign_base("Llama", tokenizer_folder, tmp_path)
+    base = ds.load_base(str(tmp_path), 16, "feed_forward", tail=1)
+    tail = ml.make_tail(base, 1, 15)
+    stream = torch.randint(0, 200, (50,), generator=torch.Generator().manual_seed(0))
+    scores = md.score(md.Config(stride=7), base, stream, 0, md.Systems({"tail": tail}),
+                      md.Grid(alphas=[1.0]))
+    np.testing.assert_allclose(scores.mixed["tail"][0], scores.log_p["base"], atol=1e-5)
+
+    chat = ml.Conversation(ml.MemoryLM("", base, tail, None, {}), "decoder")
+    for new in stream[:24].split([6, 1, 5, 6, 6]):  # the last two are beyond the window
+        reading = chat.feed(new.tolist())
+        torch.testing.assert_close(reading.log_decoder, reading.log_base, atol=1e-5, rtol=1e-4)
+
+    payload = {"arm": "tail", "identity": "i", "model_state_dict": tail.state_dict()}
+    older = {name: size for name, size in tail.sizes.items() if name != "prefix"}
+    for sizes, begins in ((tail.sizes, True), (older, False)):
+        dnc_gpt2.save_tensors(payload | {"sizes": sizes}, tmp_path / md.DECODER_FILE)
+        loaded = ml.load_decoder(tmp_path / md.DECODER_FILE, base, {"identity": "i"})
+        assert (loaded.begin is not None) == begins
+
+
+def test_a_copy_of_the_base_is_freed_after_use(lm):
+    """As each rate of fine-tuning makes one."""
+    copied = dataclasses.replace(lm.base, model=copy.deepcopy(lm.base.model))
+    copied.forward(torch.arange(4)[None])
+    kept = weakref.ref(copied.model)
+    del copied
+    gc.collect()
+    assert kept() is None
 
 
 def test_a_tail_that_does_not_begin_as_the_base_is_refused(tmp_path, tokenizer_folder):
