@@ -886,6 +886,16 @@ def test_the_datastore_has_no_part_in_the_controls_and_has_one_in_the_decoder(
         assert all(torch.equal(one[name], two[name]) for name in one) == (arm != "hidden"), arm
 
 
+def test_the_base_as_a_teacher_reads_behind_its_prefix(tmp_path, tokenizer_folder):
+    """As it is scored: from itself it diverges by nothing."""
+    save_foreign_base("Gemma2", tokenizer_folder, tmp_path)
+    base = ds.load_base(str(tmp_path), 16, "feed_forward")
+    stream = torch.randint(0, 200, (24,), generator=torch.Generator().manual_seed(0))
+    group = [ds.Window(0, 0, 12), ds.Window(12, 12, 24)]
+    ids, _, logits = ds.read_group(base, stream, group)
+    assert abs(md.base_divergence(base, ids, logits.log_softmax(-1)).item()) < 1e-6
+
+
 def test_training_that_diverges_names_the_rate(config, lm, domain, targets):
     with pytest.raises(dnc_gpt2.Diverged, match="decoder hidden diverged .* decoder_lr below"):
         md.train_decoder(config, lm.base, domain, lm.datastore, "hidden", targets, 1e30)
