@@ -49,6 +49,7 @@ from dnc_gpt2 import (
     local_device,
     # data and model
     asking_hub,
+    encode_lines,
     load_checkpoint,
 )
 from packaged import NAME as PACKAGED
@@ -195,9 +196,12 @@ class Base:
         return self.tap.here.states.float() if self.tap.tail else None
 
     def encode(self, text: str) -> list[int]:
-        """Tokenize a text, without the prefix."""
+        """Tokenize a text as the base was trained to read it, ours by line, without the prefix."""
         # Not the tokenizer's own call, which sets padding on the shared object in every thread.
-        return self.tokenizer.backend_tokenizer.encode(text, add_special_tokens=False).ids
+        backend = self.tokenizer.backend_tokenizer
+        if self.own:
+            return torch.cat([*encode_lines(backend, [text])]).tolist()
+        return backend.encode(text, add_special_tokens=False).ids
 
     def decode(self, ids: list[int]) -> str:
         """Return the text of tokens."""

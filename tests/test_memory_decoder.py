@@ -293,6 +293,20 @@ def test_stored_keys_equal_a_recomputation_without_hooks(lm, domain, made):
                                    rtol=1e-3)
 
 
+def test_a_base_of_ones_own_is_prompted_by_line_and_a_foreign_one_in_one_piece(lm):
+    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+
+    text = "hul:\n\n\n    ka\n"
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.train_from_iterator([text] * 9, trainers.BpeTrainer(show_progress=False))
+    wrapped = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer)
+    own = dataclasses.replace(lm.base, tokenizer=wrapped)
+    whole = tokenizer.encode(text).ids
+    assert own.encode(text) == dnc_gpt2.tokenize(tokenizer, [text]).tolist() != whole
+    assert dataclasses.replace(own, own=False).encode(text) == whole and own.encode("") == []
+
+
 def save_foreign_base(kind: str, tokenizer_folder: str, folder: Path) -> int:
     """Save a tiny model of another architecture, and a tokenizer that puts <bos> before a text ->
     the token <bos>."""
