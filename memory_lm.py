@@ -554,6 +554,21 @@ def choose(log_p: torch.Tensor, noise: torch.Tensor, sampling: Sampling) -> int:
     return int((log_p / sampling.temperature + noise).argmax())
 
 
+def texts_of(base: Base, *parts: list[int]) -> list[str]:
+    """Return the texts of tokens that stand one part behind the other. Decoded alone, a part loses
+    the space that it begins with (tokenizers of Llama 2 and Mistral); here it is what it adds to
+    those before it. A character that is cut between two parts stands with the later."""
+    ids: list[int] = []
+    texts, text, shown = [], "", ""
+    for part in parts:
+        shown = text.rstrip("\ufffd")
+        ids += part
+        text = base.decode(ids)
+        texts.append(text.rstrip("\ufffd")[len(shown) :])
+    texts[-1] = text[len(shown) :]
+    return texts
+
+
 PASSAGE = (90, 40)  # tokens before and behind a neighbour that a reader is shown
 
 
@@ -571,8 +586,9 @@ def source_of(lm: MemoryLM, at: int) -> tuple[str, tuple[str, str]]:
         end = lm.sources[number + 1].start - 1
 
     stored = lm.datastore.values
-    before = lm.base.decode(stored[max(first, at - PASSAGE[0]) : at].tolist())
-    behind = lm.base.decode(stored[at + 1 : min(end, at + 1 + PASSAGE[1])].tolist())
+    ids_before = stored[max(first, at - PASSAGE[0]) : at].tolist()
+    ids_behind = stored[at + 1 : min(end, at + 1 + PASSAGE[1])].tolist()
+    before, _, behind = texts_of(lm.base, ids_before, [int(stored[at])], ids_behind)
     line = source.line
     if line > 0:
         line += int(lm.newlines[at] - lm.newlines[first])
@@ -610,10 +626,11 @@ def show_neighbours(lm: MemoryLM, near: Near, token: int, most: int = 5) -> list
     for j in order[:most]:
         at = int(near.ids[j])
         before = stored[max(0, at - 8) : at].tolist()
+        context, voted = texts_of(lm.base, before, [values[j]])
         place, passage = source_of(lm, at)
         shown.append(Neighbour(
-            token=lm.base.decode([values[j]]),
-            context=lm.base.decode(before),
+            token=voted,
+            context=context,
             distance=float(near.distances[j]),
             weight=weights[j],
             place=place,
@@ -635,8 +652,9 @@ def generate(lm: MemoryLM, ids: list[int], sampling: Sampling) -> Iterator[Step]
 
 
 def describe(lm: MemoryLM, reading: Reading, log_p: torch.Tensor, token: int, base_token: int,
-             text: str, near: Near | None) -> Step:
-    """Say what a step did: the token, the text that it adds, and what the base alone had taken."""
+             before: list[int], text: str, near: Near | None) -> Step:
+    """Say what a step did: the token, the text that it adds, and what the base alone had taken
+    behind the tokens before."""
     changed = token != base_token
     if changed and near is None and lm.datastore is not None:
         near = nearest(lm, reading.query)  # the decoder learned from such neighbours
@@ -644,7 +662,7 @@ def describe(lm: MemoryLM, reading: Reading, log_p: torch.Tensor, token: int, ba
         token=token,
         text=text,
         changed=changed,
-        base_token=lm.base.decode([base_token]),
+        base_token=texts_of(lm.base, before, [base_token])[1],
         base_probability=float(reading.log_base[token].exp()),
         probability=float(log_p[token].exp()),
         neighbours=[] if near is None else show_neighbours(lm, near, token))
@@ -673,8 +691,8 @@ def steps_of(lm: MemoryLM, ids: list[int], sampling: Sampling) -> Iterator[Step]
         is_whole = not text.endswith("\ufffd")  # else a character is incomplete
         if is_whole or number == sampling.max_new_tokens:
             added, shown = text[len(shown) :], text
-        yield describe(lm, reading, log_p, token=token, base_token=base_token, text=added,
-                       near=near)
+        yield describe(lm, reading, log_p, token=token, base_token=base_token,
+                       before=answer[-9:-1], text=added, near=near)
 
 
 # ══ Chat ═════════════════════════════════════════════════════════════════════════════════════════

@@ -1078,6 +1078,35 @@ def test_every_neighbour_names_its_file_and_line(tmp_path, checkpoint):
         assert before.rpartition("\n")[2] in written
 
 
+def test_words_of_passages_do_not_run_together_whatever_the_tokenizer_strips(lm):
+    """A decoder of Llama 2 takes the space off what it is given; é is of two tokens."""
+    from tokenizers import Tokenizer, decoders, models
+
+    words = ["?", *"▁the ▁old ▁bridge ▁over ▁river <0xC3> <0xA9> .".split()]
+    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, "?"))
+    tokenizer.decoder = decoders.Sequence([
+        decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(),
+        decoders.Strip(" ", 1, 0)])
+    base = dataclasses.replace(lm.base, tokenizer=SimpleNamespace(backend_tokenizer=tokenizer))
+    values = np.array([1, 2, 3, 4, 1, 5, 6, 7, 8], dtype=np.int32)
+    store = ds.Datastore(np.zeros((9, 2), np.float16), values, None, "flat")
+    old = ml.MemoryLM("", base, None, store, {"tau": 1}, sources=(ds.Source(0, "none.txt", 0),))
+    whole = "the old bridge over the riveré."
+    for at, word in enumerate("the| old| bridge| over| the| river||é|.".split("|")):
+        near = ml.Near(torch.zeros(1), np.array([at]), torch.from_numpy(values[[at]]))
+        [shown] = ml.show_neighbours(old, near, 0)
+        before, behind = shown.passage
+        if at == 6:  # half of a character, which is whole behind it
+            assert (before, shown.token, behind) == (whole[:-2], "\ufffd", "é.")
+            continue
+        assert shown.token == word
+        assert before + word + behind == whole and shown.context + word in whole
+    reading = ml.Reading(torch.zeros(9), torch.zeros(2), None)
+    step = ml.describe(old, reading, torch.zeros(9), token=3, base_token=2, before=[1],
+                       text=" bridge", near=near)
+    assert step.base_token == " old"
+
+
 def test_paragraphs_keep_the_line_that_they_begin_with():
     text = "one\ntwo\n\n\nthree\n\nfour\n"
     parts = md.paragraphs_of(md.Document(text, "a.txt"))
