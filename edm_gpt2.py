@@ -1099,8 +1099,8 @@ def load_memory(model: EDMForCausalLM, path: str | Path) -> EDMGPT2State:
 @torch.no_grad()
 def continue_text(model: EDMForCausalLM, tokenizer: object, prompt: str, config: Config,
                   state: EDMGPT2State | None = None) -> EDMGPT2State:
-    """Print a continuation, and for each of its tokens the earlier tokens that it recalled most. The
-    prompt is tokenized by line, as the text that the memories were trained on."""
+    """Print a continuation, and for each of its tokens the earlier tokens that it recalled most.
+    The prompt is tokenized by line, as the text that the memories were trained on."""
     ids = torch.cat([*encode_lines(tokenizer, [prompt])]).tolist()
     require(len(ids) > 0, "generate" if config.generate else "text", prompt,
             "text that the tokenizer knows")

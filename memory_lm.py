@@ -193,6 +193,34 @@ class Decoder(nn.Module):
         return self.eval().requires_grad_(False)
 
 
+def tail_of(model: nn.Module, blocks: int) -> tuple[nn.Module, nn.ModuleList]:
+    """Return a copy of a model that has its last blocks alone, and these. Copied are they and what
+    is small: embedding and head are shared, so that a base of billions is not held twice."""
+    embedding = model.get_input_embeddings().weight
+    head = model.get_output_embeddings().weight
+    shared = {id(embedding): embedding, id(head): head}
+    dropped = {id(block): nn.Identity() for block in blocks_of(model)[:-blocks]}
+    tail = copy.deepcopy(model, memo=shared | dropped)
+
+    kept = blocks_of(tail)
+    del kept[:-blocks]
+    settings = tail.config.get_text_config()
+    settings.num_hidden_layers = blocks
+    if getattr(settings, "layer_types", None):
+        settings.layer_types = settings.layer_types[-blocks:]
+    for number, block in enumerate(kept):
+        for module in block.modules():
+            if hasattr(module, "layer_idx"):
+                module.layer_idx = number  # of the cache
+    for module in tail.modules():
+        module._forward_pre_hooks.clear()  # the tap's, which is for the base
+        module._forward_hooks.clear()
+    positions = getattr(tail.base_model, "wpe", None)
+    if positions is not None:  # GPT-2 adds them to what it is given; the states have them
+        nn.init.zeros_(positions.weight)
+    return tail, kept
+
+
 class TailDecoder(nn.Module):
     """The last blocks of a base, trained on, with the base's own norm and head: it reads the states
     that enter those blocks in the base, and begins as the base itself. departs from the original,
@@ -213,27 +241,7 @@ class TailDecoder(nn.Module):
         super().__init__()
         self.reach = reach
         self.register_buffer("begin", begin, persistent=False)
-        # Copied are the last blocks and what is small; a base of billions is not held twice.
-        ends = (model.get_input_embeddings().weight, model.get_output_embeddings().weight)
-        shared = {id(weight): weight for weight in ends}
-        dropped = {id(block): nn.Identity() for block in blocks_of(model)[:-blocks]}
-        tail = copy.deepcopy(model, memo=shared | dropped)
-        kept = blocks_of(tail)
-        del kept[:-blocks]
-        settings = tail.config.get_text_config()
-        settings.num_hidden_layers = blocks
-        if getattr(settings, "layer_types", None):
-            settings.layer_types = settings.layer_types[-blocks:]
-        for number, block in enumerate(kept):
-            for module in block.modules():
-                if hasattr(module, "layer_idx"):
-                    module.layer_idx = number  # of the cache
-        for module in tail.modules():
-            module._forward_pre_hooks.clear()  # the tap's, which is for the base
-            module._forward_hooks.clear()
-        positions = getattr(tail.base_model, "wpe", None)
-        if positions is not None:  # GPT-2 adds them to what it is given; the states have them
-            nn.init.zeros_(positions.weight)
+        tail, kept = tail_of(model, blocks)
         self.tail = tail.requires_grad_(False)
         self.blocks = kept.requires_grad_(True)
         weight = tail.get_output_embeddings().weight
