@@ -49,6 +49,7 @@ from dnc_gpt2 import (
     local_device,
     # data and model
     asking_hub,
+    encode_lines,
     load_checkpoint,
 )
 from packaged import NAME as PACKAGED
@@ -76,7 +77,7 @@ class KeyTap:
     """The keys, and where they are wanted the states, of the forward pass that this same thread ran
     last.
 
-    Hooks take the input of modules on the way: of the last feed-forward, or of the head, and of one
+    Hooks take what enters the last feed-forward, or what leaves the final norm, and what enters one
     of the last blocks. It is kept by thread, so that users who share the model never see each
     other's.
     """
@@ -84,8 +85,11 @@ class KeyTap:
     def __init__(self, model: nn.Module, key: str, tail: int = 0):
         self.key = key  # feed_forward | final
         self.here = threading.local()
-        module = model.get_output_embeddings() if key == "final" else last_feed_forward(model)
-        self.hook_onto(module, "keys")
+        if key == "final":
+            # Not what enters the head: transformers gives it the rows of logits_to_keep alone.
+            model.base_model.register_forward_hook(self.take_final)
+        else:
+            self.hook_onto(last_feed_forward(model), "keys")
         # The states are what enters the last so many blocks, at most all; 0 = none are taken.
         self.tail = min(tail, model.config.get_text_config().num_hidden_layers)
         if self.tail:
@@ -93,6 +97,10 @@ class KeyTap:
 
     def __deepcopy__(self, memo: dict) -> "KeyTap":
         return self  # a copy of the model, to be fine-tuned, may share it
+
+    def take_final(self, module: nn.Module, args: tuple, out: tuple) -> None:
+        """Keep as keys what the model gives to its head."""
+        self.here.keys = out[0]
 
     def hook_onto(self, module: nn.Module, name: str) -> None:
         """Keep under a name what enters a module."""
@@ -126,9 +134,9 @@ def last_feed_forward(model: nn.Module) -> nn.Module:
 
 
 @functools.cache
-def cache_argument(model: nn.Module) -> str:
-    """What this version of transformers calls the cache in a model's forward."""
-    names = inspect.signature(model.forward).parameters
+def cache_argument(kind: type[nn.Module]) -> str:
+    """What this version of transformers calls the cache in the forward of a kind of model."""
+    names = inspect.signature(kind.forward).parameters
     return "cache" if "cache" in names else "past_key_values"
 
 
@@ -170,11 +178,16 @@ class Base:
                 ) -> tuple[torch.Tensor, torch.Tensor]:
         """Read ids (B, T) -> float32 logits (B, T, V), or (B, kept, V) of the last so many tokens,
         and keys (B, T, D). `cache`, a transformers DynamicCache, holds what was read before and is
-        extended."""
-        options = {cache_argument(self.model): cache, "use_cache": cache is not None,
+        extended. Raises ValueError where this model gives no key of its width for every token."""
+        options = {cache_argument(type(self.model)): cache, "use_cache": cache is not None,
                    "logits_to_keep": kept}  # over 50,000 tokens, logits take most of the memory
         out = self.model(input_ids=ids.to(self.device), **options)
-        return out.logits.float(), self.tap.here.keys.float()
+        keys = self.tap.here.keys
+        other = "feed_forward" if self.tap.key == "final" else "final"
+        require(keys.shape == (*ids.shape, self.width), "key", self.tap.key,
+                f"a state of {self.width} numbers for each of {tuple(ids.shape)} tokens (those of "
+                f"{self.model.config.model_type} are {tuple(keys.shape)}); set --key {other}")
+        return out.logits.float(), keys.float()
 
     @property
     def states(self) -> torch.Tensor | None:
@@ -183,9 +196,12 @@ class Base:
         return self.tap.here.states.float() if self.tap.tail else None
 
     def encode(self, text: str) -> list[int]:
-        """Tokenize a text, without the prefix."""
+        """Tokenize a text as the base was trained to read it, ours by line, without the prefix."""
         # Not the tokenizer's own call, which sets padding on the shared object in every thread.
-        return self.tokenizer.backend_tokenizer.encode(text, add_special_tokens=False).ids
+        backend = self.tokenizer.backend_tokenizer
+        if self.own:
+            return torch.cat([*encode_lines(backend, [text])]).tolist()
+        return backend.encode(text, add_special_tokens=False).ids
 
     def decode(self, ids: list[int]) -> str:
         """Return the text of tokens."""
@@ -235,16 +251,17 @@ def own_base(path: str) -> tuple[nn.Module, object]:
 
 
 def foreign_base(name: str) -> tuple[nn.Module, object]:
-    """Load a causal LM by hub name or folder as (model, tokenizer). Raises ValueError, which says
-    how to log in where access has to be asked for. Weights are taken as safetensors alone, never
-    as a pickle."""
+    """Load a causal LM by hub name or folder as (model, tokenizer), in float32 whatever its file
+    holds: what is trained on it is, and in bfloat16 most steps of training would round away. Raises
+    ValueError, which says how to log in where access has to be asked for. Weights are taken as
+    safetensors alone, never as a pickle."""
     try:
         with asking_hub("base", name, "a folder written by save_pretrained"):
             from transformers import AutoModelForCausalLM, AutoTokenizer
 
             tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
-            model = AutoModelForCausalLM.from_pretrained(name, use_safetensors=True,
-                                                         trust_remote_code=False)
+            model = AutoModelForCausalLM.from_pretrained(
+                name, dtype=torch.float32, use_safetensors=True, trust_remote_code=False)
     except ValueError as refused:
         if re.search(r"gated|\b40[13]\b", str(refused.__context__), re.IGNORECASE):
             raise ValueError(f"base = {name!r}: is gated; ask for access on its page, log in with "
@@ -280,9 +297,7 @@ def load_base(name: str, window: int, key: str, tail: int = 0) -> Base:
         model, tokenizer = own_base(name)
     else:
         model, tokenizer = foreign_base(str(packaged_base()) if name == PACKAGED else name)
-    model = model.eval().requires_grad_(False)
-    where = local_device()
-    model = model.float() if where.type == "cpu" else model.to(where)
+    model = model.eval().requires_grad_(False).to(local_device())
 
     settings = model.config.get_text_config()
     positions = getattr(settings, "max_position_embeddings", None) or window
@@ -400,8 +415,10 @@ class Build(NamedTuple):
     def describe(self) -> dict:
         """Return all that decides the bytes of the datastore, as the manifest holds it."""
         vocabulary = sorted(self.base.tokenizer.get_vocab().items())
-        tail = {"tail": self.base.tap.tail} if self.base.tap.tail else {}
-        return tail | {
+        more = {"tail": self.base.tap.tail} if self.base.tap.tail else {}
+        if self.base.tap.key == "final":
+            more |= {"final": "of every token"}
+        return more | {
             "base": self.base.name, "base_fingerprint": self.base.fingerprint,
             "key": self.base.tap.key, "layer": self.base.layer, "window": self.base.window,
             "stride": self.stride, "batch_windows": self.batch_windows, "domain": self.domain,
@@ -820,6 +837,9 @@ def check_manifest(folder: Path, base: Base, manifest: dict) -> None:
             raise ValueError(f"{folder / MANIFEST}: was built with {name} {built!r}, this is "
                              f"{this!r}; name that one, or build again")
 
+    older = manifest["key"] == "final" and "final" not in manifest
+    require(not older, "key", "final", f"of every token, and those in {folder} are of a window's "
+            "last one, as an older version took them; build again")
     check("base", manifest.get("base_fingerprint") == base.fingerprint, manifest["base"], base.name)
     these = {"width": base.width, "vocab": base.vocab, "key": base.tap.key, "window": base.window}
     these |= {"tail": base.tap.tail} if base.tap.tail else {}

@@ -70,8 +70,8 @@ from dnc_gpt2 import (
     # generation and export
     map_state, pick_token, standalone_source, with_end_token,
     # data and loss
-    asking_hub, evaluation_rows, head_loss, hub_reachable, load_corpus, load_tokenizer,
-    training_rows,
+    asking_hub, encode_lines, evaluation_rows, head_loss, hub_reachable, load_corpus,
+    load_tokenizer, training_rows,
 )
 from edm_model import (
     # the model, its state and what it has read
@@ -1099,8 +1099,9 @@ def load_memory(model: EDMForCausalLM, path: str | Path) -> EDMGPT2State:
 @torch.no_grad()
 def continue_text(model: EDMForCausalLM, tokenizer: object, prompt: str, config: Config,
                   state: EDMGPT2State | None = None) -> EDMGPT2State:
-    """Print a continuation, and for each of its tokens the earlier tokens that it recalled most."""
-    ids = tokenizer.encode(prompt, add_special_tokens=False).ids
+    """Print a continuation, and for each of its tokens the earlier tokens that it recalled most.
+    The prompt is tokenized by line, as the text that the memories were trained on."""
+    ids = torch.cat([*encode_lines(tokenizer, [prompt])]).tolist()
     require(len(ids) > 0, "generate" if config.generate else "text", prompt,
             "text that the tokenizer knows")
     state = state or model.init_state(1)

@@ -873,9 +873,18 @@ def knn_divergence(targets: tuple[np.ndarray, np.ndarray], at: np.ndarray, log_q
     return sparse_kl(tokens, normalised(p), log_q).mean()
 
 
+def logits_of(base: Base, model: nn.Module, ids: torch.Tensor) -> torch.Tensor:
+    """The logits (B, T, V) at tokens ids (B, T), behind the prefix, of the base's model or of one
+    trained on from it."""
+    prefix = torch.tensor(base.prefix, dtype=torch.int64, device=base.device)  # (P,)
+    prefixes = prefix.expand(len(ids), -1)  # (B, P)
+    out = model(input_ids=torch.cat([prefixes, ids], dim=1), use_cache=False)
+    return out.logits[:, len(prefix) :].float()
+
+
 def base_divergence(base: Base, ids: torch.Tensor, log_q: torch.Tensor) -> torch.Tensor:
     """Return KL(p_base || decoder), the mean over tokens ids (B, T); log q is (B*T, V)."""
-    log_p = base.forward(ids)[0].flatten(0, 1).log_softmax(-1)  # (B*T, V)
+    log_p = logits_of(base, base.model, ids).flatten(0, 1).log_softmax(-1)  # (B*T, V)
     return (log_p.exp() * (log_p - log_q)).sum(-1).mean()
 
 
@@ -906,7 +915,7 @@ def train_decoder(config: Config, base: Base, domain: Domain, store: Datastore, 
     decoder = new_decoder(config, base, kind)
     stored = store.states if kind == "tail" else store.keys
     count = training_positions(config, len(stored))
-    # The base as a teacher is given its whole window.
+    # The base as a teacher is given its whole window, behind its prefix.
     window = min(base.window if arm == "distilled" else decoder.reach, count)
 
     def loss_of(starts: np.ndarray) -> tuple[torch.Tensor, str]:
@@ -961,14 +970,6 @@ def add_adapters(model: nn.Module, rank: int) -> nn.Module:
         lora_alpha=2 * rank,
         target_modules="all-linear",
         fan_in_fan_out=is_transposed))
-
-
-def logits_of(base: Base, model: nn.Module, ids: torch.Tensor) -> torch.Tensor:
-    """The logits (B, T, V) at tokens ids (B, T) of a model trained on from the base."""
-    prefix = torch.tensor(base.prefix, dtype=torch.int64, device=base.device)  # (P,)
-    prefixes = prefix.expand(len(ids), -1)  # (B, P)
-    out = model(input_ids=torch.cat([prefixes, ids], dim=1), use_cache=False)
-    return out.logits[:, len(prefix) :].float()
 
 
 def finetune(config: Config, base: Base, domain: Domain, arm: str, lr: float

@@ -193,11 +193,42 @@ class Decoder(nn.Module):
         return self.eval().requires_grad_(False)
 
 
+def tail_of(model: nn.Module, blocks: int) -> tuple[nn.Module, nn.ModuleList]:
+    """Return a copy of a model that has its last blocks alone, and these. Copied are they and what
+    is small: embedding and head are shared, so that a base of billions is not held twice."""
+    embedding = model.get_input_embeddings().weight
+    head = model.get_output_embeddings().weight
+    shared = {id(embedding): embedding, id(head): head}
+    dropped = {id(block): nn.Identity() for block in blocks_of(model)[:-blocks]}
+    tail = copy.deepcopy(model, memo=shared | dropped)
+
+    kept = blocks_of(tail)
+    del kept[:-blocks]
+    settings = tail.config.get_text_config()
+    settings.num_hidden_layers = blocks
+    if getattr(settings, "layer_types", None):
+        settings.layer_types = settings.layer_types[-blocks:]
+    for number, block in enumerate(kept):
+        for module in block.modules():
+            if hasattr(module, "layer_idx"):
+                module.layer_idx = number  # of the cache
+    for module in tail.modules():
+        module._forward_pre_hooks.clear()  # the tap's, which is for the base
+        module._forward_hooks.clear()
+    positions = getattr(tail.base_model, "wpe", None)
+    if positions is not None:  # GPT-2 adds them to what it is given; the states have them
+        nn.init.zeros_(positions.weight)
+    return tail, kept
+
+
 class TailDecoder(nn.Module):
     """The last blocks of a base, trained on, with the base's own norm and head: it reads the states
     that enter those blocks in the base, and begins as the base itself. departs from the original,
     whose decoder begins as a small pretrained model. Beside a pretrained base, what starts from
     noise would first have to learn the language.
+
+    `begin` (1, P, D) are the states of the prefix, which stands before every text (attention of the
+    base rests on it): they stand before the states of every row. None where there is no prefix.
 
     Only the blocks are trained and kept in its file. Raises ValueError where the blocks of this
     model cannot be run alone.
@@ -205,33 +236,18 @@ class TailDecoder(nn.Module):
 
     kind = "tail"
 
-    def __init__(self, model: nn.Module, blocks: int, reach: int):
+    def __init__(self, model: nn.Module, blocks: int, reach: int,
+                 begin: torch.Tensor | None = None):
         super().__init__()
         self.reach = reach
-        # Copied are the last blocks and what is small; a base of billions is not held twice.
-        head = model.get_output_embeddings().weight
-        dropped = {id(block): nn.Identity() for block in blocks_of(model)[:-blocks]}
-        tail = copy.deepcopy(model, memo={id(head): head} | dropped)
-        kept = blocks_of(tail)
-        del kept[:-blocks]
-        settings = tail.config.get_text_config()
-        settings.num_hidden_layers = blocks
-        if getattr(settings, "layer_types", None):
-            settings.layer_types = settings.layer_types[-blocks:]
-        for number, block in enumerate(kept):
-            for module in block.modules():
-                if hasattr(module, "layer_idx"):
-                    module.layer_idx = number  # of the cache
-        for module in tail.modules():
-            module._forward_pre_hooks.clear()  # the tap's, which is for the base
-        positions = getattr(tail.base_model, "wpe", None)
-        if positions is not None:  # GPT-2 adds them to what it is given; the states have them
-            nn.init.zeros_(positions.weight)
+        self.register_buffer("begin", begin, persistent=False)
+        tail, kept = tail_of(model, blocks)
         self.tail = tail.requires_grad_(False)
         self.blocks = kept.requires_grad_(True)
         weight = tail.get_output_embeddings().weight
         self.sizes = dict(kind="tail", blocks=blocks, reach=reach, vocab=weight.shape[0],
-                          key_width=weight.shape[1])
+                          key_width=weight.shape[1],
+                          prefix=0 if begin is None else begin.shape[1])
 
     def forward(self, states: torch.Tensor, ids: torch.Tensor | None, cache: list | None = None,
                 kept: int = 0) -> torch.Tensor:
@@ -239,10 +255,14 @@ class TailDecoder(nn.Module):
         `cache`, a list that is empty at first, holds what the next tokens attend to."""
         from transformers import DynamicCache
 
+        kept = kept or states.shape[1]
+        if self.begin is not None and not cache:
+            begins = self.begin.expand(len(states), -1, -1)  # (B, P, D)
+            states = torch.cat([begins, states], dim=1)  # (B, P + T, D)
         options = {"use_cache": cache is not None}
         if cache is not None:
             cache[:] = cache or [DynamicCache()]
-            options[cache_argument(self.tail)] = cache[0]
+            options[cache_argument(type(self.tail))] = cache[0]
         out = self.tail(inputs_embeds=states, logits_to_keep=kept, **options)
         return out.logits.float()
 
@@ -260,13 +280,19 @@ class TailDecoder(nn.Module):
 
 
 @torch.no_grad()
-def make_tail(base: Base, blocks: int, reach: int) -> TailDecoder:
-    """Make a decoder of the last blocks of a base, whose states are taken there. Raises ValueError
-    where it does not begin as the base."""
-    decoder = TailDecoder(base.model, blocks, reach).to(base.device)
-    ids = torch.arange(min(8, base.vocab)).unsqueeze(0)
-    logits, _ = base.forward(ids)
-    alike = torch.allclose(decoder.eval()(base.states, None), logits, atol=1e-3, rtol=1e-3)
+def make_tail(base: Base, blocks: int, reach: int, is_prefixed: bool = True) -> TailDecoder:
+    """Make a decoder of the last blocks of a base, whose states are taken there, behind the prefix
+    of the base unless told otherwise: an older version trained without it. Raises ValueError where
+    it does not begin as the base."""
+    prefix, begin = base.prefix if is_prefixed else (), None
+    if prefix:
+        base.forward(torch.tensor([prefix]), kept=1)
+        begin = base.states  # (1, P, D); they are the same whatever follows
+    decoder = TailDecoder(base.model, blocks, reach, begin).to(base.device).eval()
+    ids = range(min(8, base.vocab))
+    logits, _ = base.forward(torch.tensor([[*prefix, *ids]]), kept=len(ids))
+    logits_of_tail = decoder(base.states[:, len(prefix) :], None)
+    alike = torch.allclose(logits_of_tail, logits, atol=1e-3, rtol=1e-3)
     require(alike, "decoder_kind", "tail", f"hidden or tokens: the last blocks of "
             f"{base.model.config.model_type} cannot be run alone")
     return decoder
@@ -303,7 +329,8 @@ def load_decoder(path: Path, base: Base, manifest: dict) -> Decoder | TailDecode
     with reading(path, "train again"):
         sizes = payload["sizes"]
         if sizes["kind"] == "tail":
-            decoder = make_tail(base, int(sizes["blocks"]), int(sizes["reach"]))
+            decoder = make_tail(base, int(sizes["blocks"]), int(sizes["reach"]),
+                                is_prefixed="prefix" in sizes)
             decoder.load_state_dict(payload["model_state_dict"])
             return decoder.ready()
         same_width = sizes["kind"] == "tokens" or sizes["key_width"] == base.width
@@ -535,6 +562,21 @@ def choose(log_p: torch.Tensor, noise: torch.Tensor, sampling: Sampling) -> int:
     return int((log_p / sampling.temperature + noise).argmax())
 
 
+def texts_of(base: Base, *parts: list[int]) -> list[str]:
+    """Return the texts of tokens that stand one part behind the other. Decoded alone, a part loses
+    the space that it begins with (tokenizers of Llama 2 and Mistral); here it is what it adds to
+    those before it. A character that is cut between two parts stands with the later."""
+    ids: list[int] = []
+    texts, text, shown = [], "", ""
+    for part in parts:
+        shown = text.rstrip("\ufffd")
+        ids += part
+        text = base.decode(ids)
+        texts.append(text.rstrip("\ufffd")[len(shown) :])
+    texts[-1] = text[len(shown) :]
+    return texts
+
+
 PASSAGE = (90, 40)  # tokens before and behind a neighbour that a reader is shown
 
 
@@ -552,8 +594,9 @@ def source_of(lm: MemoryLM, at: int) -> tuple[str, tuple[str, str]]:
         end = lm.sources[number + 1].start - 1
 
     stored = lm.datastore.values
-    before = lm.base.decode(stored[max(first, at - PASSAGE[0]) : at].tolist())
-    behind = lm.base.decode(stored[at + 1 : min(end, at + 1 + PASSAGE[1])].tolist())
+    ids_before = stored[max(first, at - PASSAGE[0]) : at].tolist()
+    ids_behind = stored[at + 1 : min(end, at + 1 + PASSAGE[1])].tolist()
+    before, _, behind = texts_of(lm.base, ids_before, [int(stored[at])], ids_behind)
     line = source.line
     if line > 0:
         line += int(lm.newlines[at] - lm.newlines[first])
@@ -591,10 +634,11 @@ def show_neighbours(lm: MemoryLM, near: Near, token: int, most: int = 5) -> list
     for j in order[:most]:
         at = int(near.ids[j])
         before = stored[max(0, at - 8) : at].tolist()
+        context, voted = texts_of(lm.base, before, [values[j]])
         place, passage = source_of(lm, at)
         shown.append(Neighbour(
-            token=lm.base.decode([values[j]]),
-            context=lm.base.decode(before),
+            token=voted,
+            context=context,
             distance=float(near.distances[j]),
             weight=weights[j],
             place=place,
@@ -616,8 +660,9 @@ def generate(lm: MemoryLM, ids: list[int], sampling: Sampling) -> Iterator[Step]
 
 
 def describe(lm: MemoryLM, reading: Reading, log_p: torch.Tensor, token: int, base_token: int,
-             text: str, near: Near | None) -> Step:
-    """Say what a step did: the token, the text that it adds, and what the base alone had taken."""
+             before: list[int], text: str, near: Near | None) -> Step:
+    """Say what a step did: the token, the text that it adds, and what the base alone had taken
+    behind the tokens before."""
     changed = token != base_token
     if changed and near is None and lm.datastore is not None:
         near = nearest(lm, reading.query)  # the decoder learned from such neighbours
@@ -625,7 +670,7 @@ def describe(lm: MemoryLM, reading: Reading, log_p: torch.Tensor, token: int, ba
         token=token,
         text=text,
         changed=changed,
-        base_token=lm.base.decode([base_token]),
+        base_token=texts_of(lm.base, before, [base_token])[1],
         base_probability=float(reading.log_base[token].exp()),
         probability=float(log_p[token].exp()),
         neighbours=[] if near is None else show_neighbours(lm, near, token))
@@ -654,8 +699,8 @@ def steps_of(lm: MemoryLM, ids: list[int], sampling: Sampling) -> Iterator[Step]
         is_whole = not text.endswith("\ufffd")  # else a character is incomplete
         if is_whole or number == sampling.max_new_tokens:
             added, shown = text[len(shown) :], text
-        yield describe(lm, reading, log_p, token=token, base_token=base_token, text=added,
-                       near=near)
+        yield describe(lm, reading, log_p, token=token, base_token=base_token,
+                       before=answer[-9:-1], text=added, near=near)
 
 
 # ══ Chat ═════════════════════════════════════════════════════════════════════════════════════════

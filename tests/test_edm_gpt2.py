@@ -314,11 +314,12 @@ def test_mean_and_half_equals_students_interval(count):
 
 # ══ Generation, memory files ═════════════════════════════════════════════════════════════════════
 def test_continue_text_prints_the_greedy_continuation(edm_base, capsys):
-    """It gives the state of all that it printed."""
+    """Of a prompt that is tokenized by line; it gives the state of all that it printed."""
     model, tokenizer = stirred(edm_base), edm_base.tokenizer
-    prompt = "the city was built on a hill by the river"
+    prompt = "the city was built\non a hill by the river"
     state = eg.continue_text(model, tokenizer, prompt, edm_config(new_tokens=30))
-    ids = tokenizer.encode(prompt).ids
+    ids = dnc_gpt2.tokenize(tokenizer, [prompt]).tolist()
+    assert ids != tokenizer.encode(prompt).ids
     for _ in range(30):
         ids.append(int(read_all(model, torch.tensor([ids]))[0][0, -1].argmax()))
     out = capsys.readouterr().out

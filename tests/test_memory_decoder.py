@@ -12,13 +12,16 @@ import concurrent.futures
 import contextlib
 import copy
 import dataclasses
+import gc
 import json
 import math
 import resource
 import shutil
 import signal
 import warnings
+import weakref
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -290,6 +293,20 @@ def test_stored_keys_equal_a_recomputation_without_hooks(lm, domain, made):
                                    rtol=1e-3)
 
 
+def test_a_base_of_ones_own_is_prompted_by_line_and_a_foreign_one_in_one_piece(lm):
+    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+
+    text = "hul:\n\n\n    ka\n"
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.train_from_iterator([text] * 9, trainers.BpeTrainer(show_progress=False))
+    wrapped = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer)
+    own = dataclasses.replace(lm.base, tokenizer=wrapped)
+    whole = tokenizer.encode(text).ids
+    assert own.encode(text) == dnc_gpt2.tokenize(tokenizer, [text]).tolist() != whole
+    assert dataclasses.replace(own, own=False).encode(text) == whole and own.encode("") == []
+
+
 def save_foreign_base(kind: str, tokenizer_folder: str, folder: Path) -> int:
     """Save a tiny model of another architecture, and a tokenizer that puts <bos> before a text ->
     the token <bos>."""
@@ -324,6 +341,55 @@ def test_a_folder_of_another_architecture_gives_keys_after_the_norm_and_no_prefi
     ids, keys, logits = ds.read_group(base, stream, windows)
     assert torch.equal(keys, seen[0][:, 1:].float()) and keys.shape == (2, 10, 16)
     assert torch.equal(ids[1], stream[5:15]) and logits.shape == (15, base.vocab)
+
+
+def test_a_base_is_float32_on_every_device_whatever_its_file_holds(tmp_path, tokenizer_folder):
+    """What it gives to a tail is."""
+    save_foreign_base("Llama", tokenizer_folder, tmp_path)
+    half = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    half.save_pretrained(tmp_path)
+    model, _ = ds.foreign_base(str(tmp_path))  # as it is before it is moved to a device
+    assert {weight.dtype for weight in model.parameters()} == {torch.float32}
+    assert torch.equal(model.lm_head.weight, half.lm_head.weight.float())
+
+
+@pytest.mark.parametrize("kind", ["Llama", "Gemma2"])
+@pytest.mark.parametrize("batch", [1, 4])
+def test_final_keys_are_the_state_before_the_head_of_every_token(
+        kind, batch, tmp_path, tokenizer_folder, monkeypatch):
+    """Built, and read as queries with some of the logits; what an older version built is refused
+    and built anew."""
+    identity, described = ds.identity_hash, {}
+    monkeypatch.setattr(ds, "identity_hash", lambda x: described.update(x) or identity(x))
+    save_foreign_base(kind, tokenizer_folder, tmp_path)
+    base = ds.load_base(str(tmp_path), 16, "final", tail=1)
+    stream = torch.randint(0, base.vocab, (90,), generator=torch.Generator().manual_seed(0))
+    config = md.Config(model_dir=str(tmp_path), knn_k=8, stride=7, batch_windows=batch)
+    md.build(config, base, md.Domain("", stream, stream, stream, fingerprint="", sources=[]))
+    keys = np.load(tmp_path / ds.KEYS)
+    for group in ds.plan_windows(len(keys), base.window, 7, batch):
+        ids = ds.stack_group(base, stream, group)
+        normed = base.model.model(ids).last_hidden_state  # (B, P + T, D)
+        expected = ds.used(normed, group).half().numpy()
+        assert (keys[group[0].first : group[-1].end] == expected).all()
+        assert torch.equal(ds.read_group(base, stream, group)[1], normed[:, 1:])
+
+    ml.make_tail(base, 1, 16)
+    assert torch.equal(base.forward(ids, kept=1)[1], normed), "no pass of a tail is the tap's"
+    manifest = ds.read_manifest(tmp_path)
+    ds.check_manifest(tmp_path, base, manifest)
+    del manifest["final"]
+    with pytest.raises(ValueError, match="key = 'final'.*every token.*build again"):
+        ds.check_manifest(tmp_path, base, manifest)
+    assert "final" in described, "of another identity than the older one, so that it is built"
+
+
+def test_keys_that_are_not_one_a_token_are_refused(lm):
+    tap = copy.copy(lm.base.tap)
+    tap.here = SimpleNamespace(keys=torch.zeros(4, 32))
+    base = dataclasses.replace(lm.base, tap=tap)
+    with pytest.raises(ValueError, match="key = 'feed_forward'.*for each of .1, 4. tokens"):
+        base.forward(torch.arange(4)[None])
 
 
 def naive_scores(lm, stream: torch.Tensor, mixing: str) -> np.ndarray:
@@ -836,6 +902,16 @@ def test_the_datastore_has_no_part_in_the_controls_and_has_one_in_the_decoder(
         assert all(torch.equal(one[name], two[name]) for name in one) == (arm != "hidden"), arm
 
 
+def test_the_base_as_a_teacher_reads_behind_its_prefix(tmp_path, tokenizer_folder):
+    """As it is scored: from itself it diverges by nothing."""
+    save_foreign_base("Gemma2", tokenizer_folder, tmp_path)
+    base = ds.load_base(str(tmp_path), 16, "feed_forward")
+    stream = torch.randint(0, 200, (24,), generator=torch.Generator().manual_seed(0))
+    group = [ds.Window(0, 0, 12), ds.Window(12, 12, 24)]
+    ids, _, logits = ds.read_group(base, stream, group)
+    assert abs(md.base_divergence(base, ids, logits.log_softmax(-1)).item()) < 1e-6
+
+
 def test_training_that_diverges_names_the_rate(config, lm, domain, targets):
     with pytest.raises(dnc_gpt2.Diverged, match="decoder hidden diverged .* decoder_lr below"):
         md.train_decoder(config, lm.base, domain, lm.datastore, "hidden", targets, 1e30)
@@ -843,27 +919,67 @@ def test_training_that_diverges_names_the_rate(config, lm, domain, targets):
 
 @pytest.mark.parametrize("kind", ["Llama", "Mistral", "Qwen2", "Gemma2", "GPT2"])
 def test_a_tail_begins_as_the_base_and_caches_give_the_same(kind, tmp_path, tokenizer_folder):
+    prefix = ()
     if kind == "GPT2":
         sizes = transformers.GPT2Config(n_embd=16, n_layer=3, n_head=2, n_positions=24)
         model = transformers.GPT2LMHeadModel(sizes)
     else:
-        save_foreign_base(kind, tokenizer_folder, tmp_path)
+        prefix = (save_foreign_base(kind, tokenizer_folder, tmp_path),)
         model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
     tap = ds.KeyTap(model.eval().requires_grad_(False), "feed_forward", tail=1)
-    base = ds.Base("", model, None, 24, (), False, tap, "")
-    tail = ml.make_tail(base, 1, 24)
-    head = model.get_output_embeddings().weight
+    base = ds.Base("", model, None, 23, prefix, False, tap, "")
+    tail = ml.make_tail(base, 1, 23)
+    head, embedding = model.get_output_embeddings().weight, model.get_input_embeddings().weight
     assert tail.tail.get_output_embeddings().weight is head, "shared, not held twice"
+    assert tail.tail.get_input_embeddings().weight is embedding, "also where the head is its own"
     assert len(ds.blocks_of(model)) > 1 and not head.requires_grad
     ids = torch.randint(0, 200, (2, 20), generator=torch.Generator().manual_seed(0))
-    logits, keys = base.forward(ids)
-    torch.testing.assert_close(tail(base.states, None), logits, atol=1e-5, rtol=1e-4)
-    assert torch.equal(base.tap.here.keys, keys), "the tail's own pass is none of the tap's"
+    _, keys, _ = ds.read_group(base, ids.flatten(), [ds.Window(0, 0, 20), ds.Window(20, 20, 40)])
+    begins = torch.tensor(prefix, dtype=torch.int64).expand(2, -1)
+    logits = model(torch.cat([begins, ids], dim=1)).logits[:, len(prefix) :]
+    states = base.states[:, len(prefix) :]
+    torch.testing.assert_close(tail(states, None), logits, atol=1e-5, rtol=1e-4)
+    last = base.tap.here.keys[:, len(prefix) :]
+    assert torch.equal(last, keys), "the tail's own pass is none of the tap's"
     cache, parts = [], []
-    for states in base.states.split([7, 1, 12], dim=1):
-        parts.append(tail(states, None, cache, kept=1))
+    for part in states.split([7, 1, 12], dim=1):
+        parts.append(tail(part, None, cache, kept=1))
     expected = logits[:, [6, 7, 19]]
     torch.testing.assert_close(torch.cat(parts, dim=1), expected, atol=1e-5, rtol=1e-4)
+
+
+def test_an_untrained_tail_is_scored_and_answers_as_the_base_behind_its_prefix(
+        tmp_path, tokenizer_folder):
+    """A file of an older version, which was trained without the prefix, goes on without it."""
+    save_foreign_base("Llama", tokenizer_folder, tmp_path)
+    base = ds.load_base(str(tmp_path), 16, "feed_forward", tail=1)
+    tail = ml.make_tail(base, 1, 15)
+    stream = torch.randint(0, 200, (50,), generator=torch.Generator().manual_seed(0))
+    scores = md.score(md.Config(stride=7), base, stream, 0, md.Systems({"tail": tail}),
+                      md.Grid(alphas=[1.0]))
+    np.testing.assert_allclose(scores.mixed["tail"][0], scores.log_p["base"], atol=1e-5)
+
+    chat = ml.Conversation(ml.MemoryLM("", base, tail, None, {}), "decoder")
+    for new in stream[:24].split([6, 1, 5, 6, 6]):  # the last two are beyond the window
+        reading = chat.feed(new.tolist())
+        torch.testing.assert_close(reading.log_decoder, reading.log_base, atol=1e-5, rtol=1e-4)
+
+    payload = {"arm": "tail", "identity": "i", "model_state_dict": tail.state_dict()}
+    older = {name: size for name, size in tail.sizes.items() if name != "prefix"}
+    for sizes, begins in ((tail.sizes, True), (older, False)):
+        dnc_gpt2.save_tensors(payload | {"sizes": sizes}, tmp_path / md.DECODER_FILE)
+        loaded = ml.load_decoder(tmp_path / md.DECODER_FILE, base, {"identity": "i"})
+        assert (loaded.begin is not None) == begins
+
+
+def test_a_copy_of_the_base_is_freed_after_use(lm):
+    """As each rate of fine-tuning makes one."""
+    copied = dataclasses.replace(lm.base, model=copy.deepcopy(lm.base.model))
+    copied.forward(torch.arange(4)[None])
+    kept = weakref.ref(copied.model)
+    del copied
+    gc.collect()
+    assert kept() is None
 
 
 def test_a_tail_that_does_not_begin_as_the_base_is_refused(tmp_path, tokenizer_folder):
@@ -962,6 +1078,35 @@ def test_every_neighbour_names_its_file_and_line(tmp_path, checkpoint):
         assert whole.strip() in text
         written = text.splitlines()[int(line) - 1]
         assert before.rpartition("\n")[2] in written
+
+
+def test_words_of_passages_do_not_run_together_whatever_the_tokenizer_strips(lm):
+    """A decoder of Llama 2 takes the space off what it is given; é is of two tokens."""
+    from tokenizers import Tokenizer, decoders, models
+
+    words = ["?", *"▁the ▁old ▁bridge ▁over ▁river <0xC3> <0xA9> .".split()]
+    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, "?"))
+    tokenizer.decoder = decoders.Sequence([
+        decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(),
+        decoders.Strip(" ", 1, 0)])
+    base = dataclasses.replace(lm.base, tokenizer=SimpleNamespace(backend_tokenizer=tokenizer))
+    values = np.array([1, 2, 3, 4, 1, 5, 6, 7, 8], dtype=np.int32)
+    store = ds.Datastore(np.zeros((9, 2), np.float16), values, None, "flat")
+    old = ml.MemoryLM("", base, None, store, {"tau": 1}, sources=(ds.Source(0, "none.txt", 0),))
+    whole = "the old bridge over the riveré."
+    for at, word in enumerate("the| old| bridge| over| the| river||é|.".split("|")):
+        near = ml.Near(torch.zeros(1), np.array([at]), torch.from_numpy(values[[at]]))
+        [shown] = ml.show_neighbours(old, near, 0)
+        before, behind = shown.passage
+        if at == 6:  # half of a character, which is whole behind it
+            assert (before, shown.token, behind) == (whole[:-2], "\ufffd", "é.")
+            continue
+        assert shown.token == word
+        assert before + word + behind == whole and shown.context + word in whole
+    reading = ml.Reading(torch.zeros(9), torch.zeros(2), None)
+    step = ml.describe(old, reading, torch.zeros(9), token=3, base_token=2, before=[1],
+                       text=" bridge", near=near)
+    assert step.base_token == " old"
 
 
 def test_paragraphs_keep_the_line_that_they_begin_with():
