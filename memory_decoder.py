@@ -97,7 +97,6 @@ from datastore import (
     MANIFEST,
     NPROBE,
     RERANK,
-    SOURCES,
     Base,
     Build,
     Datastore,
@@ -476,9 +475,6 @@ def build(config: Config, base: Base, domain: Domain) -> None:
     count = len(domain.train) - 1
     require(config.knn_k < count, "knn_k", config.knn_k, f"below the keys of the datastore "
             f"({count:,})")
-    if rank_and_size()[0] == 0:
-        kept = [source for source in domain.sources if source.start < count]
-        write_json({"sources": kept}, config.folder / SOURCES)
     build_datastore(Build(
         folder=config.folder,
         base=base,
@@ -488,6 +484,7 @@ def build(config: Config, base: Base, domain: Domain) -> None:
         stride=config_stride(config, base),
         batch_windows=config.batch_windows,
         index=config.index,
+        sources=domain.sources,
         extra={"about": run_facts(device_name(base.device)),
                "config": dataclasses.asdict(config)}))
 

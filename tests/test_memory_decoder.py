@@ -404,6 +404,32 @@ def test_a_killed_build_resumes_with_the_same_bytes_and_not_that_of_another_text
         assert built[name].read_bytes() == (made / name).read_bytes()
 
 
+def test_a_refused_rebuild_leaves_the_sources_of_the_datastore_that_is_there(
+        made, checkpoint, text_folder, tmp_path, monkeypatch, capsys):
+    folder = tmp_path / "models"
+    shutil.copytree(made, folder)
+    before = ds.read_sources(folder)
+    (tmp_path / "other").mkdir()
+    for i in range(40):
+        (tmp_path / "other" / f"{i:02}.txt").write_text(f"ba den {i} hul ka\n", encoding="utf-8")
+
+    def refuse(*args):
+        raise ValueError("refused")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ds, "read_keys", refuse)
+        assert md.main(["build", *argv_of(folder, checkpoint, str(tmp_path / "other"))]) == 2
+    error_line(capsys.readouterr().err)
+    assert ds.read_manifest(folder) == ds.read_manifest(made)
+    assert ds.read_sources(folder) == before
+
+    (folder / ds.SOURCES).unlink()  # as of a version that kept none; its keys are not built again
+    assert md.main(["build", *argv_of(folder, checkpoint, text_folder)]) == 0
+    assert "holds these" in capsys.readouterr().out and ds.read_sources(folder) == before
+    assert md.main(["build", *argv_of(folder, checkpoint, str(tmp_path / "other"))]) == 0
+    assert ds.read_sources(folder)[1].name == "01.txt"
+
+
 def test_shards_built_by_two_processes_and_merged_equal_one_build(
         made, checkpoint, text_folder, tmp_path):
     argv = argv_of(tmp_path, checkpoint, text_folder, index="ivfpq")
