@@ -182,7 +182,7 @@ class Config:
     decoder_dim: Count = 256  # width
     decoder_layers: Count = 6  # transformer blocks
     decoder_heads: Count = 32  # attention heads; divides decoder_dim
-    decoder_reach: Count = 256  # tokens that it attends to, and of a training row
+    decoder_reach: Count = 256  # tokens of a training row; all but a tail attend to no more
     decoder_lr: Positive = 4e-3  # peak rate of AdamW
     num_epochs: Count = 1  # passes over the training positions
     train_tokens: Whole = 200_000  # training positions of decoders and fine-tuning, 0 = all keys
@@ -358,7 +358,7 @@ def row_documents(rows, template: str, domain: str) -> list[Document]:
         for number, row in enumerate(rows):
             filled = {name: "" if value is None else value for name, value in row.items()}
             documents.append(Document(template.format(**filled) + "\n", f"row {number:,}"))
-    except (KeyError, IndexError, ValueError, AttributeError):
+    except (KeyError, IndexError, ValueError, AttributeError, TypeError):
         columns = rows.column_names
         raise ValueError(f"text_template = {template!r}: must name columns of {domain}: "
                          f"{', '.join(columns)}, as in {{{columns[0]}}}") from None

@@ -750,8 +750,9 @@ def test_hub_rows_pass_the_template_and_are_split_by_text_each_once(monkeypatch)
     everything = [text for split in texts.values() for text in split]
     assert len(everything) == len(set(everything)) == 51  # t0 without an answer, then with one
     assert len(texts["valid"]) == len(texts["test"]) == 2
-    with pytest.raises(ValueError, match="text_template .* Title, Answer"):
-        md.hub_domain("a/b", "{Titel}")
+    for template in ("{Titel}", "{Title[foo]}", "{Title.foo}", "{", "{}"):
+        with pytest.raises(ValueError, match="text_template .* Title, Answer"):
+            md.hub_domain("a/b", template)
     splits |= {"validation": splits["train"].select([1]), "test": splits["train"].select([2])}
     texts = texts_of(md.hub_domain("a/b", "{Title}"))  # its own splits
     assert (len(texts["train"]), texts["valid"], texts["test"]) == (60, ["t1\n"], ["t2\n"])
