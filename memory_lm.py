@@ -683,6 +683,13 @@ def check_messages(messages: list[dict]) -> None:
         require(not re.search("[\ud800-\udfff]", text), "message", "…", "text in UTF-8")
 
 
+def prompt_ids(lm: MemoryLM, messages: list[dict]) -> list[int]:
+    """Tokenize messages, without the prefix, which generate puts there itself."""
+    ids = lm.base.encode(chat_text(lm, messages))
+    skipped = len(lm.base.prefix)
+    return ids[skipped:] if tuple(ids[:skipped]) == lm.base.prefix else ids
+
+
 def chat_ids(lm: MemoryLM, messages: list[dict], reserve: int) -> tuple[list[int], int]:
     """Return the prompt of a conversation ({"role", "content"} each), and how many of its oldest
     turns were dropped, whole, so that it leaves `reserve` tokens of the window (at most half of it)
@@ -691,14 +698,22 @@ def chat_ids(lm: MemoryLM, messages: list[dict], reserve: int) -> tuple[list[int
     system = [message for message in messages[:1] if message["role"] == "system"]
     turns = [message for message in messages[len(system) :] if message["content"].strip()]
     room = lm.window - min(max(0, reserve), lm.window // 2)
-    skipped = len(lm.base.prefix)
-    for dropped in range(len(turns)):
-        if dropped > 0 and turns[dropped]["role"] != "user":
-            continue  # an answer without its question; many templates refuse it as well
-        ids = lm.base.encode(chat_text(lm, system + turns[dropped:]))
-        if skipped and tuple(ids[:skipped]) == lm.base.prefix:
-            ids = ids[skipped:]  # what generate puts there itself
-        if len(ids) <= room:
-            return ids, dropped
-    raise ValueError(f"message: has {len(ids):,} tokens, the window has room for {room:,}; shorten "
-                     "it")
+
+    def fits(dropped: int) -> bool:
+        return len(prompt_ids(lm, system + turns[dropped:])) <= room
+
+    # Not an answer without its question; many templates refuse it as well.
+    starts = [0, *(i for i, turn in enumerate(turns) if i > 0 and turn["role"] == "user")]
+    # From the newest turn backwards in growing steps as long as it fits, then between the last two:
+    # most of a conversation that is far too long is never tokenized.
+    first = fitting = len(starts) - 1
+    step = 1
+    while first > 0 and fits(starts[first]):
+        fitting, first, step = first, max(0, first - step), 2 * step
+    dropped = starts[bisect.bisect_left(starts, True, lo=first, hi=fitting, key=fits)]
+
+    ids = prompt_ids(lm, system + turns[dropped:])
+    if len(ids) > room:
+        raise ValueError(f"message: has {len(ids):,} tokens, the window has room for {room:,}; "
+                         "shorten it")
+    return ids, dropped

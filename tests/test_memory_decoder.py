@@ -633,6 +633,33 @@ def test_chat_prompt_drops_whole_oldest_turns(lm):
     assert len(lm.base.encode(ml.chat_text(lm, messages[dropped - 2 :]))) > lm.window - 4
 
 
+def prompt_of_most_turns(lm, messages: list[dict], reserve: int) -> tuple[list[int], int]:
+    """The prompt with the fewest turns dropped that fits, found by trying one after the other."""
+    for dropped in [0, *range(2, len(messages), 2)]:
+        ids = lm.base.encode(ml.chat_text(lm, messages[dropped:]))
+        if len(ids) <= lm.window - reserve:
+            return ids, dropped
+    raise AssertionError("the last turn alone is too long")
+
+
+def test_a_long_conversation_is_read_no_further_back_than_the_window(lm, monkeypatch):
+    draw, encode, read = np.random.default_rng(0), ds.Base.encode, []
+    for count in (*range(1, 30, 2), 199):
+        words = draw.integers(1, 4 if count < 20 else 9, count)
+        messages = conversation(*(" ".join(["gor"] * n) for n in words))
+        assert ml.chat_ids(lm, messages, 4) == prompt_of_most_turns(lm, messages, 4)
+
+    def counted(self, text: str) -> list[int]:
+        ids = encode(self, text)
+        read.append(len(ids))
+        return ids
+
+    monkeypatch.setattr(ds.Base, "encode", counted)
+    _, dropped = ml.chat_ids(lm, messages, 4)
+    assert dropped > 0 and sum(read) < 12 * lm.window
+    assert len(encode(lm.base, ml.chat_text(lm, messages))) > 20 * lm.window
+
+
 def test_chat_template_is_used_keeps_the_system_message_and_its_errors_are_one_line(lm):
     from transformers import PreTrainedTokenizerFast
 
