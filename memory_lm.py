@@ -558,26 +558,40 @@ def source_of(lm: MemoryLM, at: int) -> tuple[str, tuple[str, str]]:
     if line > 0:
         line += int(lm.newlines[at] - lm.newlines[first])
     else:
-        line = line_in_library(source.name, before.rpartition("\n")[2])
+        said = lm.base.decode([int(stored[at])])
+        line = line_in_library(source.name, before, said + behind)
     place = f"{source.name}:{line}" if line else source.name
     return place, (before, behind)
 
 
-def line_in_library(name: str, text: str) -> int:
-    """The first line of a file of Python's library that holds a text; 0 where none does."""
-    for number, line in enumerate(library_lines(name), 1):
-        if text.strip() and text.strip() in line:
-            return number
-    return 0
+def line_in_library(name: str, before: str, behind: str) -> int:
+    """The line of a file of Python's library where the texts before and behind a place meet; 0
+    where no line, or more than one, holds all of that line and follows the one before it."""
+    *_, previous, begun = ["", *before.split("\n")]
+    line = without_space(begun + behind.partition("\n")[0])
+    previous = without_space(previous)
+    lines = ("", *library_lines(name))
+    found = []
+    for number in range(1, len(lines)):
+        if line in lines[number] and previous in lines[number - 1]:
+            found.append(number)
+    return found[0] if line and len(found) == 1 else 0
+
+
+def without_space(text: str) -> str:
+    """A text without its white space: a docstring is not indented as its file is."""
+    return "".join(text.split())
 
 
 @functools.lru_cache(maxsize=256)
-def library_lines(name: str) -> list[str]:
-    """The lines of a file of Python's library, [] where there is no such file."""
+def library_lines(name: str) -> tuple[str, ...]:
+    """The lines of a file of Python's library without white space, () where there is no such
+    file."""
     path = Path(sysconfig.get_paths()["stdlib"]) / name
     if ".." in Path(name).parts or not path.is_file():
-        return []
-    return path.read_text(encoding="utf-8", errors="replace").splitlines()
+        return ()
+    text = path.read_text(encoding="utf-8", errors="replace")
+    return tuple(map(without_space, text.splitlines()))
 
 
 def show_neighbours(lm: MemoryLM, near: Near, token: int, most: int = 5) -> list[Neighbour]:

@@ -1025,10 +1025,24 @@ def test_paragraphs_keep_the_line_that_they_begin_with():
         ("one\ntwo", 1), ("three", 5), ("four", 7)]
 
 
-def test_a_line_of_pythons_library_is_found_and_nothing_outside_it_is_read():
-    assert ml.library_lines("abc.py")[ml.line_in_library("abc.py", "Abstract Base Classes") - 1]
-    assert ml.line_in_library("abc.py", "no such words in there") == 0
-    assert ml.library_lines("../../../etc/passwd") == []
+def test_a_line_of_pythons_library_is_the_only_one_that_a_passage_stands_on_or_none(
+        tmp_path, monkeypatch):
+    lines = ["def one():", '    """Return the key.', "", "    The key is", "    The value is new.",
+             '    """', "def two():", "    The value is new."]
+    (tmp_path / "a.py").write_text("\n".join(lines), encoding="utf-8")
+    monkeypatch.setattr(ml.sysconfig, "get_paths", lambda: {"stdlib": tmp_path})
+    text = "Return the key.\n\nThe key is\nThe value is new.\n"
+    for at in range(len(text)):
+        expected = [2, 0, 4, 5, 0][text.count("\n", 0, at)]  # 0: an empty line is everywhere
+        assert ml.line_in_library("a.py", text[:at], text[at:]) == expected, text[:at]
+    assert ml.line_in_library("a.py", "The val", "ue is new.") == 0, "two such lines"
+    assert ml.line_in_library("a.py", "The key", " was") == 0
+    assert ml.line_in_library("a.py", "", "Thekeyis") == 4, "spaces that a tokenizer lost"
+
+
+def test_nothing_outside_pythons_library_is_read():
+    assert ml.library_lines("abc.py")[0].startswith("#") and ml.library_lines("no.py") == ()
+    assert ml.library_lines("../../../etc/passwd") == ()
 
 
 # ── The command ──────────────────────────────────────────────────────────────────────────────────
