@@ -39,6 +39,8 @@ from dnc_gpt2 import (
 # isort: on
 from datastore import (
     MANIFEST,
+    NPROBE,
+    RERANK,
     Base,
     Datastore,
     Source,
@@ -285,11 +287,14 @@ def made_for(manifest: dict, kind: str | None) -> str:
     return manifest["identity"]
 
 
-def load_trained(path: Path, manifest: dict) -> dict:
+def load_trained(path: Path, manifest: dict, arm: str | None = None) -> dict:
     """Load weights that were trained on a datastore. Raises ValueError where they are missing,
-    foreign, or of another datastore."""
+    foreign, of another datastore, or of another arm than the one that is asked for, if any."""
     remedy = "train again: python memory_decoder.py train"
     payload = load_tensors(path, ("identity", "model_state_dict"), remedy)
+    trained = payload.get("arm", arm)  # older files may not say
+    require(arm in (None, trained), "file", str(path), f"of arm {arm} (it is of {trained}); "
+            f"{remedy}, or set --decoder_kind {trained}")
     sizes = payload.get("sizes")
     kind = sizes.get("kind") if isinstance(sizes, dict) else None
     require(payload["identity"] == made_for(manifest, kind), "file", str(path), "trained on the "
@@ -298,8 +303,12 @@ def load_trained(path: Path, manifest: dict) -> dict:
 
 
 def load_decoder(path: Path, base: Base, manifest: dict) -> Decoder | TailDecoder:
-    """Load a trained decoder. Raises ValueError with one line."""
-    payload = load_trained(path, manifest)
+    """Load a trained decoder of any kind. Raises ValueError with one line."""
+    return decoder_of(load_trained(path, manifest), path, base)
+
+
+def decoder_of(payload: dict, path: Path, base: Base) -> Decoder | TailDecoder:
+    """Make the decoder that a file holds. Raises ValueError with one line."""
     with reading(path, "train again"):
         sizes = payload["sizes"]
         if sizes["kind"] == "tail":
@@ -330,6 +339,9 @@ def check_settings(settings: dict) -> None:
         raise ValueError("shares out of range")
     if not 1 <= settings["k"] < 2**31 or settings.get("mixing") not in ("probability", "logits"):
         raise ValueError("no number of neighbours, or no mixing")
+    for name in ("nprobe", "rerank"):
+        if not 1 <= settings.get(name, 1) < 2**31:
+            raise ValueError(f"{name} out of range")
 
 
 # ══ One model for many users ═════════════════════════════════════════════════════════════════════
@@ -341,7 +353,7 @@ class MemoryLM:
     base: Base
     decoder: Decoder | TailDecoder | None
     datastore: Datastore | None
-    settings: dict  # tuned: alpha, lambda, tau, k, and both: alpha and lambda
+    settings: dict  # tuned: alpha, lambda, tau, k, both: alpha and lambda; nprobe, rerank
     mixing: str = "probability"
     sources: tuple[Source, ...] = ()  # of the datastore's documents, in order
 
@@ -382,7 +394,11 @@ class MemoryLM:
             name=f"{Path(where).stem} + {manifest['domain']}",
             base=model,
             decoder=load_decoder(folder / DECODER_FILE, model, manifest),
-            datastore=open_datastore(folder, manifest),
+            datastore=open_datastore(
+                folder,
+                manifest,
+                nprobe=settings.get("nprobe", NPROBE),  # older settings say neither
+                rerank=settings.get("rerank", RERANK)),
             settings=settings,
             mixing=settings["mixing"],
             sources=tuple(read_sources(folder)))
@@ -701,7 +717,9 @@ def prompt_ids(lm: MemoryLM, messages: list[dict]) -> list[int]:
     """Tokenize messages, without the prefix, which generate puts there itself."""
     ids = lm.base.encode(chat_text(lm, messages))
     skipped = len(lm.base.prefix)
-    return ids[skipped:] if tuple(ids[:skipped]) == lm.base.prefix else ids
+    if tuple(ids[:skipped]) == lm.base.prefix:
+        ids = ids[skipped:]
+    return ids
 
 
 def chat_ids(lm: MemoryLM, messages: list[dict], reserve: int) -> tuple[list[int], int]:
@@ -716,16 +734,21 @@ def chat_ids(lm: MemoryLM, messages: list[dict], reserve: int) -> tuple[list[int
     def fits(dropped: int) -> bool:
         return len(prompt_ids(lm, system + turns[dropped:])) <= room
 
-    # Not an answer without its question; many templates refuse it as well.
-    starts = [0, *(i for i, turn in enumerate(turns) if i > 0 and turn["role"] == "user")]
+    starts = [0]
+    for number, turn in enumerate(turns[1:], 1):
+        if turn["role"] == "user":  # no answer without its question; many templates refuse it too
+            starts.append(number)
     # From the newest turn backwards in growing steps as long as it fits, then between the last two:
     # most of a conversation that is far too long is never tokenized.
     first = fitting = len(starts) - 1
     step = 1
     while first > 0 and fits(starts[first]):
-        fitting, first, step = first, max(0, first - step), 2 * step
-    dropped = starts[bisect.bisect_left(starts, True, lo=first, hi=fitting, key=fits)]
+        fitting = first
+        first = max(0, first - step)
+        step *= 2
+    first = bisect.bisect_left(starts, True, first, fitting, key=fits)
 
+    dropped = starts[first]
     ids = prompt_ids(lm, system + turns[dropped:])
     if len(ids) > room:
         raise ValueError(f"message: has {len(ids):,} tokens, the window has room for {room:,}; "

@@ -37,7 +37,8 @@ faiss = pytest.importorskip("faiss")
 TINY = dict(
     window=32, stride=16, batch_windows=2, index="flat", knn_k=8, decoder_dim=16, decoder_layers=2,
     decoder_heads=4, decoder_reach=12, batch_tokens=128, target_width=8, finetune_lrs="1e-3",
-    latency_tokens=3, latency_rounds=1, tune_tokens=200, eval_tokens=200, lora_rank=3)
+    latency_tokens=3, latency_rounds=1, tune_tokens=200, eval_tokens=200, lora_rank=3, nprobe=11,
+    rerank=3)
 EVERY_ARM = "tokens,text,distilled,finetuned,lora"  # but a tail
 BASE = dict(
     arms="baseline", hidden_size=32, num_layers=2, num_heads=2, batch_size=4, seq_len=32,
@@ -947,7 +948,8 @@ def test_adapters_start_as_the_base_and_are_saved_alone(made, config, lm):
     saved = dnc_gpt2.load_tensors(md.arm_path(config, "lora"), ("lr", "model_state_dict"), "")
     untrained = md.add_adapters(copy.deepcopy(lm.base.model), 3)
     tuned, payload = md.finetune(config, lm.base, domain, "lora", saved["lr"])
-    loaded = md.load_tuned(config, lm.base, manifest, "lora")
+    path = md.arm_path(config, "lora")
+    loaded = md.tuned_of(ml.load_trained(path, manifest, "lora"), path, lm.base, "lora")
     with torch.no_grad():
         assert torch.equal(untrained(input_ids=ids).logits, lm.base.model(input_ids=ids).logits)
         logits = [base.model(input_ids=ids).logits for base in (lm.base, tuned, loaded)]
@@ -960,14 +962,12 @@ def test_adapters_start_as_the_base_and_are_saved_alone(made, config, lm):
     assert payload["model_state_dict"].keys() == saved["model_state_dict"].keys()
 
 
-def test_adapters_of_another_base_are_refused_in_one_line(made, config, lm, tmp_path):
-    manifest = ds.read_manifest(made)
-    payload = torch.load(md.arm_path(config, "lora"), weights_only=True)
+def test_adapters_of_another_base_are_refused_in_one_line(config, lm):
+    path = md.arm_path(config, "lora")
+    payload = torch.load(path, weights_only=True)
     payload["model_state_dict"].popitem()
-    elsewhere = dataclasses.replace(config, model_dir=str(tmp_path))
-    dnc_gpt2.save_tensors(payload, md.arm_path(elsewhere, "lora"))
     with pytest.raises(ValueError, match="base_lora.pt.*adapters of every projection"):
-        md.load_tuned(elsewhere, lm.base, manifest, "lora")
+        md.tuned_of(payload, path, lm.base, "lora")
 
 
 def test_a_tail_keeps_its_blocks_alone_and_learns(tail_lm):
@@ -1063,6 +1063,108 @@ def test_evaluation_has_a_row_a_system_with_settings_from_validation(made):
         assert about["versions"]["torch"] and about["device"] and about["command"]
     assert (made / "memory_decoder.png").stat().st_size > 10_000
     assert not [path for path in made.iterdir() if path.suffix in (".part", ".tmp", ".empty")]
+
+
+def test_an_arm_is_not_scored_under_the_name_of_another(made, config, lm, domain, tmp_path, capsys):
+    folder = tmp_path / "models"
+    shutil.copytree(made, folder)
+    config = dataclasses.replace(config, model_dir=str(folder), arms="text")
+    decoder, text = folder / md.DECODER_FILE, folder / "decoder_text.pt"
+    shutil.copy(folder / "decoder_tokens.pt", decoder)
+    assert md.main(["evaluate", *flags(dataclasses.asdict(config))]) == 2
+    said = error_line(capsys.readouterr().err)
+    assert "memory_decoder.pt" in said and "arm hidden" in said and "--decoder_kind tokens" in said
+
+    payload = torch.load(text, weights_only=True)
+    del payload["arm"]  # a file may not say; its kind is seen
+    dnc_gpt2.save_tensors(payload, text)
+    config = dataclasses.replace(config, decoder_kind="tokens")
+    with pytest.raises(ValueError, match="decoder_text.pt.* kind tokens .it is of hidden"):
+        md.load_systems(config, lm.base, domain)
+
+
+def test_arms_of_two_trainings_are_not_compared(made, config, lm, domain, tmp_path):
+    """As a training with other settings leaves them that was stopped behind its first arm."""
+    folder = tmp_path / "models"
+    shutil.copytree(made, folder)
+    config = dataclasses.replace(config, model_dir=str(folder), arms="text")
+    path = folder / "decoder_text.pt"
+    payload = torch.load(path, weights_only=True)
+    fields = payload["trained_with"]
+
+    def load(**changed) -> md.Systems:
+        dnc_gpt2.save_tensors(payload | changed, path)
+        return md.load_systems(config, lm.base, domain)[1]
+
+    assert load(trained_with=fields).trained_with["text"]["batch_tokens"] == 128
+    with pytest.raises(ValueError, match="decoder_text.pt.*num_epochs 1, .* with 2.*train again"):
+        load(trained_with=fields | {"num_epochs": 2})
+    with pytest.raises(ValueError, match="decoder_text.pt.*older version.*train again"):
+        load(trained_with={})
+    with pytest.raises(ValueError, match="decoder_text.pt"):
+        load(trained_with="no fields")
+    decoder = torch.load(folder / md.DECODER_FILE, weights_only=True)
+    del decoder["trained_with"], payload["trained_with"]  # both as of an older version
+    dnc_gpt2.save_tensors(decoder, folder / md.DECODER_FILE)
+    assert load().trained_with == {"hidden": {}, "text": {}}
+
+
+def test_evaluation_reports_what_the_arms_were_trained_with(made, config, lm, domain):
+    other = dataclasses.replace(config, beta=0.9, train_tokens=77, eval_tokens=55)
+    _, systems = md.load_systems(other, lm.base, domain)
+    about = md.evaluation_facts(other, lm.base, domain, systems)
+    assert about["config"]["beta"] == config.beta == 0.5
+    assert about["config"]["train_tokens"] == config.train_tokens
+    assert about["config"]["eval_tokens"] == 55
+    chosen = ds.read_manifest(made)["settings"]
+    hidden, text = (about["trained_with"][arm] for arm in ("hidden", "text"))
+    assert (hidden["tau"], hidden["k"]) == (chosen["tau"], chosen["k"]) and "beta" not in text
+    assert about["trained_with"]["lora"]["lora_rank"] == 3
+
+
+def test_settings_are_of_the_validation_text_that_they_were_tuned_on(
+        made, config, lm, domain, tmp_path, monkeypatch, capsys):
+    folder = tmp_path / "models"
+    shutil.copytree(made, folder)
+    config = dataclasses.replace(config, model_dir=str(folder), arms="")
+    manifest, systems = md.load_systems(config, lm.base, domain)
+    md.check_tuned(config, manifest, systems, domain)
+    behind = domain.valid.clone()
+    behind[201] += 1  # what is not read may be another
+    md.check_tuned(config, manifest, systems, domain._replace(valid=behind))
+    other = domain._replace(valid=domain.valid.flip(0))
+    with pytest.raises(ValueError, match="settings .* validation text .* memory_decoder.py tune"):
+        md.check_tuned(config, manifest, systems, other)
+
+    md.tune_knn(config, lm.base, domain, systems.store, manifest)
+    assert "chosen" not in capsys.readouterr().out, "of the same text, is not tuned again"
+    md.tune_knn(config, lm.base, other, systems.store, manifest)
+    assert "chosen" in capsys.readouterr().out
+    older = ds.read_manifest(made)
+    del older["settings"]["valid_sha256"]
+    md.check_tuned(config, older, systems, other)
+
+
+def test_the_page_searches_as_was_tuned(made, tmp_path, monkeypatch):
+    folder = tmp_path / "models"
+    shutil.copytree(made, folder)
+    manifest = ds.read_manifest(made)
+    opened = []
+    read_index = ds.read_index
+    monkeypatch.setattr(ds, "read_index", lambda path, kind, nprobe: (
+        opened.append(nprobe) or read_index(path, kind, nprobe)))
+
+    def rerank(**settings) -> int:
+        dnc_gpt2.write_json(manifest | {"settings": settings}, folder / ds.MANIFEST)
+        return ml.MemoryLM.load(folder).datastore.rerank
+
+    tuned = manifest["settings"]
+    assert (tuned.pop("nprobe"), tuned.pop("rerank")) == (TINY["nprobe"], TINY["rerank"])
+    assert rerank(**tuned, nprobe=5, rerank=7) == 7
+    assert rerank(**tuned) == ds.RERANK  # of an older version
+    assert opened == [5, ds.NPROBE]
+    with pytest.raises(ValueError, match="manifest.json.* tune again"):
+        rerank(**tuned, nprobe="many")
 
 
 def test_another_domain_than_the_one_built_is_refused(config, tmp_path, capsys):
