@@ -210,6 +210,10 @@ BLANK = ("The model wrote nothing but blank lines. A temperature above 0, anothe
          "the memory may help.")
 
 
+# Of a model in the middle of an answer; an IndexError is a token that its base cannot look up.
+FAILURES = (ValueError, IndexError, RuntimeError, MemoryError, OSError)
+
+
 @dataclasses.dataclass
 class Draft:
     """The turn that is being written; also the sign of which run may write into the session."""
@@ -323,7 +327,7 @@ def converse(lm: MemoryLM, session: Session, text: str, sampling: Sampling, besi
     try:
         for _ in write_answers(session, draft, streams):
             yield View(past, turn_html(text, draft.answers, live=True), notice=told)
-    except (ValueError, IndexError, RuntimeError, MemoryError, OSError) as error:
+    except FAILURES as error:
         print(one_line(f"error: {error!r} in an answer of {sampling.mode}", LOG_LINE),
               file=sys.stderr)
         told = notice_html("The model could not go on with this answer.", "error")
