@@ -52,6 +52,7 @@ MAX_TURNS = 100  # of one conversation: what one visitor can make the server rem
 MAX_SESSIONS = 500  # conversations that the server keeps; the one not used longest is forgotten
 MAX_ROWS = 60  # changed tokens listed under an answer; the text marks all of them
 MAX_REQUEST = 2**22  # bytes; the longest message is far below
+UNUSED = ("/upload", "/deep_link")  # ends of the paths that write files; the page needs none
 LOG_LINE = 300  # characters of a line on stderr, whoever wrote what is in it
 BLANK_TOKENS = 16  # of white space alone, after which an answer ends
 EVERY_S = 0.08  # between two updates of the page; a fast model would flood the browser
@@ -209,6 +210,10 @@ BLANK = ("The model wrote nothing but blank lines. A temperature above 0, anothe
          "the memory may help.")
 
 
+# Of a model in the middle of an answer; an IndexError is a token that its base cannot look up.
+FAILURES = (ValueError, IndexError, RuntimeError, MemoryError, OSError)
+
+
 @dataclasses.dataclass
 class Draft:
     """The turn that is being written; also the sign of which run may write into the session."""
@@ -322,7 +327,7 @@ def converse(lm: MemoryLM, session: Session, text: str, sampling: Sampling, besi
     try:
         for _ in write_answers(session, draft, streams):
             yield View(past, turn_html(text, draft.answers, live=True), notice=told)
-    except (ValueError, RuntimeError, MemoryError, OSError) as error:
+    except FAILURES as error:
         print(one_line(f"error: {error!r} in an answer of {sampling.mode}", LOG_LINE),
               file=sys.stderr)
         told = notice_html("The model could not go on with this answer.", "error")
@@ -552,8 +557,8 @@ def page(lm: MemoryLM, config: Config):
 # ══ The server ═══════════════════════════════════════════════════════════════════════════════════
 class Guard:
     """ASGI middleware: no request of more than MAX_REQUEST bytes, as they arrive, whatever its
-    header says; and a header by which the browser itself refuses to ask any other machine for
-    anything."""
+    header says; none that would write files; and a header by which the browser itself refuses to
+    ask any other machine for anything."""
 
     POLICY = b"default-src 'self' data: blob: 'unsafe-inline' 'unsafe-eval'; form-action 'self'"
 
@@ -563,13 +568,13 @@ class Guard:
     async def __call__(self, scope, receive, send) -> None:
         received, is_begun, is_refused = 0, False, False
 
-        async def refuse():
+        async def refuse(status: int = 413, reason: bytes = b"the request is too large"):
             nonlocal is_refused
             is_refused = True
             if not is_begun:
-                await send({"type": "http.response.start", "status": 413, "headers": [
+                await send({"type": "http.response.start", "status": status, "headers": [
                     (b"content-type", b"text/plain"), (b"connection", b"close")]})
-            await send({"type": "http.response.body", "body": b"the request is too large"})
+            await send({"type": "http.response.body", "body": reason})
 
         async def counted():
             nonlocal received
@@ -589,6 +594,9 @@ class Guard:
                                       (b"content-security-policy", self.POLICY)]
             await send(message)
 
+        if scope.get("path", "").rstrip("/").endswith(UNUSED):
+            await refuse(403, b"this page takes no files")
+            return
         size = dict(scope.get("headers", [])).get(b"content-length", b"0")
         if scope["type"] == "http" and size.isdigit() and int(size[:20]) > MAX_REQUEST:
             await refuse()

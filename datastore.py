@@ -405,6 +405,7 @@ class Build(NamedTuple):
     stride: int  # tokens between windows
     batch_windows: int  # windows of one forward pass
     index: str  # auto | flat | ivfpq | hnsw
+    sources: list[Source]  # of the documents of the stream, in order
     extra: dict  # what else the manifest shall say
 
     @property
@@ -667,6 +668,12 @@ def build_index(folder: Path, wanted: str, count: int) -> str:
     return kind
 
 
+def write_sources(job: Build) -> None:
+    """Write where the documents are from whose tokens are values."""
+    kept = [source for source in job.sources if source.start < job.count]
+    write_json({"sources": kept}, job.folder / SOURCES)
+
+
 def commit_build(job: Build, kind: str) -> None:
     """Rename what was built into place. The manifest goes first and comes last: whoever finds one
     finds the files that it describes."""
@@ -676,6 +683,7 @@ def commit_build(job: Build, kind: str) -> None:
     for name in (*files, INDEX):
         with growing(job.folder / name) as path:
             os.replace(job.folder / f"{name}.part", path)
+    write_sources(job)
     description = job.describe()
     manifest = description | {
         "identity": identity_hash(description), "index": kind,
@@ -696,10 +704,12 @@ def build_datastore(job: Build) -> None:
     processes each writes a shard."""
     identity, count, width = identity_hash(job.describe()), job.count, job.base.width
     old = read_json(job.folder / MANIFEST, "delete it and build again")
+    rank, _ = rank_and_size()
     if old.get("identity") == identity and job.index in ("auto", old["index"]):
         print(f"build: {job.folder} holds these {count:,} keys already ({old['index']})")
+        if rank == 0:  # the same text, maybe in other files now, or built before they were kept
+            write_sources(job)
         return
-    rank, _ = rank_and_size()
     if rank == 0:
         print(f"build: {count:,} keys of {width} ({count * width * 2 / 2**20:,.0f} MiB)")
 

@@ -97,7 +97,6 @@ from datastore import (
     MANIFEST,
     NPROBE,
     RERANK,
-    SOURCES,
     Base,
     Build,
     Datastore,
@@ -126,9 +125,9 @@ from memory_lm import (
     Decoder,
     MemoryLM,
     TailDecoder,
+    decoder_of,
     distribution,
     inputs_of,
-    load_decoder,
     load_trained,
     made_for,
     make_tail,
@@ -183,7 +182,7 @@ class Config:
     decoder_dim: Count = 256  # width
     decoder_layers: Count = 6  # transformer blocks
     decoder_heads: Count = 32  # attention heads; divides decoder_dim
-    decoder_reach: Count = 256  # tokens that it attends to, and of a training row
+    decoder_reach: Count = 256  # tokens of a training row; all but a tail attend to no more
     decoder_lr: Positive = 4e-3  # peak rate of AdamW
     num_epochs: Count = 1  # passes over the training positions
     train_tokens: Whole = 200_000  # training positions of decoders and fine-tuning, 0 = all keys
@@ -359,7 +358,7 @@ def row_documents(rows, template: str, domain: str) -> list[Document]:
         for number, row in enumerate(rows):
             filled = {name: "" if value is None else value for name, value in row.items()}
             documents.append(Document(template.format(**filled) + "\n", f"row {number:,}"))
-    except (KeyError, IndexError, ValueError, AttributeError):
+    except (KeyError, IndexError, ValueError, AttributeError, TypeError):
         columns = rows.column_names
         raise ValueError(f"text_template = {template!r}: must name columns of {domain}: "
                          f"{', '.join(columns)}, as in {{{columns[0]}}}") from None
@@ -476,9 +475,6 @@ def build(config: Config, base: Base, domain: Domain) -> None:
     count = len(domain.train) - 1
     require(config.knn_k < count, "knn_k", config.knn_k, f"below the keys of the datastore "
             f"({count:,})")
-    if rank_and_size()[0] == 0:
-        kept = [source for source in domain.sources if source.start < count]
-        write_json({"sources": kept}, config.folder / SOURCES)
     build_datastore(Build(
         folder=config.folder,
         base=base,
@@ -488,6 +484,7 @@ def build(config: Config, base: Base, domain: Domain) -> None:
         stride=config_stride(config, base),
         batch_windows=config.batch_windows,
         index=config.index,
+        sources=domain.sources,
         extra={"about": run_facts(device_name(base.device)),
                "config": dataclasses.asdict(config)}))
 
@@ -517,6 +514,7 @@ class Systems(NamedTuple):
     decoders: dict[str, Decoder] = {}  # by arm
     bases: dict[str, Base] = {}  # the base trained on, by arm
     store: Datastore | None = None
+    trained_with: dict[str, dict] = {}  # by arm, as its file says
 
 
 class Grid(NamedTuple):
@@ -533,6 +531,11 @@ class Scores(NamedTuple):
     log_p: dict[str, np.ndarray]  # bases: (n,) log-probability
     mixed: dict[str, np.ndarray]  # decoders: (A, n) log-probability of base + decoder by alpha
     knn: np.ndarray  # (K, U, n) probability under p_knn by k and tau
+
+
+def first_tokens(stream: torch.Tensor, limit: int) -> torch.Tensor:
+    """The tokens of a stream that are read where the first so many are scored, 0 = all but one."""
+    return stream[: limit + 1 if limit else None]
 
 
 def perplexity(log_p: np.ndarray) -> float:
@@ -613,7 +616,7 @@ def score(config: Config, base: Base, stream: torch.Tensor, limit: int, systems:
     """Score every token of a stream but the first (of the first `limit` + 1, 0 = all), once."""
     from tqdm import tqdm
 
-    stream = stream[: limit + 1 if limit else None]
+    stream = first_tokens(stream, limit)
     groups = plan_windows(len(stream) - 1, base.window, config_stride(config, base),
                           config.batch_windows)
     parts = [score_group(config, base, stream, group, systems, grid)
@@ -681,11 +684,17 @@ def print_surface(surface: np.ndarray, grid: Grid, settings: dict, tokens: int) 
           f"{surface.min():,.2f} (best by k: {', '.join(by_k)})\n")
 
 
+def valid_sha(domain: Domain, limit: int) -> str:
+    """The sha256 of what is read of validation where so many tokens are scored, 0 = all."""
+    return sha(first_tokens(domain.valid, limit).numpy().tobytes())
+
+
 def tune_knn(config: Config, base: Base, domain: Domain, store: Datastore, manifest: dict) -> None:
     """Choose lambda, tau and k by validation perplexity of base + kNN; into the manifest, with the
-    whole surface. What was tuned on the same datastore and grid stays."""
+    whole surface. What was tuned on the same datastore, text and grid stays."""
+    text = valid_sha(domain, config.tune_tokens)
     tuned = sha(manifest["identity"], manifest["index_sha256"], config.knn_k, config.tune_tokens,
-                config.rerank, config.nprobe)
+                config.rerank, config.nprobe, text)
     if manifest["settings"].get("tuned") == tuned:
         return
     grid = knn_grid(store, config.knn_k)
@@ -693,7 +702,8 @@ def tune_knn(config: Config, base: Base, domain: Domain, store: Datastore, manif
                    label="kNN on validation")
     surface = knn_surface(scores)
     i, j, m = np.unravel_index(surface.argmin(), surface.shape)
-    settings = {"tuned": tuned, "lambda": SHARES[m], "tau": grid.taus[j], "k": grid.ks[i]}
+    settings = {"tuned": tuned, "lambda": SHARES[m], "tau": grid.taus[j], "k": grid.ks[i],
+                "nprobe": config.nprobe, "rerank": config.rerank}
     print_surface(surface, grid, settings, tokens=len(scores.log_p["base"]))
     manifest["settings"] = settings
     manifest["tuning"] = {"taus": grid.taus, "ks": grid.ks, "lambdas": list(SHARES),
@@ -1016,10 +1026,9 @@ def best_tuned(config: Config, base: Base, domain: Domain, arm: str) -> dict:
     return kept
 
 
-def load_tuned(config: Config, base: Base, manifest: dict, arm: str) -> Base:
-    """Load a base that was trained on. Raises ValueError with one line."""
-    path = arm_path(config, arm)
-    payload = load_trained(path, manifest)
+def tuned_of(payload: dict, path: Path, base: Base, arm: str) -> Base:
+    """Make the base that was trained on, of what its file holds. Raises ValueError with one
+    line."""
     weights = payload["model_state_dict"]
     model = copy.deepcopy(base.model)
     with reading(path, "train again: python memory_decoder.py train"):
@@ -1045,6 +1054,25 @@ def arm_path(config: Config, arm: str) -> Path:
     return config.folder / (DECODER_FILE if arm == config.decoder_kind else ARM_FILES[arm])
 
 
+def training_of(config: Config, arm: str, chosen: dict) -> dict:
+    """What decides the weights of an arm, for its file; tau and k are those of its teacher."""
+    names = ["seed", "num_epochs", "train_tokens", "batch_tokens"]
+    if arm in TUNED:
+        names.append(TUNED[arm][0])
+    else:
+        names += [RATE_FIELDS[kind_of(config, arm)], "decoder_reach"]
+    if arm == "lora":
+        names.append("lora_rank")
+    elif arm not in ("finetuned", "text"):  # has a teacher
+        names.append("beta")
+
+    teacher = {}
+    if arm in RATE_FIELDS:  # the neighbours
+        names.append("target_width")
+        teacher = {"tau": chosen["tau"], "k": chosen["k"]}
+    return {name: getattr(config, name) for name in names} | teacher
+
+
 def train(config: Config, base: Base, domain: Domain) -> None:
     """Tune the kNN distribution if it is not yet, write the targets, train every arm."""
     manifest, store = open_built(config, base, domain)
@@ -1062,8 +1090,10 @@ def train(config: Config, base: Base, domain: Domain) -> None:
             kind = decoder.kind
             payload = {"sizes": decoder.sizes, "model_state_dict": decoder.state_dict()}
             print(f"decoder {arm}: {decoder_size(decoder):,} parameters")
+        payload |= {"arm": arm, "identity": made_for(manifest, kind),
+                    "trained_with": training_of(config, arm, manifest["settings"])}
         path = arm_path(config, arm)
-        save_tensors(payload | {"arm": arm, "identity": made_for(manifest, kind)}, path)
+        save_tensors(payload, path)
         print(f"wrote {path} ({time.perf_counter() - began:.0f} s)", flush=True)
 
 
@@ -1095,11 +1125,40 @@ def load_systems(config: Config, base: Base, domain: Domain) -> tuple[dict, Syst
     """Load everything that train left: the manifest and the systems. Raises ValueError or
     FileNotFoundError."""
     manifest, store = open_built(config, base, domain)
-    decoders = {arm: load_decoder(arm_path(config, arm), base, manifest)
-                for arm in config.arm_list if arm not in TUNED}
-    bases = {arm: load_tuned(config, base, manifest, arm)
-             for arm in config.arm_list if arm in TUNED}
-    return manifest, Systems(decoders, bases, store)
+    systems = Systems({}, {}, store, {})
+    for arm in config.arm_list:
+        path = arm_path(config, arm)
+        payload = load_trained(path, manifest, arm)
+        if arm in TUNED:
+            systems.bases[arm] = tuned_of(payload, path, base, arm)
+        else:
+            decoder = decoder_of(payload, path, base)
+            require(decoder.kind == kind_of(config, arm), "file", str(path),
+                    f"of kind {kind_of(config, arm)} (it is of {decoder.kind}); train again, or "
+                    f"set --decoder_kind {decoder.kind}")
+            systems.decoders[arm] = decoder
+        with reading(path, "train again"):
+            systems.trained_with[arm] = dict(payload.get("trained_with", {}))
+    joint_training(config, systems)
+    return manifest, systems
+
+
+def joint_training(config: Config, systems: Systems) -> dict:
+    """What the arms say that they were trained with, joined. Raises ValueError where they are of
+    different trainings, as one that was stopped leaves them: where two arms disagree, or one does
+    not say. Files of older versions say nothing."""
+    joint: dict = {}
+    first, *_ = systems.trained_with
+    for arm, fields in systems.trained_with.items():
+        path = arm_path(config, arm)
+        require(bool(fields) == bool(systems.trained_with[first]), "file", str(path),
+                f"of the same training as {arm_path(config, first)} (one of the two is of an older "
+                "version); train again")
+        for name, value in fields.items():
+            other = joint.setdefault(name, value)
+            require(value == other, "file", str(path), f"trained with {name} {other!r}, as the "
+                    f"other arms (it was with {value!r}); train again")
+    return joint
 
 
 def tune(config: Config, base: Base, domain: Domain) -> None:
@@ -1111,6 +1170,7 @@ def tune(config: Config, base: Base, domain: Domain) -> None:
     grid = Grid(taus=[chosen["tau"]], ks=[chosen["k"]], alphas=shares)
     scores = score(config, base, domain.valid, config.tune_tokens, systems, grid, "validation")
     chosen |= tuned_settings(config, scores, shares, chosen["lambda"])
+    chosen["valid_sha256"] = valid_sha(domain, config.tune_tokens)
     save_manifest(config, manifest)
     both = chosen["both"]
     print(f"  chosen on {chosen['valid_tokens']:,} tokens of validation: alpha "
@@ -1207,14 +1267,18 @@ def latency(config: Config, base: Base, systems: Systems, chosen: dict, prompt: 
     return times
 
 
-def check_tuned(config: Config, manifest: dict, systems: Systems) -> None:
-    """Raise ValueError where the settings are not those of these systems."""
+def check_tuned(config: Config, manifest: dict, systems: Systems, domain: Domain) -> None:
+    """Raise ValueError where the settings are not those of these systems, or were not tuned on this
+    text; older ones do not say on which."""
     chosen = manifest["settings"]
     is_tuned = "alpha" in chosen and chosen["mixing"] == config.mixing
     is_whole = systems.decoders.keys() <= chosen.get("alphas", {}).keys()
     is_whole &= searching(config).keys() <= chosen.keys()
     require(is_tuned and is_whole, "settings", manifest["domain"], "tuned for these systems: run "
             "python memory_decoder.py tune")
+    text = valid_sha(domain, chosen["valid_tokens"])
+    require(chosen.get("valid_sha256", text) == text, "settings", manifest["domain"], "tuned on "
+            "the validation text that is there: run python memory_decoder.py tune")
 
 
 def score_test(config: Config, base: Base, domain: Domain, systems: Systems, chosen: dict
@@ -1237,11 +1301,28 @@ def score_test(config: Config, base: Base, domain: Domain, systems: Systems, cho
     return log_p
 
 
+def evaluation_facts(config: Config, base: Base, domain: Domain, systems: Systems) -> dict:
+    """What evaluation.json says of an evaluation. What the arms were trained with stands in its
+    config, and not what this command would train with."""
+    fields = dataclasses.asdict(config)
+    trained = joint_training(config, systems)
+    fields |= {name: value for name, value in trained.items() if name in fields}
+    return run_facts(device_name(base.device)) | {
+        "base": base.name,
+        "domain": domain.name,
+        "keys": len(systems.store.keys),
+        "index": systems.store.kind,
+        "mixing": config.mixing,
+        "config": fields,
+        "trained_with": systems.trained_with,
+    }
+
+
 def evaluate(config: Config, base: Base, domain: Domain) -> None:
     """Score every system on test once, with what was chosen on validation; time them; write
     evaluation.json, print the table, draw the picture."""
     manifest, systems = load_systems(config, base, domain)
-    check_tuned(config, manifest, systems)
+    check_tuned(config, manifest, systems, domain)
     chosen = manifest["settings"]
     log_p = score_test(config, base, domain, systems, chosen)
     times = {}
@@ -1259,16 +1340,9 @@ def evaluate(config: Config, base: Base, domain: Domain) -> None:
                 "test_ppl": perplexity(log_p[system]),
                 "ms_per_token": statistics.median(times[system]) if times else None,
             }
-    about = run_facts(device_name(base.device)) | {
-        "base": base.name,
-        "domain": domain.name,
-        "valid_tokens": chosen["valid_tokens"],
-        "test_tokens": len(log_p["base"]),
-        "keys": len(systems.store.keys),
-        "index": systems.store.kind,
-        "mixing": config.mixing,
-        "config": dataclasses.asdict(config),
-    }
+    about = evaluation_facts(config, base, domain, systems)
+    about["valid_tokens"] = chosen["valid_tokens"]
+    about["test_tokens"] = len(log_p["base"])
     write_json({"about": about, "rows": list(rows.values())}, config.folder / "evaluation.json")
     print_table(rows, about)
     plot(config, rows, manifest, about)

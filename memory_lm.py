@@ -39,6 +39,8 @@ from dnc_gpt2 import (
 # isort: on
 from datastore import (
     MANIFEST,
+    NPROBE,
+    RERANK,
     Base,
     Datastore,
     Source,
@@ -311,11 +313,14 @@ def made_for(manifest: dict, kind: str | None) -> str:
     return manifest["identity"]
 
 
-def load_trained(path: Path, manifest: dict) -> dict:
+def load_trained(path: Path, manifest: dict, arm: str | None = None) -> dict:
     """Load weights that were trained on a datastore. Raises ValueError where they are missing,
-    foreign, or of another datastore."""
+    foreign, of another datastore, or of another arm than the one that is asked for, if any."""
     remedy = "train again: python memory_decoder.py train"
     payload = load_tensors(path, ("identity", "model_state_dict"), remedy)
+    trained = payload.get("arm", arm)  # older files may not say
+    require(arm in (None, trained), "file", str(path), f"of arm {arm} (it is of {trained}); "
+            f"{remedy}, or set --decoder_kind {trained}")
     sizes = payload.get("sizes")
     kind = sizes.get("kind") if isinstance(sizes, dict) else None
     require(payload["identity"] == made_for(manifest, kind), "file", str(path), "trained on the "
@@ -324,8 +329,12 @@ def load_trained(path: Path, manifest: dict) -> dict:
 
 
 def load_decoder(path: Path, base: Base, manifest: dict) -> Decoder | TailDecoder:
-    """Load a trained decoder. Raises ValueError with one line."""
-    payload = load_trained(path, manifest)
+    """Load a trained decoder of any kind. Raises ValueError with one line."""
+    return decoder_of(load_trained(path, manifest), path, base)
+
+
+def decoder_of(payload: dict, path: Path, base: Base) -> Decoder | TailDecoder:
+    """Make the decoder that a file holds. Raises ValueError with one line."""
     with reading(path, "train again"):
         sizes = payload["sizes"]
         if sizes["kind"] == "tail":
@@ -357,6 +366,9 @@ def check_settings(settings: dict) -> None:
         raise ValueError("shares out of range")
     if not 1 <= settings["k"] < 2**31 or settings.get("mixing") not in ("probability", "logits"):
         raise ValueError("no number of neighbours, or no mixing")
+    for name in ("nprobe", "rerank"):
+        if not 1 <= settings.get(name, 1) < 2**31:
+            raise ValueError(f"{name} out of range")
 
 
 # ══ One model for many users ═════════════════════════════════════════════════════════════════════
@@ -368,7 +380,7 @@ class MemoryLM:
     base: Base
     decoder: Decoder | TailDecoder | None
     datastore: Datastore | None
-    settings: dict  # tuned: alpha, lambda, tau, k, and both: alpha and lambda
+    settings: dict  # tuned: alpha, lambda, tau, k, both: alpha and lambda; nprobe, rerank
     mixing: str = "probability"
     sources: tuple[Source, ...] = ()  # of the datastore's documents, in order
 
@@ -409,7 +421,11 @@ class MemoryLM:
             name=f"{Path(where).stem} + {manifest['domain']}",
             base=model,
             decoder=load_decoder(folder / DECODER_FILE, model, manifest),
-            datastore=open_datastore(folder, manifest),
+            datastore=open_datastore(
+                folder,
+                manifest,
+                nprobe=settings.get("nprobe", NPROBE),  # older settings say neither
+                rerank=settings.get("rerank", RERANK)),
             settings=settings,
             mixing=settings["mixing"],
             sources=tuple(read_sources(folder)))
@@ -601,26 +617,40 @@ def source_of(lm: MemoryLM, at: int) -> tuple[str, tuple[str, str]]:
     if line > 0:
         line += int(lm.newlines[at] - lm.newlines[first])
     else:
-        line = line_in_library(source.name, before.rpartition("\n")[2])
+        said = lm.base.decode([int(stored[at])])
+        line = line_in_library(source.name, before, said + behind)
     place = f"{source.name}:{line}" if line else source.name
     return place, (before, behind)
 
 
-def line_in_library(name: str, text: str) -> int:
-    """The first line of a file of Python's library that holds a text; 0 where none does."""
-    for number, line in enumerate(library_lines(name), 1):
-        if text.strip() and text.strip() in line:
-            return number
-    return 0
+def line_in_library(name: str, before: str, behind: str) -> int:
+    """The line of a file of Python's library where the texts before and behind a place meet; 0
+    where no line, or more than one, holds all of that line and follows the one before it."""
+    *_, previous, begun = ["", *before.split("\n")]
+    line = without_space(begun + behind.partition("\n")[0])
+    previous = without_space(previous)
+    lines = ("", *library_lines(name))
+    found = []
+    for number in range(1, len(lines)):
+        if line in lines[number] and previous in lines[number - 1]:
+            found.append(number)
+    return found[0] if line and len(found) == 1 else 0
+
+
+def without_space(text: str) -> str:
+    """A text without its white space: a docstring is not indented as its file is."""
+    return "".join(text.split())
 
 
 @functools.lru_cache(maxsize=256)
-def library_lines(name: str) -> list[str]:
-    """The lines of a file of Python's library, [] where there is no such file."""
+def library_lines(name: str) -> tuple[str, ...]:
+    """The lines of a file of Python's library without white space, () where there is no such
+    file."""
     path = Path(sysconfig.get_paths()["stdlib"]) / name
     if ".." in Path(name).parts or not path.is_file():
-        return []
-    return path.read_text(encoding="utf-8", errors="replace").splitlines()
+        return ()
+    text = path.read_text(encoding="utf-8", errors="replace")
+    return tuple(map(without_space, text.splitlines()))
 
 
 def show_neighbours(lm: MemoryLM, near: Near, token: int, most: int = 5) -> list[Neighbour]:
@@ -728,6 +758,15 @@ def check_messages(messages: list[dict]) -> None:
         require(not re.search("[\ud800-\udfff]", text), "message", "…", "text in UTF-8")
 
 
+def prompt_ids(lm: MemoryLM, messages: list[dict]) -> list[int]:
+    """Tokenize messages, without the prefix, which generate puts there itself."""
+    ids = lm.base.encode(chat_text(lm, messages))
+    skipped = len(lm.base.prefix)
+    if tuple(ids[:skipped]) == lm.base.prefix:
+        ids = ids[skipped:]
+    return ids
+
+
 def chat_ids(lm: MemoryLM, messages: list[dict], reserve: int) -> tuple[list[int], int]:
     """Return the prompt of a conversation ({"role", "content"} each), and how many of its oldest
     turns were dropped, whole, so that it leaves `reserve` tokens of the window (at most half of it)
@@ -736,14 +775,27 @@ def chat_ids(lm: MemoryLM, messages: list[dict], reserve: int) -> tuple[list[int
     system = [message for message in messages[:1] if message["role"] == "system"]
     turns = [message for message in messages[len(system) :] if message["content"].strip()]
     room = lm.window - min(max(0, reserve), lm.window // 2)
-    skipped = len(lm.base.prefix)
-    for dropped in range(len(turns)):
-        if dropped > 0 and turns[dropped]["role"] != "user":
-            continue  # an answer without its question; many templates refuse it as well
-        ids = lm.base.encode(chat_text(lm, system + turns[dropped:]))
-        if skipped and tuple(ids[:skipped]) == lm.base.prefix:
-            ids = ids[skipped:]  # what generate puts there itself
-        if len(ids) <= room:
-            return ids, dropped
-    raise ValueError(f"message: has {len(ids):,} tokens, the window has room for {room:,}; shorten "
-                     "it")
+
+    def fits(dropped: int) -> bool:
+        return len(prompt_ids(lm, system + turns[dropped:])) <= room
+
+    starts = [0]
+    for number, turn in enumerate(turns[1:], 1):
+        if turn["role"] == "user":  # no answer without its question; many templates refuse it too
+            starts.append(number)
+    # From the newest turn backwards in growing steps as long as it fits, then between the last two:
+    # most of a conversation that is far too long is never tokenized.
+    first = fitting = len(starts) - 1
+    step = 1
+    while first > 0 and fits(starts[first]):
+        fitting = first
+        first = max(0, first - step)
+        step *= 2
+    first = bisect.bisect_left(starts, True, first, fitting, key=fits)
+
+    dropped = starts[first]
+    ids = prompt_ids(lm, system + turns[dropped:])
+    if len(ids) > room:
+        raise ValueError(f"message: has {len(ids):,} tokens, the window has room for {room:,}; "
+                         "shorten it")
+    return ids, dropped

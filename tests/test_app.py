@@ -37,6 +37,8 @@ from memory_lm import Neighbour, Sampling, Step
 pytest.importorskip("faiss", reason="pip install faiss-cpu")
 HOSTILE = ["<script>alert(1)</script>", "</p></div><img src=x onerror=alert(1)>", "&lt;b&gt;",
            '" onmouseover="alert(1)', "'><mark>", "${1+1} {{value}} `x` \\", "<!--", "ä 😀 \u202e"]
+UPLOAD = (b'--x\r\nContent-Disposition: form-data; name="files"; filename="a.txt"\r\n\r\n'
+          b"a\r\n--x--\r\n")
 SHOWN = set("p div mark span h3 h4 b table thead tbody tr th td ul li".split())
 GREEDY = Sampling("knn", 0.5, 0.5, 0.0, 0, 5)
 needs_gradio = pytest.mark.skipif(not importlib.util.find_spec("gradio"),
@@ -274,7 +276,7 @@ def test_left_out_messages_are_counted_in_the_page(fake):
 
 
 @pytest.mark.parametrize("failure", [RuntimeError("CUDA out of <memory>"), ValueError("no"),
-                                     MemoryError(), OSError("disk")])
+                                     MemoryError(), OSError("disk"), IndexError("out of range")])
 def test_failing_model_becomes_a_sentence_and_keeps_what_was_said(fake, failure, capsys):
     fake.fail = failure
     session = app.Session()
@@ -400,6 +402,29 @@ def test_server_limits_requests_and_names_no_other_machine(lm):
         with pytest.raises((urllib.error.HTTPError, urllib.error.URLError, OSError)) as refused:
             urllib.request.urlopen(huge)
         assert getattr(refused.value, "code", 413) == 413
+        file = urllib.request.Request(address + "gradio_api/upload", data=UPLOAD, headers={
+            "content-type": "multipart/form-data; boundary=x"})
+        with pytest.raises(urllib.error.HTTPError) as refused:
+            urllib.request.urlopen(file)
+        assert refused.value.code == 403
+
+
+@pytest.mark.parametrize("path", ["/upload", "/gradio_api/upload/", "/gradio_api/deep_link"])
+def test_paths_of_the_server_that_write_files_are_refused(path):
+    """Before anything of their body is read; the page has no use for them."""
+    sent, reached = [], []
+
+    async def page(scope, receive, send):
+        reached.append(scope["path"])
+
+    async def send(message):
+        sent.append(message)
+
+    scope = {"type": "http", "path": path, "headers": []}
+    asyncio.run(app.Guard(page)(scope, None, send))
+    assert sent[0]["status"] == 403 and reached == []
+    asyncio.run(app.Guard(page)(scope | {"path": "/gradio_api/queue/join"}, None, send))
+    assert reached == ["/gradio_api/queue/join"]
 
 
 @pytest.mark.parametrize("headers", [[], [(b"content-length", b"10")], [(b"content-length", b"x")]])

@@ -40,7 +40,8 @@ faiss = pytest.importorskip("faiss")
 TINY = dict(
     window=32, stride=16, batch_windows=2, index="flat", knn_k=8, decoder_dim=16, decoder_layers=2,
     decoder_heads=4, decoder_reach=12, batch_tokens=128, target_width=8, finetune_lrs="1e-3",
-    latency_tokens=3, latency_rounds=1, tune_tokens=200, eval_tokens=200, lora_rank=3)
+    latency_tokens=3, latency_rounds=1, tune_tokens=200, eval_tokens=200, lora_rank=3, nprobe=11,
+    rerank=3)
 EVERY_ARM = "tokens,text,distilled,finetuned,lora"  # but a tail
 BASE = dict(
     arms="baseline", hidden_size=32, num_layers=2, num_heads=2, batch_size=4, seq_len=32,
@@ -470,6 +471,32 @@ def test_a_killed_build_resumes_with_the_same_bytes_and_not_that_of_another_text
         assert built[name].read_bytes() == (made / name).read_bytes()
 
 
+def test_a_refused_rebuild_leaves_the_sources_of_the_datastore_that_is_there(
+        made, checkpoint, text_folder, tmp_path, monkeypatch, capsys):
+    folder = tmp_path / "models"
+    shutil.copytree(made, folder)
+    before = ds.read_sources(folder)
+    (tmp_path / "other").mkdir()
+    for i in range(40):
+        (tmp_path / "other" / f"{i:02}.txt").write_text(f"ba den {i} hul ka\n", encoding="utf-8")
+
+    def refuse(*args):
+        raise ValueError("refused")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ds, "read_keys", refuse)
+        assert md.main(["build", *argv_of(folder, checkpoint, str(tmp_path / "other"))]) == 2
+    error_line(capsys.readouterr().err)
+    assert ds.read_manifest(folder) == ds.read_manifest(made)
+    assert ds.read_sources(folder) == before
+
+    (folder / ds.SOURCES).unlink()  # as of a version that kept none; its keys are not built again
+    assert md.main(["build", *argv_of(folder, checkpoint, text_folder)]) == 0
+    assert "holds these" in capsys.readouterr().out and ds.read_sources(folder) == before
+    assert md.main(["build", *argv_of(folder, checkpoint, str(tmp_path / "other"))]) == 0
+    assert ds.read_sources(folder)[1].name == "01.txt"
+
+
 def test_shards_built_by_two_processes_and_merged_equal_one_build(
         made, checkpoint, text_folder, tmp_path):
     argv = argv_of(tmp_path, checkpoint, text_folder, index="ivfpq")
@@ -673,6 +700,33 @@ def test_chat_prompt_drops_whole_oldest_turns(lm):
     assert len(lm.base.encode(ml.chat_text(lm, messages[dropped - 2 :]))) > lm.window - 4
 
 
+def prompt_of_most_turns(lm, messages: list[dict], reserve: int) -> tuple[list[int], int]:
+    """The prompt with the fewest turns dropped that fits, found by trying one after the other."""
+    for dropped in [0, *range(2, len(messages), 2)]:
+        ids = lm.base.encode(ml.chat_text(lm, messages[dropped:]))
+        if len(ids) <= lm.window - reserve:
+            return ids, dropped
+    raise AssertionError("the last turn alone is too long")
+
+
+def test_a_long_conversation_is_read_no_further_back_than_the_window(lm, monkeypatch):
+    draw, encode, read = np.random.default_rng(0), ds.Base.encode, []
+    for count in (*range(1, 30, 2), 199):
+        words = draw.integers(1, 4 if count < 20 else 9, count)
+        messages = conversation(*(" ".join(["gor"] * n) for n in words))
+        assert ml.chat_ids(lm, messages, 4) == prompt_of_most_turns(lm, messages, 4)
+
+    def counted(self, text: str) -> list[int]:
+        ids = encode(self, text)
+        read.append(len(ids))
+        return ids
+
+    monkeypatch.setattr(ds.Base, "encode", counted)
+    _, dropped = ml.chat_ids(lm, messages, 4)
+    assert dropped > 0 and sum(read) < 12 * lm.window
+    assert len(encode(lm.base, ml.chat_text(lm, messages))) > 20 * lm.window
+
+
 def test_chat_template_is_used_keeps_the_system_message_and_its_errors_are_one_line(lm):
     from transformers import PreTrainedTokenizerFast
 
@@ -790,8 +844,9 @@ def test_hub_rows_pass_the_template_and_are_split_by_text_each_once(monkeypatch)
     everything = [text for split in texts.values() for text in split]
     assert len(everything) == len(set(everything)) == 51  # t0 without an answer, then with one
     assert len(texts["valid"]) == len(texts["test"]) == 2
-    with pytest.raises(ValueError, match="text_template .* Title, Answer"):
-        md.hub_domain("a/b", "{Titel}")
+    for template in ("{Titel}", "{Title[foo]}", "{Title.foo}", "{", "{}"):
+        with pytest.raises(ValueError, match="text_template .* Title, Answer"):
+            md.hub_domain("a/b", template)
     splits |= {"validation": splits["train"].select([1]), "test": splits["train"].select([2])}
     texts = texts_of(md.hub_domain("a/b", "{Title}"))  # its own splits
     assert (len(texts["train"]), texts["valid"], texts["test"]) == (60, ["t1\n"], ["t2\n"])
@@ -1009,7 +1064,8 @@ def test_adapters_start_as_the_base_and_are_saved_alone(made, config, lm):
     saved = dnc_gpt2.load_tensors(md.arm_path(config, "lora"), ("lr", "model_state_dict"), "")
     untrained = md.add_adapters(copy.deepcopy(lm.base.model), 3)
     tuned, payload = md.finetune(config, lm.base, domain, "lora", saved["lr"])
-    loaded = md.load_tuned(config, lm.base, manifest, "lora")
+    path = md.arm_path(config, "lora")
+    loaded = md.tuned_of(ml.load_trained(path, manifest, "lora"), path, lm.base, "lora")
     with torch.no_grad():
         assert torch.equal(untrained(input_ids=ids).logits, lm.base.model(input_ids=ids).logits)
         logits = [base.model(input_ids=ids).logits for base in (lm.base, tuned, loaded)]
@@ -1022,14 +1078,12 @@ def test_adapters_start_as_the_base_and_are_saved_alone(made, config, lm):
     assert payload["model_state_dict"].keys() == saved["model_state_dict"].keys()
 
 
-def test_adapters_of_another_base_are_refused_in_one_line(made, config, lm, tmp_path):
-    manifest = ds.read_manifest(made)
-    payload = torch.load(md.arm_path(config, "lora"), weights_only=True)
+def test_adapters_of_another_base_are_refused_in_one_line(config, lm):
+    path = md.arm_path(config, "lora")
+    payload = torch.load(path, weights_only=True)
     payload["model_state_dict"].popitem()
-    elsewhere = dataclasses.replace(config, model_dir=str(tmp_path))
-    dnc_gpt2.save_tensors(payload, md.arm_path(elsewhere, "lora"))
     with pytest.raises(ValueError, match="base_lora.pt.*adapters of every projection"):
-        md.load_tuned(elsewhere, lm.base, manifest, "lora")
+        md.tuned_of(payload, path, lm.base, "lora")
 
 
 def test_a_tail_keeps_its_blocks_alone_and_learns(tail_lm):
@@ -1116,10 +1170,24 @@ def test_paragraphs_keep_the_line_that_they_begin_with():
         ("one\ntwo", 1), ("three", 5), ("four", 7)]
 
 
-def test_a_line_of_pythons_library_is_found_and_nothing_outside_it_is_read():
-    assert ml.library_lines("abc.py")[ml.line_in_library("abc.py", "Abstract Base Classes") - 1]
-    assert ml.line_in_library("abc.py", "no such words in there") == 0
-    assert ml.library_lines("../../../etc/passwd") == []
+def test_a_line_of_pythons_library_is_the_only_one_that_a_passage_stands_on_or_none(
+        tmp_path, monkeypatch):
+    lines = ["def one():", '    """Return the key.', "", "    The key is", "    The value is new.",
+             '    """', "def two():", "    The value is new."]
+    (tmp_path / "a.py").write_text("\n".join(lines), encoding="utf-8")
+    monkeypatch.setattr(ml.sysconfig, "get_paths", lambda: {"stdlib": tmp_path})
+    text = "Return the key.\n\nThe key is\nThe value is new.\n"
+    for at in range(len(text)):
+        expected = [2, 0, 4, 5, 0][text.count("\n", 0, at)]  # 0: an empty line is everywhere
+        assert ml.line_in_library("a.py", text[:at], text[at:]) == expected, text[:at]
+    assert ml.line_in_library("a.py", "The val", "ue is new.") == 0, "two such lines"
+    assert ml.line_in_library("a.py", "The key", " was") == 0
+    assert ml.line_in_library("a.py", "", "Thekeyis") == 4, "spaces that a tokenizer lost"
+
+
+def test_nothing_outside_pythons_library_is_read():
+    assert ml.library_lines("abc.py")[0].startswith("#") and ml.library_lines("no.py") == ()
+    assert ml.library_lines("../../../etc/passwd") == ()
 
 
 # ── The command ──────────────────────────────────────────────────────────────────────────────────
@@ -1140,6 +1208,108 @@ def test_evaluation_has_a_row_a_system_with_settings_from_validation(made):
         assert about["versions"]["torch"] and about["device"] and about["command"]
     assert (made / "memory_decoder.png").stat().st_size > 10_000
     assert not [path for path in made.iterdir() if path.suffix in (".part", ".tmp", ".empty")]
+
+
+def test_an_arm_is_not_scored_under_the_name_of_another(made, config, lm, domain, tmp_path, capsys):
+    folder = tmp_path / "models"
+    shutil.copytree(made, folder)
+    config = dataclasses.replace(config, model_dir=str(folder), arms="text")
+    decoder, text = folder / md.DECODER_FILE, folder / "decoder_text.pt"
+    shutil.copy(folder / "decoder_tokens.pt", decoder)
+    assert md.main(["evaluate", *flags(dataclasses.asdict(config))]) == 2
+    said = error_line(capsys.readouterr().err)
+    assert "memory_decoder.pt" in said and "arm hidden" in said and "--decoder_kind tokens" in said
+
+    payload = torch.load(text, weights_only=True)
+    del payload["arm"]  # a file may not say; its kind is seen
+    dnc_gpt2.save_tensors(payload, text)
+    config = dataclasses.replace(config, decoder_kind="tokens")
+    with pytest.raises(ValueError, match="decoder_text.pt.* kind tokens .it is of hidden"):
+        md.load_systems(config, lm.base, domain)
+
+
+def test_arms_of_two_trainings_are_not_compared(made, config, lm, domain, tmp_path):
+    """As a training with other settings leaves them that was stopped behind its first arm."""
+    folder = tmp_path / "models"
+    shutil.copytree(made, folder)
+    config = dataclasses.replace(config, model_dir=str(folder), arms="text")
+    path = folder / "decoder_text.pt"
+    payload = torch.load(path, weights_only=True)
+    fields = payload["trained_with"]
+
+    def load(**changed) -> md.Systems:
+        dnc_gpt2.save_tensors(payload | changed, path)
+        return md.load_systems(config, lm.base, domain)[1]
+
+    assert load(trained_with=fields).trained_with["text"]["batch_tokens"] == 128
+    with pytest.raises(ValueError, match="decoder_text.pt.*num_epochs 1, .* with 2.*train again"):
+        load(trained_with=fields | {"num_epochs": 2})
+    with pytest.raises(ValueError, match="decoder_text.pt.*older version.*train again"):
+        load(trained_with={})
+    with pytest.raises(ValueError, match="decoder_text.pt"):
+        load(trained_with="no fields")
+    decoder = torch.load(folder / md.DECODER_FILE, weights_only=True)
+    del decoder["trained_with"], payload["trained_with"]  # both as of an older version
+    dnc_gpt2.save_tensors(decoder, folder / md.DECODER_FILE)
+    assert load().trained_with == {"hidden": {}, "text": {}}
+
+
+def test_evaluation_reports_what_the_arms_were_trained_with(made, config, lm, domain):
+    other = dataclasses.replace(config, beta=0.9, train_tokens=77, eval_tokens=55)
+    _, systems = md.load_systems(other, lm.base, domain)
+    about = md.evaluation_facts(other, lm.base, domain, systems)
+    assert about["config"]["beta"] == config.beta == 0.5
+    assert about["config"]["train_tokens"] == config.train_tokens
+    assert about["config"]["eval_tokens"] == 55
+    chosen = ds.read_manifest(made)["settings"]
+    hidden, text = (about["trained_with"][arm] for arm in ("hidden", "text"))
+    assert (hidden["tau"], hidden["k"]) == (chosen["tau"], chosen["k"]) and "beta" not in text
+    assert about["trained_with"]["lora"]["lora_rank"] == 3
+
+
+def test_settings_are_of_the_validation_text_that_they_were_tuned_on(
+        made, config, lm, domain, tmp_path, monkeypatch, capsys):
+    folder = tmp_path / "models"
+    shutil.copytree(made, folder)
+    config = dataclasses.replace(config, model_dir=str(folder), arms="")
+    manifest, systems = md.load_systems(config, lm.base, domain)
+    md.check_tuned(config, manifest, systems, domain)
+    behind = domain.valid.clone()
+    behind[201] += 1  # what is not read may be another
+    md.check_tuned(config, manifest, systems, domain._replace(valid=behind))
+    other = domain._replace(valid=domain.valid.flip(0))
+    with pytest.raises(ValueError, match="settings .* validation text .* memory_decoder.py tune"):
+        md.check_tuned(config, manifest, systems, other)
+
+    md.tune_knn(config, lm.base, domain, systems.store, manifest)
+    assert "chosen" not in capsys.readouterr().out, "of the same text, is not tuned again"
+    md.tune_knn(config, lm.base, other, systems.store, manifest)
+    assert "chosen" in capsys.readouterr().out
+    older = ds.read_manifest(made)
+    del older["settings"]["valid_sha256"]
+    md.check_tuned(config, older, systems, other)
+
+
+def test_the_page_searches_as_was_tuned(made, tmp_path, monkeypatch):
+    folder = tmp_path / "models"
+    shutil.copytree(made, folder)
+    manifest = ds.read_manifest(made)
+    opened = []
+    read_index = ds.read_index
+    monkeypatch.setattr(ds, "read_index", lambda path, kind, nprobe: (
+        opened.append(nprobe) or read_index(path, kind, nprobe)))
+
+    def rerank(**settings) -> int:
+        dnc_gpt2.write_json(manifest | {"settings": settings}, folder / ds.MANIFEST)
+        return ml.MemoryLM.load(folder).datastore.rerank
+
+    tuned = manifest["settings"]
+    assert (tuned.pop("nprobe"), tuned.pop("rerank")) == (TINY["nprobe"], TINY["rerank"])
+    assert rerank(**tuned, nprobe=5, rerank=7) == 7
+    assert rerank(**tuned) == ds.RERANK  # of an older version
+    assert opened == [5, ds.NPROBE]
+    with pytest.raises(ValueError, match="manifest.json.* tune again"):
+        rerank(**tuned, nprobe="many")
 
 
 def test_another_domain_than_the_one_built_is_refused(config, tmp_path, capsys):
