@@ -1458,10 +1458,10 @@ def student_interval(mean: float, variance: float, freedom: int) -> Paired:
 
 def print_row(label: str, old: list[float], new: list[float], form: str, mark: str = "") -> None:
     """One line of a table: two arms' values, one a seed, and the relative change of their means; an
-    em dash for what is not known."""
+    em dash for what is not known, or not of every seed."""
     before, after = cell(old, form, 15), cell(new, form, 15)
     delta = "—"
-    if "—" not in before + after and sum(old):
+    if None not in [*old, *new] and "—" not in before + after and sum(old):
         ratio = sum(new) / sum(old) - 1
         arrow = "="
         if ratio:

@@ -188,6 +188,14 @@ def test_equal_time_reads_every_curve_where_the_fastest_arm_ended(start, corpus)
     assert dnc_gpt2.at_equal_time([[fast], [slow]])[1] == [None]
 
 
+def test_a_row_that_lacks_a_seed_has_no_change(capfd):
+    """Say, an arm that had not been validated when the fastest one of that seed had ended."""
+    dnc_gpt2.print_row("At equal time ↓", [10.0, 12.0], [9.0, None], ",.2f")
+    dnc_gpt2.print_row("At equal time ↓", [None, None], [9.0, 8.0], ",.2f")
+    lines = capfd.readouterr().out.splitlines()
+    assert [line.split()[-1] for line in lines] == ["—", "—"] and "9.00" in lines[0]
+
+
 # ── seeds and rates, as a user runs them ────────────────────────────────────────────────────────
 
 
