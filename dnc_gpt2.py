@@ -2707,7 +2707,7 @@ def cache_losses(memory: CacheMemory, alone: Tensor, cosine: Tensor, held: Tenso
         p_cache = (weights * match).sum(-1)  # (B, T)
         mixed = p + lambdas * filled * (p_cache - p)  # (LAMBDAS, B, T)
         nll = -mixed.clamp_min(1e-38).log()
-        losses.append((nll * scored).double().sum((1, 2)))
+        losses.append((nll * scored).cpu().double().sum((1, 2)))  # an Apple GPU has no float64
     return torch.stack(losses)
 
 
