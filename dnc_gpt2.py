@@ -5477,7 +5477,8 @@ def run_comparison(config: Config, preset: str, stop: StopSignal) -> None:
 
 def say_where_ids_are_not_by_frequency(config: Config, corpus: Corpus) -> None:
     """Say what that does to `surprisal`, which sums over the first entries of the vocabulary."""
-    share = (corpus.train < COMMON).float().mean().item()
+    count = torch.count_nonzero(corpus.train < COMMON).item()
+    share = count / len(corpus.train)
     if config.min_surprisal == 0 or share > 0.3:
         return
     low = -math.log(max(share, 1e-6))
