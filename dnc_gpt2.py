@@ -4449,9 +4449,13 @@ SEALED = "sha256"  # the key of a JSON file under which the digest of all the ot
 def write_json(content: dict, path: Path) -> None:
     """Write a JSON file whole or not at all, with a digest of what it says."""
     content = {name: value for name, value in content.items() if name != SEALED}  # an older one's
-    text = json.dumps(content)
-    digest = hashlib.sha256(json.dumps(json.loads(text)).encode()).hexdigest()
+    digest = content_digest(json.loads(json.dumps(content)))
     write_text(json.dumps(content | {SEALED: digest}, indent=1), path)
+
+
+def content_digest(content: dict) -> str:
+    """The sha256 of what a JSON file says, however it is laid out."""
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 
 def check_file(path: Path, remedy: str) -> None:
@@ -4484,9 +4488,12 @@ def read_json(path: Path, remedy: str) -> dict:
     check_file(path, remedy)
     with reading(path, remedy):
         content = json.loads(path.read_bytes())
-        said = content.pop(SEALED, None)  # older files have none
-        digest = hashlib.sha256(json.dumps(content).encode()).hexdigest()
-        if said not in (None, digest):
+        *others, last = content or [None]
+        sealed = SEALED in content
+        if not sealed:  # an older file, or one whose seal has lost its name
+            sealed = content_digest({name: content[name] for name in others}) == content.get(last)
+        said = content.pop(SEALED, None)
+        if sealed and said != content_digest(content):
             raise ValueError(f"{path}: altered, its sha256 is another; {remedy}")
     return content
 
