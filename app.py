@@ -551,7 +551,8 @@ def page(lm: MemoryLM, config: Config):
 
     with gr.Blocks(title="Chat with a memory", analytics_enabled=False) as blocks:
         wire(gr, lm, config, layout(gr, lm, config))
-    return blocks.queue(max_size=config.queue_size)
+    # api_open would let a caller of /run/chat past the queue, and so past `concurrency`
+    return blocks.queue(max_size=config.queue_size, api_open=False)
 
 
 # ══ The server ═══════════════════════════════════════════════════════════════════════════════════

@@ -11,6 +11,7 @@ import contextlib
 import importlib.util
 import io
 import itertools
+import json
 import os
 import re
 import signal
@@ -386,6 +387,20 @@ def test_queue_is_limited(lm, monkeypatch):
         failed = [job.exception(timeout=60) for job in jobs]
     assert 1 <= sum(error is None for error in failed) <= 3
     assert all("ueue" in str(error) or "busy" in str(error) for error in failed if error)
+
+
+@needs_gradio
+@pytest.mark.parametrize("route", ["run", "api"])
+def test_no_request_gets_past_the_queue(lm, route):
+    """A model that is asked there answers more visitors at once than `concurrency` allows."""
+    content = {"data": [None, "ba den", "base", False, 0.5, 0.5, 0.8, 50, 5]}
+    with serving(lm) as address:
+        asked = urllib.request.Request(f"{address}gradio_api/{route}/chat",
+                                       data=json.dumps(content).encode(),
+                                       headers={"content-type": "application/json"})
+        with pytest.raises(urllib.error.HTTPError) as refused:
+            urllib.request.urlopen(asked)
+    assert refused.value.code == 404
 
 
 @needs_gradio
