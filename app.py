@@ -10,6 +10,7 @@ One MemoryLM is shared by everyone and only read; what belongs to one visitor is
 The page asks no other machine for anything: own fonts, no analytics, and a header that says so.
 """
 
+import contextlib
 import dataclasses
 import html
 import io
@@ -54,6 +55,7 @@ MAX_ROWS = 60  # changed tokens listed under an answer; the text marks all of th
 MAX_REQUEST = 2**22  # bytes; the longest message is far below
 UNUSED = ("/upload", "/deep_link")  # ends of the paths that write files; the page needs none
 LOG_LINE = 300  # characters of a line on stderr, whoever wrote what is in it
+UNREAD = 100  # updates that wait for a browser; behind them an answer ends, some 8 s of a slow line
 BLANK_TOKENS = 16  # of white space alone, after which an answer ends
 EVERY_S = 0.08  # between two updates of the page; a fast model would flood the browser
 STYLE = Path(__file__).with_name("app.css")
@@ -346,6 +348,28 @@ def converse(lm: MemoryLM, session: Session, text: str, sampling: Sampling, besi
         yield View(session.past(), evidence=evidence, notice=told)
 
 
+def unread() -> int:
+    """Updates that wait for the browser of the visitor who is answered in this thread. gradio
+    keeps every one until it is fetched, and what is never fetched for up to 2,000 visitors."""
+    from gradio.context import LocalContext
+
+    blocks, request = LocalContext.blocks.get(None), LocalContext.request.get(None)
+    if blocks is None or request is None:
+        return 0
+    waiting = blocks._queue.pending_messages_per_session.get(request.session_hash)
+    return waiting.qsize() if waiting else 0
+
+
+def while_read(views: Iterator[View]) -> Iterator[View]:
+    """The views of an answer, for as long as somebody fetches them."""
+    with contextlib.closing(views):
+        while unread() <= UNREAD:
+            view = next(views, None)
+            if view is None:
+                return
+            yield view
+
+
 # ══ The page ═════════════════════════════════════════════════════════════════════════════════════
 def heading_html(lm: MemoryLM) -> str:
     """The title, and which model this is."""
@@ -491,7 +515,7 @@ class Events:
         """Answer a message; a generator."""
         sampling = Sampling(mode, float(alpha), float(lambda_), float(temperature), int(top_k),
                             int(max_new_tokens), seed=len(session.turns))
-        yield from converse(self.lm, session, text, sampling, beside, self.skip())
+        yield from while_read(converse(self.lm, session, text, sampling, beside, self.skip()))
 
     def stop(self, session):
         """Let the answer that is being written end where it is."""

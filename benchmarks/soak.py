@@ -4,7 +4,7 @@
     python benchmarks/soak.py                     a tiny model, 1,000 requests
     python benchmarks/soak.py --requests 200 --json soak.json
 
-Mixed at random: chats, closed tabs, aborted posts, bodies that are too large by their header or
+Mixed at random: chats, closed tabs, answers never fetched, aborted posts, bodies that are too large by their header or
 only as they arrive, wild calls of the API, hostile text in prompt, answer and datastore. It prints
 what each kind got, the server's resident memory after every tenth of the requests, the longest line
 that it logged, and ends with exit code 1 where the server died, memory grew by more than --grown
@@ -141,6 +141,10 @@ class Visitor:
         connection.close()
         return "closed"
 
+    def unfetched(self) -> str:
+        """A question whose answer nobody comes for."""
+        return "asked" if self.ask("gor hul ka", length=300) else "refused"
+
     def aborted(self) -> str:
         """A post that ends before its body."""
         with socket.create_connection(("127.0.0.1", self.port), timeout=30) as line:
@@ -184,7 +188,7 @@ class Visitor:
         return "LEAKED" if b"root:" in said or b"import dataclasses" in said else str(status)
 
 
-SHARES = {"chat": 10, "closed_tab": 3, "aborted": 2, "oversized": 1, "chunked": 1, "wild": 5,
+SHARES = {"chat": 10, "closed_tab": 3, "unfetched": 1, "aborted": 2, "oversized": 1, "chunked": 1, "wild": 5,
           "stray": 1}
 
 

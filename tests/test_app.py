@@ -18,6 +18,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 import traceback
 import urllib.error
@@ -387,6 +388,34 @@ def test_queue_is_limited(lm, monkeypatch):
         failed = [job.exception(timeout=60) for job in jobs]
     assert 1 <= sum(error is None for error in failed) <= 3
     assert all("ueue" in str(error) or "busy" in str(error) for error in failed if error)
+
+
+@needs_gradio
+def test_an_answer_that_nobody_fetches_ends(lm, monkeypatch):
+    """Or the server would keep every update of it; one that is fetched is written to its end."""
+    wrote, ended = [], threading.Event()
+
+    def generate(*_):
+        try:
+            for i in range(300):
+                time.sleep(0.01)
+                wrote.append(i)
+                yield step(f" w{i}")
+        finally:
+            ended.set()
+
+    monkeypatch.setattr(app, "generate", generate)
+    monkeypatch.setattr(app, "EVERY_S", 0.0)
+    monkeypatch.setattr(app, "UNREAD", 40)
+    content = {"data": ["ba den", "base", False, 0.5, 0.5, 0.8, 50, 300]}
+    with serving(lm) as address:
+        asked = urllib.request.Request(f"{address}gradio_api/call/chat",
+                                       data=json.dumps(content).encode(),
+                                       headers={"content-type": "application/json"})
+        urllib.request.urlopen(asked).close()
+        assert ended.wait(timeout=60) and 20 < len(wrote) < 60
+        past = client(address).predict("hello", "base", False, 0, 0, 0, 0, 5, api_name="/chat")[0]
+    assert "w299" in past
 
 
 @needs_gradio
