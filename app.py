@@ -350,7 +350,7 @@ def converse(lm: MemoryLM, session: Session, text: str, sampling: Sampling, besi
 
 def unread() -> int:
     """Updates that wait for the browser of the visitor who is answered in this thread. gradio
-    keeps every one until it is fetched, and what is never fetched for up to 2,000 visitors."""
+    keeps every one until it is fetched."""
     from gradio.context import LocalContext
 
     blocks, request = LocalContext.blocks.get(None), LocalContext.request.get(None)
@@ -576,7 +576,11 @@ def page(lm: MemoryLM, config: Config):
     with gr.Blocks(title="Chat with a memory", analytics_enabled=False) as blocks:
         wire(gr, lm, config, layout(gr, lm, config))
     # api_open would let a caller of /run/chat past the queue, and so past `concurrency`
-    return blocks.queue(max_size=config.queue_size, api_open=False)
+    blocks.queue(max_size=config.queue_size, api_open=False)
+    # gradio keeps what nobody fetches, of its last 2,000 visitors
+    at_once = config.queue_size + config.concurrency
+    blocks._queue.pending_messages_per_session.max_size = 2 * at_once
+    return blocks
 
 
 # ══ The server ═══════════════════════════════════════════════════════════════════════════════════

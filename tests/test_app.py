@@ -419,6 +419,29 @@ def test_an_answer_that_nobody_fetches_ends(lm, monkeypatch):
 
 
 @needs_gradio
+def test_what_nobody_fetches_is_kept_for_few_visitors(lm):
+    """gradio would keep it for 2,000, whatever the page's queue."""
+    content = json.dumps({"data": ["ba", "base", False, 0.5, 0.5, 0.8, 50, 1]}).encode()
+    config = app.Config(port=free_port(), queue_size=2, concurrency=1)
+    blocks = app.page(lm, config)
+    try:
+        address = app.serve(blocks, config)
+        for _ in range(12):
+            asked = urllib.request.Request(f"{address}gradio_api/call/chat", data=content,
+                                           headers={"content-type": "application/json"})
+            while True:
+                try:
+                    urllib.request.urlopen(asked).close()
+                    break
+                except urllib.error.HTTPError as error:
+                    assert error.code == 503  # the queue is full
+                    time.sleep(0.05)
+        assert len(blocks._queue.pending_messages_per_session) == 6
+    finally:
+        blocks.close(verbose=False)
+
+
+@needs_gradio
 @pytest.mark.parametrize("route", ["run", "api"])
 def test_no_request_gets_past_the_queue(lm, route):
     """A model that is asked there answers more visitors at once than `concurrency` allows."""
