@@ -4,11 +4,12 @@
     python benchmarks/soak.py                     a tiny model, 1,000 requests
     python benchmarks/soak.py --requests 200 --json soak.json
 
-Mixed at random: chats, closed tabs, answers never fetched, aborted posts, bodies that are too large by their header or
-only as they arrive, wild calls of the API, hostile text in prompt, answer and datastore. It prints
-what each kind got, the server's resident memory after every tenth of the requests, the longest line
-that it logged, and ends with exit code 1 where the server died, memory grew by more than --grown
-MiB after the first third, an answer held another's text, or a socket was opened to elsewhere.
+Mixed at random: chats, closed tabs, answers never fetched, aborted posts, bodies that are too large
+by their header or only as they arrive, wild calls of the API, hostile text in prompt, answer and
+datastore. It prints what each kind got, the server's resident memory after every tenth of the
+requests, the longest line that it logged, and ends with exit code 1 where the server died, memory
+grew by more than --grown MiB after the first third, an answer held another's text, or a socket was
+opened to elsewhere.
 """
 
 import argparse
@@ -188,8 +189,8 @@ class Visitor:
         return "LEAKED" if b"root:" in said or b"import dataclasses" in said else str(status)
 
 
-SHARES = {"chat": 10, "closed_tab": 3, "unfetched": 1, "aborted": 2, "oversized": 1, "chunked": 1, "wild": 5,
-          "stray": 1}
+SHARES = {"chat": 10, "closed_tab": 3, "unfetched": 1, "aborted": 2, "oversized": 1,
+          "chunked": 1, "wild": 5, "stray": 1}
 
 
 def resident(pid: int) -> float:
