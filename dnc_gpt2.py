@@ -1214,6 +1214,16 @@ def next_token_log_p(h: Tensor, weight: Tensor, pointer: Pointer | None) -> Tens
     return log_p if pointer is None else pointer.mix(log_p)
 
 
+def next_token_nll(h: Tensor, weight: Tensor, target: Tensor, pointer: Pointer | None) -> Tensor:
+    """-log p of one token a row, target (M, 1) -> (M, 1): of `next_token_log_p` this column alone,
+    without the mixture over the whole vocabulary."""
+    target = target.squeeze(1)
+    nll = F.cross_entropy(h @ weight.T, target, reduction="none")  # (M,)
+    if pointer is not None:
+        nll = pointer.nll(nll, target)
+    return nll.unsqueeze(1)
+
+
 @torch.no_grad()
 def log_probabilities(model: GPT2WithMemory, tokens: Tensor, state: tuple | None) -> Tensor:
     """log p of every token of the vocabulary after each of tokens (B, L) -> (B, L, V), all of it at
@@ -1283,10 +1293,10 @@ def token_statistics(h: Tensor, h_out: Tensor, targets: Tensor,
     for rows in logit_chunks(len(out), weight):
         target = at[rows].clamp_min(0)  # (M, 1)
         held = None if pointer is None else pointer.rows(rows)
-        log_p = next_token_log_p(h_out[rows], weight, held)  # (M, V)
         if brief:
-            columns = [-log_p.gather(1, target)]
+            columns = [next_token_nll(h_out[rows], weight, target, held)]
         else:
+            log_p = next_token_log_p(h_out[rows], weight, held)  # (M, V)
             p = log_p.exp()
             columns = prediction_columns(log_p, p, target)
         if not brief and has_memory:
