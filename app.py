@@ -7,7 +7,8 @@
 
 Read downward; importing this file loads no model and starts nothing.
 One MemoryLM is shared by everyone and only read; what belongs to one visitor is his Session.
-The page asks no other machine for anything: own fonts, no analytics, and a header that says so.
+Once it serves, the page asks no other machine for anything: own fonts, no analytics, and a header
+that says so. Only a base with a hub name is asked of the hub, while it loads.
 """
 
 import contextlib

@@ -265,7 +265,7 @@ def foreign_base(name: str) -> tuple[nn.Module, object]:
     except ValueError as refused:
         if re.search(r"gated|\b40[13]\b", str(refused.__context__), re.IGNORECASE):
             raise ValueError(f"base = {name!r}: is gated; ask for access on its page, log in with "
-                             "`huggingface-cli login`, then run this again") from None
+                             "`hf auth login`, then run this again") from None
         raise
     backend = getattr(tokenizer, "backend_tokenizer", None)
     encodes = backend is not None and backend.encode("word", add_special_tokens=False).ids
@@ -557,6 +557,8 @@ def merge_shards(folder: Path, files: dict[str, tuple[tuple[int, ...], str]]) ->
     _, size = rank_and_size()
     if size == 1:
         return
+    # A build by one process, killed before, left its progress: it tells of the file made anew here.
+    (folder / "build.0of1.json").unlink(missing_ok=True)
     for name, (shape, dtype) in files.items():
         path = folder / f"{name}.part"
         whole, at = open_part(path, shape, dtype), 0
@@ -699,14 +701,27 @@ def commit_build(job: Build, kind: str) -> None:
             path.unlink()
 
 
-def build_datastore(job: Build) -> None:
-    """Build the datastore, unless these very keys are there under this kind of index. Of several
-    processes each writes a shard."""
-    identity, count, width = identity_hash(job.describe()), job.count, job.base.width
+def is_built(job: Build, identity: str) -> bool:
+    """Whether these very keys are there, whole, under this kind of index."""
     old = read_json(job.folder / MANIFEST, "delete it and build again")
+    if old.get("identity") != identity or job.index not in ("auto", old["index"]):
+        return False
+    try:
+        open_datastore(job.folder, read_manifest(job.folder))
+    except (ValueError, FileNotFoundError) as damage:
+        print(f"build: {damage}: building")
+        return False
+    return True
+
+
+def build_datastore(job: Build) -> None:
+    """Build the datastore, unless it is there. Of several processes each writes a shard."""
+    identity, count, width = identity_hash(job.describe()), job.count, job.base.width
     rank, _ = rank_and_size()
-    if old.get("identity") == identity and job.index in ("auto", old["index"]):
-        print(f"build: {job.folder} holds these {count:,} keys already ({old['index']})")
+    there = is_built(job, identity)
+    barrier()  # nobody writes while another still reads
+    if there:
+        print(f"build: {job.folder} holds these {count:,} keys already")
         if rank == 0:  # the same text, maybe in other files now, or built before they were kept
             write_sources(job)
         return
@@ -739,6 +754,7 @@ class Datastore(NamedTuple):
     index: object
     kind: str  # flat | ivfpq | hnsw
     rerank: int = RERANK
+    most: int = 0  # a search for fewer neighbours considers as many candidates as one for so many
     states: np.ndarray | None = None  # (n, D) float16, memory-mapped, of a base with a tail
 
     def search(self, queries: np.ndarray, k: int, exclude: np.ndarray | None = None
@@ -750,7 +766,7 @@ class Datastore(NamedTuple):
         `exclude` (Q,) holds each query's own id, which is left out.
         """
         queries = np.ascontiguousarray(queries, dtype=np.float32)
-        wanted = k * (self.rerank if self.kind == "ivfpq" else 1) + 8
+        wanted = max(k, self.most) * (self.rerank if self.kind == "ivfpq" else 1) + 8
         if exclude is not None:
             wanted += 1
         wanted = min(wanted, len(self.keys))
@@ -897,8 +913,8 @@ def open_index(path: Path, manifest: dict, nprobe: int):
     return index
 
 
-def open_datastore(folder: Path, manifest: dict, nprobe: int = NPROBE, rerank: int = RERANK
-                   ) -> Datastore:
+def open_datastore(folder: Path, manifest: dict, nprobe: int = NPROBE, rerank: int = RERANK,
+                   most: int = 0) -> Datastore:
     """Map a built datastore. Raises ValueError or FileNotFoundError, one line, where a file is
     missing, of other sizes than the manifest says, or corrupt."""
     count, remedy = manifest["count"], "build again"
@@ -909,6 +925,7 @@ def open_datastore(folder: Path, manifest: dict, nprobe: int = NPROBE, rerank: i
         index=open_index(folder / INDEX, manifest, nprobe),
         kind=manifest["index"],
         rerank=rerank,
+        most=most,
         states=open_states(folder, manifest))
 
 

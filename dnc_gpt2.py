@@ -1299,10 +1299,10 @@ def token_statistics(h: Tensor, h_out: Tensor, targets: Tensor,
             log_p = next_token_log_p(h_out[rows], weight, held)  # (M, V)
             p = log_p.exp()
             columns = prediction_columns(log_p, p, target)
-        if not brief and has_memory:
-            log_q = next_token_log_p(h[rows], weight, None)  # (M, V)
-            columns += memory_columns(p, log_q, target, -columns[-1])
-            columns += gate_columns(trace, rows)
+            if has_memory:
+                log_q = next_token_log_p(h[rows], weight, None)  # (M, V)
+                columns += memory_columns(p, log_q, target, -columns[-1])
+                columns += gate_columns(trace, rows)
         taken = torch.cat([column.float() for column in columns], dim=1)
         out[rows, : taken.shape[1]] = taken
     out = out * (at != -100)

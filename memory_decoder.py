@@ -89,6 +89,7 @@ from dnc_gpt2 import (
     embedded_documents,
     folder_texts,
     hub_reachable,
+    line_of,
     pieces_of,
     tokenize,
 )
@@ -121,6 +122,7 @@ from datastore import (
 )
 from memory_lm import (
     DECODER_FILE,
+    SEARCHED_WITH,
     Conversation,
     Decoder,
     MemoryLM,
@@ -189,7 +191,7 @@ class Config:
     batch_tokens: Count = 1024  # of a training step; small: docs/lab-notes.md, 12
     beta: float | Literal["auto"] = "auto"  # share of KL(p_knn || p_dec); auto: tail 0.1, else 0.5
     target_width: Count = 64  # M, heaviest tokens of a kNN target that are kept
-    arms: str = "auto"  # beside decoder_kind: of a pretrained base text, of yours all but tail
+    arms: str = "auto"  # beside decoder_kind; auto: text, beside a base of yours 3 more (settled)
     finetune_lrs: str = "1e-4,3e-4"  # of the fine-tuned base, and of a tail: the better is kept
     lora_lrs: str = "3e-4,1e-3"  # of arm lora: adapters on every projection of the base
     lora_rank: Count = 16  # of those adapters
@@ -357,7 +359,9 @@ def row_documents(rows, template: str, domain: str) -> list[Document]:
     try:
         for number, row in enumerate(rows):
             filled = {name: "" if value is None else value for name, value in row.items()}
-            documents.append(Document(template.format(**filled) + "\n", f"row {number:,}"))
+            text = template.format(**filled)
+            if text.strip():
+                documents.append(Document(line_of(text), f"row {number:,}"))
     except (KeyError, IndexError, ValueError, AttributeError, TypeError):
         columns = rows.column_names
         raise ValueError(f"text_template = {template!r}: must name columns of {domain}: "
@@ -371,7 +375,8 @@ def hub_domain(domain: str, template: str) -> dict[str, list[Document]]:
     with asking_hub("domain", domain, "a folder of text files"):
         from datasets import load_dataset
 
-        rows_of = load_dataset(domain)
+        hub_id, _, configuration = domain.partition(":")
+        rows_of = load_dataset(hub_id, configuration or None)
     names = {"train": "train", "valid": "validation", "test": "test"}
     if set(names.values()) <= rows_of.keys():
         return {ours: row_documents(rows_of[name], template, domain)
@@ -499,7 +504,8 @@ def open_built(config: Config, base: Base, domain: Domain) -> tuple[dict, Datast
     check_manifest(config.folder, base, manifest)
     require(config.knn_k < manifest["count"], "knn_k", config.knn_k, "below the keys of the "
             f"datastore ({manifest['count']:,})")
-    return manifest, open_datastore(config.folder, manifest, config.nprobe, config.rerank)
+    store = open_datastore(config.folder, manifest, config.nprobe, config.rerank, config.knn_k)
+    return manifest, store
 
 
 def save_manifest(config: Config, manifest: dict) -> None:
@@ -693,8 +699,9 @@ def tune_knn(config: Config, base: Base, domain: Domain, store: Datastore, manif
     """Choose lambda, tau and k by validation perplexity of base + kNN; into the manifest, with the
     whole surface. What was tuned on the same datastore, text and grid stays."""
     text = valid_sha(domain, config.tune_tokens)
+    stride = config_stride(config, base)
     tuned = sha(manifest["identity"], manifest["index_sha256"], config.knn_k, config.tune_tokens,
-                config.rerank, config.nprobe, text)
+                config.rerank, config.nprobe, stride, text)
     if manifest["settings"].get("tuned") == tuned:
         return
     grid = knn_grid(store, config.knn_k)
@@ -703,7 +710,8 @@ def tune_knn(config: Config, base: Base, domain: Domain, store: Datastore, manif
     surface = knn_surface(scores)
     i, j, m = np.unravel_index(surface.argmin(), surface.shape)
     settings = {"tuned": tuned, "lambda": SHARES[m], "tau": grid.taus[j], "k": grid.ks[i],
-                "nprobe": config.nprobe, "rerank": config.rerank}
+                "stride": stride}
+    settings |= {name: getattr(config, name) for name in SEARCHED_WITH}
     print_surface(surface, grid, settings, tokens=len(scores.log_p["base"]))
     manifest["settings"] = settings
     manifest["tuning"] = {"taus": grid.taus, "ks": grid.ks, "lambdas": list(SHARES),
@@ -763,7 +771,7 @@ def write_targets(config: Config, store: Datastore, manifest: dict, count: int
     settings = manifest["settings"]
     width = min(config.target_width, settings["k"])
     made = sha(manifest["identity"], manifest["index_sha256"], settings["tau"], settings["k"],
-               width, config.rerank, config.nprobe)
+               width, config.rerank, config.nprobe, config.knn_k)
     paths = [config.folder / "targets_tokens.npy", config.folder / "targets_weights.npy"]
     try:
         return map_targets(paths, manifest.get("targets", {}), made, count, width)
@@ -1138,9 +1146,21 @@ def load_systems(config: Config, base: Base, domain: Domain) -> tuple[dict, Syst
                     f"set --decoder_kind {decoder.kind}")
             systems.decoders[arm] = decoder
         with reading(path, "train again"):
-            systems.trained_with[arm] = dict(payload.get("trained_with", {}))
+            fields = dict(payload.get("trained_with", {}))
+        if fields and arm in systems.decoders:
+            fields |= shape_of(systems.decoders[arm])
+        systems.trained_with[arm] = fields
     joint_training(config, systems)
     return manifest, systems
+
+
+def shape_of(decoder: Decoder | TailDecoder) -> dict[str, int]:
+    """The fields of Config that a decoder's shape follows from; a tail has the base's."""
+    if decoder.kind == "tail":
+        return {}
+    sizes = decoder.sizes
+    return {"decoder_dim": sizes["width"], "decoder_layers": sizes["layers"],
+            "decoder_heads": sizes["heads"]}
 
 
 def joint_training(config: Config, systems: Systems) -> dict:
@@ -1276,9 +1296,30 @@ def check_tuned(config: Config, manifest: dict, systems: Systems, domain: Domain
     is_whole &= searching(config).keys() <= chosen.keys()
     require(is_tuned and is_whole, "settings", manifest["domain"], "tuned for these systems: run "
             "python memory_decoder.py tune")
+    alpha = chosen["alpha"] if config.alpha == "auto" else config.alpha
+    require(alpha == chosen["alpha"], "alpha", alpha, f"the one that was tuned "
+            f"({chosen['alpha']:g}): run python memory_decoder.py tune --alpha {alpha:g}")
     text = valid_sha(domain, chosen["valid_tokens"])
     require(chosen.get("valid_sha256", text) == text, "settings", manifest["domain"], "tuned on "
             "the validation text that is there: run python memory_decoder.py tune")
+
+
+def as_tuned(config: Config, base: Base) -> Config:
+    """The Config with the windows and the search that the settings were tuned with, which hold for
+    test too; where a field differs, that is printed. Raises ValueError."""
+    path = config.folder / MANIFEST
+    settings = read_manifest(config.folder)["settings"]
+    names = [name for name in ("stride", *SEARCHED_WITH) if name in settings]  # older: not all
+    with reading(path, "run python memory_decoder.py tune again"):
+        tuned = {name: int(settings[name]) for name in names}
+        require(all(value >= 1 for value in tuned.values()), "file", str(path), "whole")
+    this = dataclasses.replace(config, stride=config_stride(config, base))
+    for name, value in tuned.items():
+        if getattr(this, name) != value:
+            print(f"evaluate: {name} {value}, as tuned (not {getattr(this, name)}; another has to "
+                  "be tuned first)")
+    scored = settings.get("valid_tokens", config.tune_tokens)
+    return dataclasses.replace(config, **tuned, tune_tokens=scored)
 
 
 def score_test(config: Config, base: Base, domain: Domain, systems: Systems, chosen: dict
@@ -1321,6 +1362,7 @@ def evaluation_facts(config: Config, base: Base, domain: Domain, systems: System
 def evaluate(config: Config, base: Base, domain: Domain) -> None:
     """Score every system on test once, with what was chosen on validation; time them; write
     evaluation.json, print the table, draw the picture."""
+    config = as_tuned(config, base)
     manifest, systems = load_systems(config, base, domain)
     check_tuned(config, manifest, systems, domain)
     chosen = manifest["settings"]

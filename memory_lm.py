@@ -131,10 +131,10 @@ class Decoder(nn.Module):
     """A small transformer that imitates the kNN distribution without a datastore.
 
     Kind hidden reads the sequence of keys, so it needs no embedding and knows what the base knows,
-    and serves that base alone. departs from the original, whose 32 heads attend over one vector,
-    which does nothing: here they attend over the states before it. Kind tokens is a small GPT-2
-    (with distances in place of its positions) and a tied head, which serves every base with the
-    same tokenizer.
+    and serves that base alone. This departs from Cao et al., whose 32 heads attend over a single
+    vector, so that attention does nothing: here they attend over the states before it. Kind tokens
+    is a small GPT-2 (with distances in place of its positions) and a tied head, which serves every
+    base with the same tokenizer.
     """
 
     def __init__(self, kind: str, width: int, layers: int, heads: int, reach: int, vocab: int,
@@ -224,10 +224,10 @@ def tail_of(model: nn.Module, blocks: int) -> tuple[nn.Module, nn.ModuleList]:
 
 
 class TailDecoder(nn.Module):
-    """The last blocks of a base, trained on, with the base's own norm and head: it reads the states
-    that enter those blocks in the base, and begins as the base itself. departs from the original,
-    whose decoder begins as a small pretrained model. Beside a pretrained base, what starts from
-    noise would first have to learn the language.
+    """The last blocks of a base, trained on, with its norm and head: it reads the states that enter
+    those blocks in the base, and begins as the base itself. This departs from Cao et al., whose
+    decoder begins as a small pretrained model: beside a pretrained base, what starts from noise
+    would first have to learn the language.
 
     `begin` (1, P, D) are the states of the prefix, which stands before every text (attention of the
     base rests on it): they stand before the states of every row. None where there is no prefix.
@@ -358,6 +358,9 @@ def decoder_bytes(sizes: dict) -> float:
     return 4 * (weights + 2 * sizes["heads"] * reach**2) + 50_000 * sizes["layers"]
 
 
+SEARCHED_WITH = ("nprobe", "rerank", "knn_k")  # fields that tune keeps among the settings
+
+
 def check_settings(settings: dict) -> None:
     """Raise ValueError, TypeError or KeyError where tuned settings are not the numbers they are."""
     both = settings["both"]
@@ -366,7 +369,7 @@ def check_settings(settings: dict) -> None:
         raise ValueError("shares out of range")
     if not 1 <= settings["k"] < 2**31 or settings.get("mixing") not in ("probability", "logits"):
         raise ValueError("no number of neighbours, or no mixing")
-    for name in ("nprobe", "rerank"):
+    for name in SEARCHED_WITH:
         if not 1 <= settings.get(name, 1) < 2**31:
             raise ValueError(f"{name} out of range")
 
@@ -380,7 +383,7 @@ class MemoryLM:
     base: Base
     decoder: Decoder | TailDecoder | None
     datastore: Datastore | None
-    settings: dict  # tuned: alpha, lambda, tau, k, both: alpha and lambda; nprobe, rerank
+    settings: dict  # tuned: alpha, lambda, tau, k, both: alpha and lambda; SEARCHED_WITH
     mixing: str = "probability"
     sources: tuple[Source, ...] = ()  # of the datastore's documents, in order
 
@@ -424,8 +427,9 @@ class MemoryLM:
             datastore=open_datastore(
                 folder,
                 manifest,
-                nprobe=settings.get("nprobe", NPROBE),  # older settings say neither
-                rerank=settings.get("rerank", RERANK)),
+                nprobe=settings.get("nprobe", NPROBE),  # older settings say none of these
+                rerank=settings.get("rerank", RERANK),
+                most=settings.get("knn_k", 0)),
             settings=settings,
             mixing=settings["mixing"],
             sources=tuple(read_sources(folder)))

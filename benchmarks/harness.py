@@ -120,11 +120,7 @@ def main(argv: list[str]) -> int:
     text = Path(args.text).read_text(encoding="utf-8")
     figures = {}
     with tempfile.TemporaryDirectory() as folder:
-        try:
-            write_tasks(text, Path(folder), args.chars, args.stretches, args.questions)
-        except ValueError as error:
-            print(f"error: {error}", file=sys.stderr)
-            return 2
+        write_tasks(text, Path(folder), args.chars, args.stretches, args.questions)
         for model in args.models:
             figures[model] = score(model, Path(folder), args.batch, args.max_length)
 
@@ -139,4 +135,6 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    from scan import run_command
+
+    run_command(lambda: main(sys.argv[1:]))

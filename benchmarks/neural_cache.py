@@ -177,4 +177,6 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    from scan import run_command
+
+    run_command(lambda: main(sys.argv[1:]))

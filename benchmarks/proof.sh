@@ -11,7 +11,7 @@
 # arms: OUT/plots has the table, report.md and the pictures of all arms together (`cache` is made
 # of the baseline in the end), OUT/dnc_256 the DNC of 256 slots.
 # ablation: OUT/NAME/plots/results.json for each switch, off alone.
-# Started again, it goes on where it was stopped.
+# Started again, it goes on where it was stopped. The exit code is 1 where any of it failed.
 set -uo pipefail
 out=$(realpath -m "${1:?usage: proof.sh OUT [fields of dnc_gpt2.py]}")
 shift
@@ -19,13 +19,18 @@ cd "$(dirname "$0")/.." || exit 2
 python=${PYTHON:-python3} jobs=${JOBS:-8} what=${WHAT:-arms}
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 mkdir -p "$out"
+rm -f "$out/failed"
 
 run() {  # run NAME FIELDS...: one process of the main job, in a folder of its own
     local name=$1
     shift
     mkdir -p "$out/$name"
+    rm -f "$out/$name/plots/results.json"
     "$python" dnc_gpt2.py "$@" --resume auto --save_dir "$out/$name" --plot_dir "$out/$name/plots" \
-        > "$out/$name/log" 2>&1 || echo "$name: exit code $?, see $out/$name/log"
+        > "$out/$name/log" 2>&1 || {
+        echo "$name: exit code $?, see $out/$name/log"
+        touch "$out/failed"
+    }
 }
 
 declare -A switches=(
@@ -71,6 +76,7 @@ for runs in arms.values():
     print(f"{name:<20} " + "   ".join(cells))
 PY
     done
+    [[ ! -e $out/failed ]]
     exit
 fi
 # One folder for all arms: the names of checkpoints tell arms and seeds apart.
@@ -80,4 +86,4 @@ for name in $names; do
 done
 together=baseline,matched,wide,cache,gru,delta,dnc_reset,dnc
 "$python" dnc_gpt2.py "$@" --arms "${TOGETHER:-$together}" --resume auto --save_dir "$out/all" \
-    --plot_dir "$out/plots"
+    --plot_dir "$out/plots" && [[ ! -e $out/failed ]]

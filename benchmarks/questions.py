@@ -5,7 +5,7 @@
     python benchmarks/questions.py --model_dir trained_models/
 
 The questions, and the patterns that a right answer holds, were written before anything was tuned.
-Answers are greedy, at most 60 tokens, under the base's chat template, at the shares that were tuned
+Answers are greedy, at most 40 tokens, under the base's chat template, at the shares that were tuned
 on validation. A pattern is no judge of prose: --show True prints the answers, to be read.
 """
 
@@ -66,7 +66,7 @@ def main() -> None:
     """Ask in every mode, print who was right, and write everything as JSON."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model_dir", default="trained_models/")
-    parser.add_argument("--tokens", type=int, default=60, help="longest answer")
+    parser.add_argument("--tokens", type=int, default=40, help="longest answer")
     parser.add_argument("--show", default="False", choices=("False", "True"), help="the answers")
     parser.add_argument("--json", type=Path, help="where to write all of it")
     args = parser.parse_args()
@@ -87,4 +87,6 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    from scan import run_command
+
+    run_command(main)

@@ -517,6 +517,34 @@ def test_shards_built_by_two_processes_and_merged_equal_one_build(
     assert np.mean(one == two) > 0.97
 
 
+def test_a_build_by_one_process_does_not_go_on_with_what_a_merge_has_begun(
+        made, checkpoint, text_folder, tmp_path, monkeypatch):
+    """Killed alone, then killed while the shards of two are copied: the file of that name is
+    another, and the first one's progress does not tell of it."""
+    argv = ["build", *argv_of(tmp_path, checkpoint, text_folder)]
+    kill_build(7, argv)
+    files = {name: (np.load(made / name).shape, kind)
+             for name, kind in ((ds.KEYS, "float16"), (ds.VALUES, "int32"))}
+    with monkeypatch.context() as patch:
+        patch.setattr(ds, "rank_and_size", lambda: (0, 2))
+        with pytest.raises(FileNotFoundError):  # no shards: the copy ends behind its first file
+            ds.merge_shards(tmp_path, files)
+    assert md.main(argv) == 0
+    for name in files:
+        assert (tmp_path / name).read_bytes() == (made / name).read_bytes()
+
+
+@pytest.mark.parametrize("name, how", [(ds.KEYS, "flipped"), (ds.VALUES, "truncated"),
+                                       (ds.INDEX, "missing")])
+def test_what_is_damaged_is_built_again(name, how, made, checkpoint, text_folder, tmp_path, capsys):
+    folder = tmp_path / "models"
+    shutil.copytree(made, folder)
+    spoil(folder / name, how)
+    assert md.main(["build", *argv_of(folder, checkpoint, text_folder)]) == 0
+    assert f"{name}: " in capsys.readouterr().out
+    assert (folder / name).read_bytes() == (made / name).read_bytes()
+
+
 def test_auto_takes_the_newest_finished_base_and_says_which_index_it_chose(
         save_dir, checkpoint, text_folder, tmp_path, capsys):
     bases = tmp_path / "bases"
@@ -814,7 +842,7 @@ def test_a_gated_model_says_how_to_log_in(monkeypatch, tmp_path, text_folder, ca
 
     monkeypatch.setattr(AutoTokenizer, "from_pretrained", refuse)
     assert md.main(["build", *argv_of(tmp_path, "google/gemma-2b", text_folder)]) == 2
-    assert "huggingface-cli login" in error_line(capsys.readouterr().err)
+    assert "hf auth login" in error_line(capsys.readouterr().err)
 
 
 def test_a_checkpoint_with_a_memory_is_no_base(tmp_path, checkpoint):
@@ -837,9 +865,11 @@ def test_hub_rows_pass_the_template_and_are_split_by_text_each_once(monkeypatch)
 
     rows = {"Title": [f"t{i % 50}" for i in range(60)], "Answer": [None, *["a"] * 59]}
     splits = datasets.DatasetDict(train=datasets.Dataset.from_dict(rows))
-    monkeypatch.setattr(datasets, "load_dataset", lambda name: splits)
+    asked = []
+    monkeypatch.setattr(datasets, "load_dataset", lambda *names: asked.append(names) or splits)
     monkeypatch.setattr(md, "asking_hub", lambda *args: contextlib.nullcontext())
-    texts = texts_of(md.hub_domain("a/b", "{Title}: {Answer}"))
+    texts = texts_of(md.hub_domain("a/b:c", "{Title}: {Answer}"))
+    assert asked == [("a/b", "c")]
     assert texts["train"][:2] == ["t0: \n", "t1: a\n"]
     everything = [text for split in texts.values() for text in split]
     assert len(everything) == len(set(everything)) == 51  # t0 without an answer, then with one
@@ -850,6 +880,11 @@ def test_hub_rows_pass_the_template_and_are_split_by_text_each_once(monkeypatch)
     splits |= {"validation": splits["train"].select([1]), "test": splits["train"].select([2])}
     texts = texts_of(md.hub_domain("a/b", "{Title}"))  # its own splits
     assert (len(texts["train"]), texts["valid"], texts["test"]) == (60, ["t1\n"], ["t2\n"])
+    assert asked[-1] == ("a/b", None)
+    lines = {"text": ["", " = Title = \n", " ", "A line .\n"]}  # as WikiText-2 has them
+    splits |= {name: datasets.Dataset.from_dict(lines) for name in splits}
+    texts = texts_of(md.hub_domain("a/b", ""))
+    assert texts["train"] == texts["test"] == [" = Title = \n", "A line .\n"]
 
 
 def test_a_folder_of_any_text_files_is_split_and_bad_ones_are_one_line(tmp_path):
@@ -1248,6 +1283,9 @@ def test_arms_of_two_trainings_are_not_compared(made, config, lm, domain, tmp_pa
         load(trained_with={})
     with pytest.raises(ValueError, match="decoder_text.pt"):
         load(trained_with="no fields")
+    wider = ml.Decoder(**payload["sizes"] | {"width": 64})
+    with pytest.raises(ValueError, match="decoder_text.pt.*decoder_dim 16, .* with 64.*again"):
+        load(sizes=wider.sizes, model_state_dict=wider.state_dict())
     decoder = torch.load(folder / md.DECODER_FILE, weights_only=True)
     del decoder["trained_with"], payload["trained_with"]  # both as of an older version
     dnc_gpt2.save_tensors(decoder, folder / md.DECODER_FILE)
@@ -1305,11 +1343,44 @@ def test_the_page_searches_as_was_tuned(made, tmp_path, monkeypatch):
 
     tuned = manifest["settings"]
     assert (tuned.pop("nprobe"), tuned.pop("rerank")) == (TINY["nprobe"], TINY["rerank"])
+    assert ml.MemoryLM.load(made).datastore.most == tuned["knn_k"] == TINY["knn_k"]
+    opened.clear()
     assert rerank(**tuned, nprobe=5, rerank=7) == 7
     assert rerank(**tuned) == ds.RERANK  # of an older version
     assert opened == [5, ds.NPROBE]
     with pytest.raises(ValueError, match="manifest.json.* tune again"):
         rerank(**tuned, nprobe="many")
+
+
+def test_test_is_scored_as_was_tuned(made, config, tmp_path, capsys):
+    """Whatever search and windows the command of evaluate names; another alpha is refused."""
+    folder = tmp_path / "models"
+    shutil.copytree(made, folder)
+    fields = dataclasses.asdict(config) | {"model_dir": folder, "latency_tokens": 0}
+    others = {"nprobe": 1, "rerank": 1, "stride": 7, "knn_k": 9, "tune_tokens": 99}
+    assert md.main(["evaluate", *flags(fields | others)]) == 0
+    out = capsys.readouterr().out
+    chosen = ds.read_manifest(made)["settings"]
+    for name in ("nprobe", "rerank", "stride", "knn_k"):
+        assert f"evaluate: {name} {chosen[name]}, as tuned (not {others[name]};" in out
+    new, old = (json.loads((path / "evaluation.json").read_text()) for path in (folder, made))
+    for row, other in zip(new["rows"], old["rows"], strict=True):
+        assert row["test_ppl"] == other["test_ppl"]
+    said = new["about"]["config"]
+    assert (said["nprobe"], said["tune_tokens"]) == (chosen["nprobe"], chosen["valid_tokens"])
+    assert md.main(["evaluate", *flags(fields | {"alpha": 0.123})]) == 2
+    assert "alpha = 0.123" in error_line(capsys.readouterr().err)
+
+
+def test_fewer_neighbours_are_the_nearest_of_the_candidates_of_more():
+    keys = clustered(20_000, 32)
+    store = store_of(keys, "ivfpq")._replace(most=128, rerank=1)
+    queries = clustered(50, 32, seed=1).astype(np.float32)
+    for k in (1, 8, 32):
+        fewer = store.search(queries, k)
+        for few, many in zip(fewer, store.search(queries, 128), strict=True):
+            assert (few == many[:, :k]).all()
+    assert (store._replace(most=0).search(queries, 8)[1] != fewer[1][:, :8]).any()
 
 
 def test_another_domain_than_the_one_built_is_refused(config, tmp_path, capsys):
