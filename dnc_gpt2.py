@@ -46,6 +46,7 @@ import sysconfig
 import textwrap
 import threading
 import time
+import urllib.error
 import urllib.request
 import uuid
 import zipfile
@@ -477,6 +478,11 @@ def tokens_held(tokens: Tensor, write_weights: Tensor, before: Tensor) -> Tensor
     return torch.where(last_write < 0, before.unsqueeze(1), held)
 
 
+def one_earlier(x: Tensor, last: Tensor) -> Tensor:
+    """x_t-1 at every t (B, T, C), of x (B, T, C) and what came before its first (B, C)."""
+    return torch.cat((last.unsqueeze(1).to(x.dtype), x[:, :-1]), dim=1)
+
+
 class DNCMemory(nn.Module):
     """DNC over hidden states, a pure function of (h, state): h + read_proj(reads).
 
@@ -517,10 +523,7 @@ class DNCMemory(nn.Module):
         for min_surprisal tokens and the embedding of the vocabulary (V, C) -> h_out (B, T, C),
         state after the last token, trace."""
         normed = self.norm(h)
-        before = None
-        if self.options.key_width:
-            last = state.last.unsqueeze(1).to(normed.dtype)  # (B, 1, C)
-            before = torch.cat((last, normed[:, :-1]), dim=1)
+        before = one_earlier(normed, state.last) if self.options.key_width else None
         x = self.interface(normed, before, embedding)
         if self.min_surprisal:
             x, state = skip_expected(x, state, h, tokens, vocabulary, least=self.min_surprisal)
@@ -530,7 +533,7 @@ class DNCMemory(nn.Module):
         held = state.tokens.unsqueeze(1)[:, :0]  # (B, 0, N)
         if tokens is not None:
             held = tokens_held(tokens, write_weights, state.tokens)  # (B, T, N)
-            new = new._replace(tokens=held[:, -1])
+            new = new._replace(tokens=held[:, -1].clone())  # a view would keep all T alive
         if self.options.key_width:
             new = new._replace(last=normed[:, -1].to(state.last.dtype, copy=True))
         reads = reads.flatten(2).to(self.read_proj.weight.dtype)  # (B, T, R * (W - K))
@@ -653,7 +656,7 @@ class Run:
     total_steps: int
     steps_per_epoch: int
     tag: str = ""  # in file names, what tells it from other runs of its arm: seed, rate
-    turns: int = 1  # in which an arm of fewer rows reads what the others read at once
+    turns: int = 1  # steps in which `wide`, of half the rows, twice as long, reads a column of all
     step: int = 0
     state: tuple | None = None  # of the memory
     history: list[dict] = dataclasses.field(default_factory=list)  # rows of metrics.jsonl
@@ -699,16 +702,32 @@ def add_gradients(run: Run, forward: nn.Module, tokens: Tensor) -> tuple[Tensor,
     return torch.stack(means).mean(0), join_rows(states)
 
 
+def rows_of_run(run: Run, corpus: "Corpus") -> Tensor:
+    """The rows of the training stream that this rank reads, (B * turns, length): those of every arm
+    are the same, of 2T tokens at a time to `wide` (2 turns), T to the others."""
+    config, turns = run.config, run.turns
+    rows = training_rows(corpus.train, config.rows * turns, config.step_len // turns)
+    share = share_of(config.rows)
+    return rows[share.start * turns : share.stop * turns]
+
+
+def step_tokens(run: Run, rows: Tensor) -> Tensor:
+    """The tokens of a step, and the next one (B, L + 1), of `rows_of_run`. In steps 0 and 1 `wide`
+    reads the columns 0..2T of the even, then of the odd rows; the others 0..T, then T..2T of all:
+    after either two every arm has read the same tokens."""
+    within, length = run.step % run.steps_per_epoch, run.config.step_len
+    turn = within % run.turns
+    start = within // run.turns * length
+    return rows[turn :: run.turns, start : start + length + 1]
+
+
 def train_step(run: Run, forward: nn.Module, rows: Tensor) -> None:
     """One step on the next step_len tokens of every row. Raises Diverged, the weights untouched."""
-    config, within = run.config, run.step % run.steps_per_epoch
-    if within == 0:  # a new pass over the stream starts with an empty memory
-        run.state = run.model.init_state(len(rows) // run.turns)
-    start = within // run.turns * config.step_len
+    config = run.config
+    tokens = step_tokens(run, rows).to(run.device, non_blocking=True)  # (B, L + 1)
+    if run.step % run.steps_per_epoch == 0:  # a new pass over the stream: an empty memory
+        run.state = run.model.init_state(len(tokens))
     run.state = empty_some_rows(run.state, config, run.step)
-    rows = rows[within % run.turns :: run.turns]
-    tokens = rows[:, start : start + config.step_len + 1]  # (B, L + 1)
-    tokens = tokens.to(run.device, non_blocking=True)
     set_rates(run)
 
     run.optimizer.zero_grad(set_to_none=True)
@@ -838,8 +857,8 @@ METRICS_FILE = "metrics.jsonl"
 def log_row(run: Run, split: str, metrics: dict) -> None:
     """Append one row to the history and to metrics.jsonl."""
     row = {"arm": run.arm, "seed": run.config.seed, "step": run.step, "split": split, **metrics}
-    run.history.append(row)
     append_metrics(row, run.config)
+    run.history.append(row)
 
 
 def append_metrics(row: dict, config: Config) -> None:
@@ -896,23 +915,33 @@ def validate(run: Run, corpus: "Corpus", stop: "StopSignal") -> None:
     """Log the metrics of the first eval_tokens of validation; save, unless the arm is about to be
     saved as finished."""
     stream = corpus.valid[: run.config.eval_tokens + 1]
-    metrics = evaluate(run.model, stream, run.config, stop)["metrics"]
-    log_row(run, "validation", metrics)
+    with nothing_lost(run, corpus):
+        metrics = evaluate(run.model, stream, run.config, stop)["metrics"]
+        log_row(run, "validation", metrics)
     run.meter["validated"].append([run.meter["seconds"], metrics["loss"]])
     if run.step < run.total_steps:
         save_checkpoint(run, corpus)
 
 
 def finish(run: Run, corpus: "Corpus", stop: "StopSignal") -> None:
-    """Score validation and test, and save the finished arm; where that fails, what was trained."""
+    """Score validation and test, and save the finished arm."""
     run.meter["peak_mb"] = max(peak_memory_mb(run.device), run.meter["peak_mb"])
     print(f"{run.arm}: evaluating on validation and test", flush=True)
-    try:
+    with nothing_lost(run, corpus):
         run.results = final_results(run, corpus, stop)
-    except Exception:  # say, no memory left; a StopSignal is none
-        save_checkpoint(run, corpus)
-        raise
     save_checkpoint(run, corpus, final=True)
+
+
+@contextlib.contextmanager
+def nothing_lost(run: Run, corpus: "Corpus") -> Iterator[None]:
+    """Save what was trained where a block between two steps fails: no memory left to evaluate, a
+    full disk. Of several ranks the others may have gone on, so that none saves alone."""
+    try:
+        yield
+    except Exception:  # a StopSignal is none
+        if rank_and_size().size == 1:
+            save_checkpoint(run, corpus)
+        raise
 
 
 def final_results(run: Run, corpus: "Corpus", stop: "StopSignal") -> dict:
@@ -950,9 +979,7 @@ def train(run: Run, corpus: "Corpus", forward: nn.Module, stop: "StopSignal") ->
     from tqdm import tqdm
 
     config, started = run.config, run.step
-    rows = training_rows(corpus.train, config.rows * run.turns, config.step_len // run.turns)
-    share = share_of(config.rows)
-    rows = rows[share.start * run.turns : share.stop * run.turns]
+    rows = rows_of_run(run, corpus)
     peak_memory_mb(run.device, reset=True)
     bar = tqdm(total=run.total_steps, initial=run.step, desc=run.arm, unit="step",
                disable=rank_and_size().rank > 0)
@@ -967,7 +994,8 @@ def train(run: Run, corpus: "Corpus", forward: nn.Module, stop: "StopSignal") ->
                 timed_step(run, forward, rows, warm=run.step >= started + 3)
                 bar.update()
                 if run.step % config.log_every_steps == 0 or run.step == run.total_steps:
-                    bar.set_postfix_str(log_train(run))
+                    with nothing_lost(run, corpus):
+                        bar.set_postfix_str(log_train(run))
             bar.close()
             finish(run, corpus, stop)
         except StopSignal:
@@ -1012,7 +1040,8 @@ class Pointer(NamedTuple):
 
     def vocabulary(self) -> Tensor:
         """c0 (M,), the share that is left to the vocabulary."""
-        return (1 - self.weights.sum(-1)).clamp_min(1e-9)
+        # In bfloat16 the difference from 1 would be rounded to multiples of 0.004.
+        return (1 - at_least_float32(self.weights).sum(-1)).clamp_min(1e-9)
 
     def match(self, targets: Tensor) -> Tensor:
         """match(y) of targets (M,)."""
@@ -1920,8 +1949,9 @@ def kept_of(result: dict) -> dict:
 def kept_of_run(run: Run) -> dict:
     """What results.json has of a run."""
     figures = {key: value for key, value in run.results.items() if not isinstance(value, dict)}
-    if not math.isfinite(figures["tokens_per_s"]):  # JSON has no NaN
-        figures["tokens_per_s"] = None
+    for name, value in figures.items():
+        if not math.isfinite(value):  # JSON has no NaN
+            figures[name] = None
     splits = {key: kept_of(value) for key, value in run.results.items() if isinstance(value, dict)}
     history = [row for row in run.history if row["split"] == "validation"]
     return {"seed": run.config.seed, "lr": run.config.lr, **figures, **splits,
@@ -2429,7 +2459,7 @@ class GRUMemory(nn.Module):
             cells = gru_loop(x, state.cells, self.recurrent)  # (B, T, N W)
         reads = self.read_reduce(self.read_norm(cells))  # (B, T, RANK)
         h_out = h + self.read_proj(reads)
-        new = GRUState(cells[:, -1])
+        new = GRUState(cells[:, -1].clone())  # a view would keep all T alive
         return h_out, new, None
 
 
@@ -2511,15 +2541,14 @@ class DeltaMemory(nn.Module):
         """h, embedding (B, T, C), state of B rows -> h_out (B, T, C), state after the last token.
         tokens and vocabulary are not looked at."""
         normed = self.norm(h)
-        last = state.last.unsqueeze(1).to(normed.dtype)  # (B, 1, C)
-        before = torch.cat((last, normed[:, :-1]), dim=1)  # LN(h_t-1)
+        before = one_earlier(normed, state.last)  # LN(h_t-1)
         instructions = self.instructions(normed, before, embedding)
         read_gate = at_least_float32(self.read_gate(normed))  # (B, T, W)
         recurrence = pick_delta(self.scan, state.memory)
         with torch.autocast(h.device.type, enabled=False):  # the matrix is kept in float32
             reads, memory = recurrence(*instructions, state.memory)
             reads = self.read_norm(reads) * F.silu(read_gate)  # (B, T, W)
-        last = normed[:, -1].to(state.last.dtype)
+        last = normed[:, -1].to(state.last.dtype, copy=True)
         new = DeltaState(memory, last)
         h_out = h + self.read_proj(reads)
         return h_out, new, None
@@ -2644,8 +2673,7 @@ class CacheMemory(nn.Module):
         that followed them, both (B, T, N), and the state after the last token."""
         B, T, _ = h.shape
         unit = F.normalize(at_least_float32(h), dim=-1)
-        last = state.last.unsqueeze(1)  # (B, 1, C)
-        before = torch.cat((last, unit[:, :-1]), dim=1)  # h_t-1
+        before = one_earlier(unit, state.last)  # h_t-1
         followed = torch.where(before.any(-1), tokens, -1)  # the first token follows no state
         keys = torch.cat((state.keys, before), dim=1)  # (B, N + T, C)
         followed = torch.cat((state.tokens, followed), dim=1)  # (B, N + T)
@@ -2658,9 +2686,9 @@ class CacheMemory(nn.Module):
         cosine = cosine.gather(2, places.expand(B, -1, -1))  # (B, T, N)
         held = followed[:, places]  # (B, T, N)
         new = CacheState(
-            keys=keys[:, T:],
-            tokens=followed[:, T:],
-            last=unit[:, -1],
+            keys=keys[:, T:].clone(),  # views would keep all T alive
+            tokens=followed[:, T:].clone(),
+            last=unit[:, -1].clone(),
         )
         return cosine, held, new
 
@@ -2846,7 +2874,8 @@ def put_rows(index: Tensor, new: tuple | None, old: tuple | None) -> tuple | Non
 def encode(model: nn.Module, tokens: Tensor, take: Tensor, state: Reading
            ) -> tuple[Tensor, Reading]:
     """Put the next take (B,) of tokens (B, m) in the window -> the controller's h (B, m, C), the
-    state with them."""
+    state with them. W is here, and in what follows, the tokens of the window; its column W, one too
+    many, takes what is padding, and no mask shows it."""
     gpt2 = model.controller
     W, m = model.config.seq_len, tokens.shape[1]
     steps = torch.arange(m, device=tokens.device)
@@ -3120,7 +3149,11 @@ def hub_reachable() -> bool:
     def probe() -> None:
         with contextlib.suppress(Exception):  # a proxy may answer nonsense
             url = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
-            urllib.request.urlopen(url, timeout=HUB_SECONDS).close()
+            try:
+                urllib.request.urlopen(url, timeout=HUB_SECONDS).close()
+            except urllib.error.HTTPError:
+                if "HF_ENDPOINT" not in os.environ:
+                    return  # what answers is a firewall; a mirror may have nothing at its root
             answered.set()
 
     if os.environ.get("HF_HUB_OFFLINE", "0") in ("0", ""):
@@ -3141,7 +3174,7 @@ def asking_hub(field: str, name: str, folder: str) -> Iterator[None]:
     except Exception as error:
         why = "the hub does not answer"
         if reachable:
-            why = (str(error).splitlines() or [""])[0][:120]
+            why = " ".join(str(error).split())[:240]
         if "trust_remote_code" in str(error):
             why = "it wants code of its own to be run, which is never done"
         if isinstance(error, RecursionError | UnicodeDecodeError):
@@ -3377,12 +3410,35 @@ def cut_line(line: str) -> Iterator[str]:
     yield line[start:]
 
 
+def whole_lines(piece: str) -> Iterator[str]:
+    """A piece of text in parts of at most LONGEST characters, of whole lines where they fit."""
+    start = 0
+    while start < len(piece):
+        end = start + LONGEST
+        if end < len(piece):
+            end = piece.rfind("\n", start, end) + 1 or end
+        yield piece[start:end]
+        start = end
+
+
+def cuts_at_lines(tokenizer: object) -> bool:
+    """Whether a tokenizer gives lines the tokens that they have in a text. One of SentencePiece's
+    kind puts a space before whatever it is given, and would put one before every line."""
+    first, second = tokenizer.encode_batch(["a\n", "b"], add_special_tokens=False)
+    whole = tokenizer.encode("a\nb", add_special_tokens=False)
+    return tokenizer.decode(first.ids + second.ids) == tokenizer.decode(whole.ids)
+
+
 def encode_lines(tokenizer: object, documents: list) -> Iterator[Tensor]:
-    """The token ids of documents, line by line, of about CHUNK characters at a time."""
+    """The token ids of documents, line by line (of some tokenizers in large parts), of about CHUNK
+    characters at a time."""
+    parts_of = whole_lines
+    if cuts_at_lines(tokenizer):
+        parts_of = functools.partial(str.splitlines, keepends=True)
     lines, size = [], 0
     for document in documents:
         for piece in pieces_of(document):
-            for line in piece.splitlines(keepends=True):
+            for line in parts_of(piece):
                 lines += cut_line(line)
                 size += len(line)
                 if size >= CHUNK:
@@ -3641,20 +3697,24 @@ def shapes_of(weights: dict[str, Tensor]) -> dict[str, torch.Size]:
     return {name: tensor.shape for name, tensor in weights.items()}
 
 
+class OtherRun(ValueError):
+    """A checkpoint is whole, and not of this run."""
+
+
 def check_match(run: Run, payload: dict, path: str | Path, corpus: Corpus) -> None:
     """Raise ValueError, naming the file and what differs, where a checkpoint is of another arm,
-    corpus, configuration or shape than the run."""
+    corpus, configuration (OtherRun) or shape than the run."""
     if payload["arm"] != run.arm or payload["fingerprint"] != corpus.fingerprint:
-        raise ValueError(f"checkpoint {path}: of {payload['arm']} on {payload['corpus']}, this is "
-                         f"{run.arm} on {corpus.name}; name another, or another save_dir")
+        raise OtherRun(f"checkpoint {path}: of {payload['arm']} on {payload['corpus']}, this is "
+                       f"{run.arm} on {corpus.name}; name another, or another save_dir")
     free = FREE_FIELDS | MEMORY_FIELDS if run.config.memory == "none" else FREE_FIELDS
     if can_be_lengthened(run, payload):
         free = free | {"max_steps", "epochs"}
     for name, value in vars(run.config).items():
         saved = payload["config"].get(name)
         if name not in free and saved != value:
-            raise ValueError(f"checkpoint {path}: was trained with {name} = {saved!r}, this run "
-                             f"has {value!r}; set --{name} {saved}, or another save_dir")
+            raise OtherRun(f"checkpoint {path}: was trained with {name} = {saved!r}, this run "
+                           f"has {value!r}; set --{name} {saved}, or another save_dir")
     shapes = shapes_of(run.model.state_dict())
     require(shapes == shapes_of(payload["model_state_dict"]), "checkpoint", str(path),
             "of this model's shapes; name another")
@@ -3773,7 +3833,9 @@ def resume_run(run: Run, corpus: Corpus) -> None:
 
 
 def resume_newest(run: Run, corpus: Corpus) -> str | None:
-    """Continue from the newest valid checkpoint in save_dir -> its path, None without any."""
+    """Continue from the newest valid checkpoint in save_dir -> its path, None without any. Raises
+    OtherRun where all that are whole are of another run, whose files this one would replace."""
+    others = []
     for path in newest_checkpoints(run):
         try:
             restore(run, load_checkpoint(path), path, corpus)
@@ -3781,6 +3843,9 @@ def resume_newest(run: Run, corpus: Corpus) -> str | None:
             return str(path)
         except ValueError as error:
             print(f"resume: passed over {error}")
+            others += [error] if isinstance(error, OtherRun) else []
+    if others:
+        raise others[0]
     print(f"{run.arm}: no valid checkpoint in {run.config.save_dir}, starting at step 0")
     return None
 
@@ -3808,10 +3873,14 @@ def with_end_token(tokenizer: object, embedding: Tensor, end: str = END
     a row for it. Where the vocabulary lacks it the row is the mean of all: its probability is then
     at most 1 / (V + 1), as the mean of exp is no less than exp of the mean, and it can be trained.
     """
-    from tokenizers import Tokenizer
+    from tokenizers import Tokenizer, processors
     from transformers import PreTrainedTokenizerFast
 
     tokenizer = Tokenizer.from_str(tokenizer.to_str())
+    with_begin, without = (tokenizer.encode("a", add_special_tokens=add).ids
+                           for add in (True, False))
+    if with_begin != without:  # training and evaluation read texts without
+        tokenizer.post_processor = processors.Sequence([])
     tokenizer.add_special_tokens([end])  # one that is known keeps its number
     missing = tokenizer.token_to_id(end) + 1 - len(embedding)
     if missing > 0:
@@ -4444,7 +4513,7 @@ def growing(path: Path) -> Iterator[Path]:
     except Exception as error:
         reason = getattr(error, "strerror", None) or error
         raise ValueError(f"{path}: cannot be written ({reason}); free some space, then run the "
-                         "same command again") from None
+                         "same command again, dnc_gpt2.py with --resume auto") from None
 
 
 def write_text(text: str, path: Path) -> None:
@@ -4681,16 +4750,22 @@ def arm_bytes(config: Config, settings: object, training: bool = True) -> float:
 
 # ── A baseline for those who need one ────────────────────────────────────────────────────────────
 def newest_baselines(folder: str | Path) -> list[Path]:
-    """The finished baselines of a folder, the newest first."""
-    paths = Path(folder).glob("GPT2_Baseline_FINAL_step*.pt")
+    """The finished baselines of a folder, and of those that train_baseline makes in it, the newest
+    first."""
+    name = "GPT2_Baseline_FINAL_step*.pt"
+    paths = [*Path(folder).glob(name), *Path(folder).glob(f"base_*/{name}")]
     return sorted(paths, key=lambda path: path.stat().st_mtime_ns, reverse=True)
 
 
 def train_baseline(**fields: object) -> Path:
-    """Train a baseline as a process of dnc_gpt2.py, with fields over the preset small -> the newest
-    finished one of save_dir. Stopped by a signal, that process saves its state, and the next call
-    goes on from there. Raises StopSignal's kind then, ValueError where the process fails."""
+    """Train a baseline as a process of dnc_gpt2.py, with fields over the preset small, in a folder
+    of save_dir of its own -> the newest finished one of save_dir. Stopped by a signal, that process
+    saves its state, and the next call goes on from there. Raises StopSignal's kind then, ValueError
+    where the process fails."""
+    name = hashlib.sha256(repr(sorted(fields.items())).encode()).hexdigest()[:8]
+    folder = Path(str(fields["save_dir"])) / f"base_{name}"
     options = {"arms": "baseline", "preset": "small", "resume": "auto"} | fields
+    options["save_dir"] = folder
     words = [f"--{name}={value}" for name, value in options.items()]
     command = [sys.executable, str(Path(__file__).resolve()), *words]
     # Of a session of its own: Ctrl-C would reach it twice, and a second signal ends it unsaved.
@@ -4711,7 +4786,7 @@ def train_baseline(**fields: object) -> Path:
     if came:  # what it had is saved
         signal.raise_signal(came[0])
     require(code == 0, "base", "auto", f"trained, and this ended with exit code {code}; see above")
-    return newest_baselines(str(options["save_dir"]))[0]
+    return newest_baselines(folder)[0]
 
 
 # ── What a reader is told: facts of a run, tables, figures ───────────────────────────────────────
@@ -5362,9 +5437,10 @@ def data_parallel(run: Run, hardware: "Hardware") -> nn.Module:
     # Its first backward fixes the order in which gradients are added up over ranks. One on nothing,
     # thrown away, gives a resumed run the order of an uninterrupted one.
     share = share_of(run.config.rows)
-    tokens = torch.zeros(share.stop - share.start, run.config.step_len, dtype=torch.int64,
-                         device=run.device)
+    rows = (share.stop - share.start) // run.config.accumulate
+    tokens = torch.zeros(rows, run.config.step_len, dtype=torch.int64, device=run.device)
     positions = routing_positions(run.config, 0, run.device)
+    positions = None if positions is None else positions[:rows]
     with torch.random.fork_rng(devices=[run.device] if run.device.type == "cuda" else []):
         output = forward(tokens, tokens, run.model.init_state(len(tokens)), positions)
         total_loss(output, positions, run.config).backward()
@@ -5545,6 +5621,16 @@ def compare_arms(config: Config, corpus: Corpus, device: torch.device, gpus: int
     report(runs, config, corpus, hardware, stop)
 
 
+def check_commands(config: Config, argv: list[str]) -> None:
+    """Raise ValueError where a command is asked for with nothing, as an unset variable of a shell
+    gives it: it would start a training."""
+    for name in ("inspect", "export", "generate", "resume"):
+        asked = any(word.partition("=")[0] == f"--{name}" for word in argv)
+        value = getattr(config, name)
+        require_field(config, name, value.strip() != "" or not asked, "not empty; leave it out to "
+                      "train")
+
+
 def main(argv: list[str]) -> int:
     """Run a command line -> exit code: 0, 1 diverged, 2 a user's mistake, 128 + signal stopped."""
 
@@ -5552,6 +5638,7 @@ def main(argv: list[str]) -> int:
         fields, preset = choose_preset(argv, torch.cuda.is_available())
         usage = __doc__.replace("\nRead downward", f"\nPreset: {preset}\nRead downward", 1)
         config = read_config(Config, argv, usage, fields)
+        check_commands(config, argv)
         if config.inspect:
             run_inspection(config)
         elif config.export:

@@ -33,18 +33,38 @@ CACHE = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "
 
 
 class StateCache:
-    """The state of B rows, which has a `fill` (B,), and how many columns it has read."""
+    """The state of B rows, which has a `fill` (B,), and which of the columns so far each has read.
+    """
     is_compileable = False
     is_croppable = False
     is_linear = ()  # of its layers: prepare_inputs_for_generation cuts the columns, not generate()
 
-    def __init__(self, state: tuple, seen: int = 0) -> None:
+    def __init__(self, state: tuple, read: Tensor | None = None) -> None:
         self.state = state
-        self.seen = seen
+        self.read = state.fill.new_zeros(len(state.fill), 0) if read is None else read  # (B, seen)
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
-        """The columns that have been read."""
-        return self.seen
+        """The columns so far."""
+        return self.read.shape[1]
+
+    def behind(self, state: tuple, mask: Tensor) -> "StateCache":
+        """The cache behind columns that were read where mask (B, T) is 1."""
+        return StateCache(state, torch.cat((self.read, mask.to(self.read)), dim=1))
+
+    def check(self, attention_mask: Tensor | None, T: int) -> None:
+        """Raise ValueError where a mask of the columns so far and T new ones says otherwise of what
+        was read than the cache: generate() lets rows that have ended read on with the others."""
+        if attention_mask is None or attention_mask.shape[1] == T:
+            return
+        earlier = attention_mask[:, :-T].to(self.read)  # (B, columns so far)
+        if earlier.shape != self.read.shape:
+            raise ValueError(f"attention_mask: {tuple(attention_mask.shape)}; must be of the {T} "
+                             f"new columns, or of them and the {self.read.shape[1]} so far")
+        rows = (earlier != self.read).any(1).nonzero()
+        if len(rows):
+            raise ValueError(f"attention_mask: row {int(rows[0])} of the cache has read columns "
+                             "that are padding now, or left out others; read the conversations "
+                             "from the start, without the cache")
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Replace the rows by those at beam_idx (B,)."""
@@ -52,11 +72,13 @@ class StateCache:
         as_they_are = torch.arange(len(index), device=index.device)
         if not torch.equal(index, as_they_are):
             self.state = map_state(lambda x: x.index_select(0, index), self.state)
+            self.read = self.read.index_select(0, index)
 
 
 class StatefulCausalLM(PreTrainedModel, GenerationMixin):
     """A model whose forward takes and returns a StateCache."""
     main_input_name = "input_ids"
+    _supports_sdpa = True  # eager too; either is handed on to the base
     accepts_loss_kwargs = False  # Trainer then divides by the batches that it accumulates
 
     @classmethod
@@ -69,6 +91,9 @@ class StatefulCausalLM(PreTrainedModel, GenerationMixin):
         """The columns that the cache has not seen, of all, which generate() hands over."""
         cache = kwargs.get(CACHE)
         seen = 0 if cache is None else cache.get_seq_length()
+        if seen >= input_ids.shape[1]:
+            raise ValueError(f"input_ids: {input_ids.shape[1]} columns, and the cache has read "
+                             f"{seen}; hand over all columns so far, and new ones")
         return {"input_ids": input_ids[:, seen:], "attention_mask": attention_mask, CACHE: cache,
                 "use_cache": True, "logits_to_keep": 1}
 
@@ -213,7 +238,8 @@ class DNCGPT2ForCausalLM(StatefulCausalLM):
     def __init__(self, config: DNCGPT2Config) -> None:
         super().__init__(config)
         config.check()
-        self.controller = GPT2Model(GPT2Config(**config.base))
+        kind = {"attn_implementation": self.config._attn_implementation}
+        self.controller = GPT2Model(GPT2Config(**config.base | kind))
         self.memory = build_memory(config)
         self.gate = nn.Parameter(torch.zeros(())) if config.pointer_gate else None
         self.post_init()
@@ -225,6 +251,8 @@ class DNCGPT2ForCausalLM(StatefulCausalLM):
         controller = GPT2Model.from_pretrained(name)
         base = controller.config.to_dict()
         shipped = {"pointer_gate": True, "min_surprisal": 4.0}
+        for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+            shipped[name] = getattr(controller.config, name, None)
         model = cls(DNCGPT2Config(base=base, **shipped | fields))
         model.controller.load_state_dict(controller.state_dict())
         return model
@@ -313,9 +341,10 @@ class DNCGPT2ForCausalLM(StatefulCausalLM):
         else:
             mask = attention_mask[:, -T:]
         cache = cache or past_key_values or StateCache(start_reading(self, B))
+        cache.check(attention_mask, T)
 
         h, state, pointer = self.read(input_ids, mask.bool(), cache.state)
-        cache = StateCache(map_state(Tensor.detach, state), cache.seen + T)
+        cache = cache.behind(map_state(Tensor.detach, state), mask)
         kept = (slice(None), slice(-logits_to_keep, None))  # all for 0
         pointer = pointer and pointer.rows(kept)
         weight = self.controller.wte.weight

@@ -4,7 +4,7 @@
     python edm_gpt2.py                         a base, every arm trained, tables, picture, a sample
     python edm_gpt2.py --resume auto           go on where a run was stopped: what is measured stays
     python edm_gpt2.py --help                  every Config field, its default and its comment
-    python edm_gpt2.py --base gpt2 --dataset Salesforce/wikitext --window 256 --seeds 0,1,2
+    python edm_gpt2.py --base gpt2 --window 256 --seeds 0,1,2 --dataset ID:CONFIGURATION_OF_THE_HUB
     python edm_gpt2.py --base HuggingFaceTB/SmolLM2-135M --window 256 --arms edm
     python edm_gpt2.py --generate "The old bridge" --memory_file notebook.pt
 
@@ -88,9 +88,11 @@ from packaged import NAME as PACKAGED
 # isort: on
 
 # ══ Config ═══════════════════════════════════════════════════════════════════════════════════════
-# The notebook and the recurrent memories of each arm; "full" is the base at its whole window.
+# The notebook and the recurrent memories of each arm; "full" is the base at its whole window,
+# "adapters" the base with the LoRA adapters that the others have beside their memories.
 FLAGS = {
     "base": (False, False),
+    "adapters": (False, False),
     "recurrent": (False, True),
     "edm": (True, False),
     "both": (True, True),
@@ -166,8 +168,9 @@ class Config:
 
     @property
     def arm_list(self) -> list[str]:
-        """The arms to train, in order, each once."""
-        return list(dict.fromkeys(self.arms.replace(" ", "").split(",")))
+        """The arms to train, in order, each once; with lora the adapters alone are one of them."""
+        control = ["adapters"] if self.lora else []
+        return list(dict.fromkeys(control + self.arms.replace(" ", "").split(",")))
 
     @property
     def seed_list(self) -> list[int]:
@@ -181,7 +184,7 @@ class Config:
 
     def __post_init__(self) -> None:
         check_fields(self)
-        require_field(self, "arms", set(self.arm_list) <= set(TRAINED),
+        require_field(self, "arms", set(self.arms.replace(" ", "").split(",")) <= set(TRAINED),
                       "a comma-separated choice of " + ", ".join(TRAINED))
         seeds = [seed.strip() for seed in self.seeds.split(",")]
         are_seeds = all(re.fullmatch(r"[0-9]{1,10}", seed) and int(seed) < 2**32 for seed in seeds)
@@ -385,6 +388,9 @@ def build_model(base: Base, config: Config, arm: str, seed: int) -> EDMForCausal
         model.decoder.start(model.edm, settings.read_layer)
     if config.lora and arm != "base":
         adapt(model, config)
+    if config.qlora:  # the base alone as well, which the others are compared with
+        model.config.quantize = True
+        quantize(model.transformer)
     model.freeze()
     return model.to(device())
 
@@ -441,7 +447,7 @@ def lora_targets(config: Config, kind: str) -> list[str]:
 
 
 def adapt(model: EDMForCausalLM, config: Config) -> None:
-    """Put adapters on the base, and the base in 4 bits if Config says so."""
+    """Put adapters on the base."""
     model.config.lora = {
         "r": config.lora,
         "lora_alpha": config.lora_alpha,
@@ -449,10 +455,7 @@ def adapt(model: EDMForCausalLM, config: Config) -> None:
         "target_modules": lora_targets(config, model.transformer.config.model_type),
         "fan_in_fan_out": model.decoder.projection is not nn.Linear,  # Conv1D is stored transposed
     }
-    model.config.quantize = config.qlora
     add_lora(model.transformer, model.config.lora)
-    if config.qlora:
-        quantize(model.transformer)
 
 
 # ══ Training ═════════════════════════════════════════════════════════════════════════════════════
@@ -665,18 +668,18 @@ RECALL_TOKENS = 65_536  # of one call
 
 
 @torch.no_grad()
-def planted_recall(model: EDMForCausalLM, stream: Tensor, config: Config,
+def planted_recall(model: EDMForCausalLM, stream: Tensor, config: Config, seed: int = 0,
                    swap: bool = False) -> list[dict]:
     """A string of eight random tokens, text, and the string again, so many windows later: the share
-    of its last four tokens that are the most likely ones, and their mean loss (nats). With `swap`
-    the first string is another row's."""
+    of its last four tokens that are the most likely ones, and their mean loss (nats). Strings and
+    text are others for another seed. With `swap` the first string is another row's."""
     from tqdm import tqdm
 
     distances = [windows for windows in RECALL_WINDOWS
                  if config.recall_rows and len(stream) >= windows * config.window + 8]
     results = []
     for windows in tqdm(distances, desc="recall", leave=False, dynamic_ncols=True):
-        tokens = plant(stream, windows, config, model.config.vocab_size, swap)
+        tokens = plant(stream, windows, config, model.config.vocab_size, seed, swap)
         right, loss = 0, 0.0
         for part in tokens.split(max(1, RECALL_TOKENS // tokens.shape[1])):
             logits, _, _ = read_logits(model, part, model.init_state(len(part)), slice(-5, -1))
@@ -688,7 +691,8 @@ def planted_recall(model: EDMForCausalLM, stream: Tensor, config: Config,
     return results
 
 
-def plant(stream: Tensor, windows: int, config: Config, vocabulary: int, swap: bool) -> Tensor:
+def plant(stream: Tensor, windows: int, config: Config, vocabulary: int, seed: int, swap: bool
+          ) -> Tensor:
     """Rows of text with a string in it twice, so many windows apart: (recall_rows, T).
 
     The first string stands whole in the first window, the second whole in the last.
@@ -696,7 +700,7 @@ def plant(stream: Tensor, windows: int, config: Config, vocabulary: int, swap: b
     n, W = config.recall_rows, config.window
     length = windows * W
     check_memory(3 * 8 * n * (length + W), "recall_rows")
-    draw = np.random.default_rng([windows, 17])
+    draw = np.random.default_rng([windows, 17, seed])
     planted = torch.from_numpy(draw.integers(0, vocabulary, (n, 8)))
     starts = draw.integers(0, len(stream) - length, n)
     text = torch.stack([stream[start : start + length] for start in starts])  # (n, length)
@@ -791,30 +795,33 @@ def measure(model: EDMForCausalLM, corpus: dnc_gpt2.Corpus, tokenizer: object, c
             run["tokens_per_s"] = count / seconds
             back = windows_back(stream, config.eval_rows, config.window)
             run["by_distance"] = by_distance(nll, back, scored)
-            run["recall"] = planted_recall(model, stream, config)
+            run["recall"] = planted_recall(model, stream, config, seed)
             if config.topic_rows:
                 run["topic"] = topic_consistency(model, corpus, tokenizer, config)
-            if arm not in ("base", "full"):
-                run |= measure_swapped(model, stream, back, scored, config)
+            if any(FLAGS.get(arm, ())):
+                run |= measure_swapped(model, stream, back, scored, config, seed)
     return run
 
 
 def count_weights(model: EDMForCausalLM) -> dict[str, int]:
-    """How many parameters a model has, and how many of them are trained."""
-    trained = [p for p in model.parameters() if p.requires_grad]
-    return {"parameters": sum(p.numel() for p in model.parameters()),
-            "trained_parameters": sum(p.numel() for p in trained)}
+    """How many parameters a model has, those of 4 bits too, and how many of them are trained."""
+    whole = trained = 0
+    for weight in model.parameters():
+        packed = getattr(weight, "quant_state", None)  # of bitsandbytes: the shape that it had
+        whole += weight.numel() if packed is None else math.prod(packed.shape)
+        trained += weight.numel() if weight.requires_grad else 0
+    return {"parameters": whole, "trained_parameters": trained}
 
 
 def measure_swapped(model: EDMForCausalLM, stream: Tensor, back: np.ndarray, scored: Tensor,
-                    config: Config) -> dict:
+                    config: Config, seed: int) -> dict:
     """Loss, by distance too, and recall over a stream with another row's memory; arguments as of
     by_distance."""
     nll = evaluate(model, stream, config.eval_rows, swap=True)
     return {
         "swapped_loss": float(nll.sum()) / int(scored.sum()),
         "swapped_by_distance": by_distance(nll, back, scored),
-        "recall_swapped": planted_recall(model, stream, config, swap=True),
+        "recall_swapped": planted_recall(model, stream, config, seed, swap=True),
     }
 
 

@@ -129,8 +129,10 @@ def newest_entries(shape: torch.Size, recent: list[Entry], device: torch.device)
 
 
 def newest_of(recent: list[Entry], segments: int) -> list[Entry]:
-    """The newest entries, as many as keep their graph beside the segment that reads them."""
-    return recent[1 - max(2, segments) :]
+    """The newest entries, as many as keep their graph beside the segment that reads them: one at
+    least, since what has just left is read at once."""
+    kept = max(1, segments - 1)
+    return recent[-kept:]
 
 
 def put(store: Tensor, rows: Tensor, slots: Tensor, new: Tensor) -> Tensor:
@@ -960,7 +962,9 @@ class EDMForCausalLM(StatefulCausalLM):
         C = config.hidden_size
         base = config.of_base()
         # The base's own dtype is what its folder has it in.
-        self.transformer = AutoModel.from_config(base, dtype=torch.get_default_dtype())
+        self.transformer = AutoModel.from_config(
+            base, dtype=torch.get_default_dtype(),
+            attn_implementation=self.config._attn_implementation)
         self.lm_head = None
         if not base.tie_word_embeddings:
             self.lm_head = nn.Linear(C, config.vocab_size, bias=False)
@@ -1233,7 +1237,8 @@ class EDMForCausalLM(StatefulCausalLM):
 
     def leave_rows(self, rows: Tensor, state: EDMGPT2State, recent: list[Entry],
                    read_only: bool) -> EDMGPT2State:
-        """`leave` for some rows (B,) bool alone; adds what they stored to recent."""
+        """`leave` for some rows (B,) bool alone. The caller's list `recent` then ends with what
+        they stored; of the other rows that has slots of -1, which are none."""
         index = rows.nonzero().squeeze(1)
         if len(index) == len(rows):
             state, entry = self.leave(state, recent, read_only)
@@ -1244,7 +1249,7 @@ class EDMForCausalLM(StatefulCausalLM):
             state = put_rows(index, some, state)
             if entry is not None:
                 nothing = map_state(lambda x: x.new_full((len(rows), *x.shape[1:]), -1), entry)
-                entry = put_rows(index, entry, nothing)  # slots -1 in the other rows
+                entry = put_rows(index, entry, nothing)
         if entry is not None and torch.is_grad_enabled():
             recent[:] = newest_of([*recent, entry], self.config.bptt_segments)
         return state
@@ -1306,11 +1311,12 @@ class EDMForCausalLM(StatefulCausalLM):
         else:
             mask = attention_mask[:, -T:]
         cache = cache or past_key_values or StateCache(self.init_state(B))
+        cache.check(attention_mask, T)
 
         h, state, passes = self.advance(input_ids, mask.bool(), cache.state, read_only)
         pointer = pointer_of(passes, T)
         state = map_state(Tensor.detach, state)
-        cache = StateCache(state, cache.seen + T)
+        cache = cache.behind(state, mask)
         kept = (slice(None), slice(-logits_to_keep, None))  # all for 0
         pointer = pointer and pointer.rows(kept)
         logits = head_logits(h[kept], head_weight(self), pointer)

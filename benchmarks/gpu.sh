@@ -26,7 +26,7 @@ python=${PYTHON:-python3} budget=${BUDGET:-460} failed=0
 shift || true
 parts=${*:-$usual}
 checkpoints=${CHECKPOINTS:-checkpoints/gpu_epoch}
-source_args=(--dataset "${DATASET:-Salesforce/wikitext}" --tokenizer "${TOKENIZER:-gpt2}")
+source_args=(--dataset "${DATASET:-Salesforce/wikitext:wikitext-2-raw-v1}" --tokenizer "${TOKENIZER:-gpt2}")
 summary=()
 export PYTHONUNBUFFERED=1
 for name in $parts; do

@@ -46,6 +46,17 @@ def start(corpus):
     return begin
 
 
+@pytest.mark.parametrize("arm", MEMORIES)
+def test_a_carried_state_holds_no_more_than_it_shows(arm, start):
+    """A view of one token would keep those of the whole window alive, in a checkpoint too."""
+    run = start(arm)
+    tokens = torch.randint(0, 30, (3, run.config.seq_len))
+    with torch.no_grad():
+        _, state = run.model.measure(tokens, tokens, run.model.init_state(3), brief=True)
+    for name, part in state._asdict().items():
+        assert part.untyped_storage().nbytes() == part.nbytes, name
+
+
 def stream_of(config: dnc_gpt2.Config, vocab: int = 30, rows: int = 3) -> torch.Tensor:
     """Random tokens of few kinds, so that they come again (rows, two windows + 1)."""
     draw = torch.Generator().manual_seed(3)

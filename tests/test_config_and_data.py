@@ -12,6 +12,7 @@ import sys
 import sysconfig
 import threading
 import time
+import urllib.error
 from pathlib import Path
 
 import datasets
@@ -503,6 +504,44 @@ def test_hub_that_answers_nonsense_is_given_up_without_a_word(fresh_hub_state, c
     fresh_hub_state.setattr(dnc_gpt2.urllib.request, "urlopen", urlopen)
     assert not dnc_gpt2.hub_reachable()
     assert not shown and capfd.readouterr().err == ""
+
+
+@pytest.mark.parametrize("mirror", [True, False])
+def test_an_error_at_the_root_is_an_answer_of_a_mirror_alone(mirror, fresh_hub_state):
+    """A mirror may have nothing there; of the hub itself it is a firewall's word."""
+    def urlopen(url, **kwargs):
+        raise urllib.error.HTTPError(url, 404, "Not Found", {}, None)
+
+    fresh_hub_state.delenv("HF_ENDPOINT", raising=False)
+    if mirror:
+        fresh_hub_state.setenv("HF_ENDPOINT", "https://mirror.example")
+    fresh_hub_state.setattr(dnc_gpt2.urllib.request, "urlopen", urlopen)
+    assert dnc_gpt2.hub_reachable() == mirror
+    assert os.environ["HF_HUB_OFFLINE"] == ("0" if mirror else "1")
+
+
+def test_lines_of_a_tokenizer_that_puts_a_space_before_a_text_stay_as_they_are():
+    """SentencePiece's kind: line by line every line would begin with a space."""
+    from tokenizers import Tokenizer, decoders, models, normalizers
+
+    letters = "▁ \nabcdefghijklmnopqrstuvwxyz"
+    tokenizer = Tokenizer(models.BPE({letter: i for i, letter in enumerate(letters)}, []))
+    tokenizer.normalizer = normalizers.Sequence(
+        [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
+    text = "a line\nanother line\nthird\n"
+    assert not dnc_gpt2.cuts_at_lines(tokenizer)
+    ids = torch.cat([*dnc_gpt2.encode_lines(tokenizer, [text])]).tolist()
+    assert tokenizer.decode(ids) == text
+
+
+def test_whole_lines_are_the_text_in_bounded_parts(monkeypatch):
+    monkeypatch.setattr(dnc_gpt2, "LONGEST", 10)
+    text = "ab\ncd\nefgh\n" + 25 * "x" + "\n\nend"
+    parts = [*dnc_gpt2.whole_lines(text)]
+    assert "".join(parts) == text and max(map(len, parts)) <= 10
+    assert parts[0] == "ab\ncd\n"
 
 
 def test_hub_that_answers_leaves_the_libraries_online(fresh_hub_state):

@@ -378,8 +378,12 @@ def test_adapters_train_merge_and_come_back(edm_tokenizer, tmp_path, low):
     assert {name for name in changed if "lora_B" in name} and "edm.alpha" in changed
     assert changed <= set(memories(model)) | {name for name in before if "lora_" in name}
     logits, _ = read(model.eval(), tokens)
-    kinds = {type(layer).__name__ for layer in model.transformer.layers[0].mlp.children()}
-    assert ("Linear4bit" in kinds) == low and type(model.lm_head) is nn.Linear
+    alone = eg.build_model(base, oracle.edm_config(lora=2, qlora=low), "base", 0)
+    for some in (model, alone):  # the base that is compared with is the same
+        kinds = {type(layer).__name__ for layer in some.transformer.layers[0].mlp.modules()}
+        assert ("Linear4bit" in kinds) == low and type(some.lm_head) is nn.Linear
+    plain = eg.build_model(base, oracle.edm_config(), "base", 0)
+    assert eg.count_weights(alone)["parameters"] == eg.count_weights(plain)["parameters"]
 
     model.save_pretrained(tmp_path)
     loaded = em.EDMForCausalLM.from_pretrained(tmp_path)

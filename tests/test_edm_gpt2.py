@@ -125,6 +125,17 @@ def test_check_base_refuses_what_the_model_cannot_run(settings, fields, named):
 
 
 # ══ Training ═════════════════════════════════════════════════════════════════════════════════════
+def test_adapters_have_an_arm_of_their_own(edm_base):
+    """Beside memories with adapters stands the base with adapters alone, trained likewise."""
+    config = edm_config(lora=2, arms="edm", max_steps=2)
+    assert config.arm_list == ["adapters", "edm"] and edm_config(arms="edm").arm_list == ["edm"]
+    corpus = SimpleNamespace(train=draw(400))
+    model, _, _ = eg.train_arm(edm_base, corpus, config, "adapters", 0)
+    trained = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert trained and all("lora_" in name for name in trained)
+    assert any(bool(p.any()) for name, p in model.named_parameters() if "lora_B" in name)
+
+
 def test_train_arm_moves_the_memories_and_not_the_base(edm_base):
     """Two runs of three steps are the same bit for bit."""
     corpus = SimpleNamespace(train=draw(400))
@@ -262,6 +273,16 @@ def test_planted_recall_strings_are_so_many_windows_apart(window):
         assert torch.equal(swapped[:, first : first + 8], tokens[:, last:].roll(1, 0))
 
 
+def test_planted_strings_are_others_for_another_seed():
+    reads = []
+    for seed in (0, 0, 1):
+        fake = Copier(499)
+        recall_of(fake, 16, 80, seed=seed)
+        reads.append(fake.read[0])
+    assert torch.equal(reads[0], reads[1])
+    assert (reads[0][:, -8:] != reads[2][:, -8:]).any(1).all()
+
+
 def test_rare_words_are_those_of_training_seldom_met():
     counts = Counter({"river": 3, "water": 1})
     text = "The River's water, and the OBELISK of 1789; a sea."
@@ -314,12 +335,12 @@ def test_mean_and_half_equals_students_interval(count):
 
 # ══ Generation, memory files ═════════════════════════════════════════════════════════════════════
 def test_continue_text_prints_the_greedy_continuation(edm_base, capsys):
-    """Of a prompt that is tokenized by line; it gives the state of all that it printed."""
+    """Of a prompt of two lines; it gives the state of all that it printed."""
     model, tokenizer = stirred(edm_base), edm_base.tokenizer
     prompt = "the city was built\non a hill by the river"
     state = eg.continue_text(model, tokenizer, prompt, edm_config(new_tokens=30))
     ids = dnc_gpt2.tokenize(tokenizer, [prompt]).tolist()
-    assert ids != tokenizer.encode(prompt).ids
+    assert ids == tokenizer.encode(prompt).ids  # this one would put a space before either line
     for _ in range(30):
         ids.append(int(read_all(model, torch.tensor([ids]))[0][0, -1].argmax()))
     out = capsys.readouterr().out

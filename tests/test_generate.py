@@ -212,6 +212,27 @@ def test_generate_second_turn_and_padded_batch_equal_one_pass():
         assert torch.equal(again, wanted)
 
 
+def test_a_cache_that_has_read_what_is_padding_now_is_refused():
+    """generate() lets a row that has ended read on; its next turn must not follow what it read."""
+    model, prompt = make(), draw(2, 12)
+    with torch.no_grad():
+        first = model(prompt)
+        cache = {dm.CACHE: first[dm.CACHE]}
+        mask = torch.ones(2, 15, dtype=torch.long)
+        assert model(draw(2, 3), attention_mask=mask, **cache).logits.shape[1] == 3
+        mask[1, 8:12] = 0
+        with pytest.raises(ValueError, match="row 1 of the cache"):
+            model(draw(2, 3), attention_mask=mask, **cache)
+        with pytest.raises(ValueError, match=r"attention_mask: \(2, 9\); must be of the 3"):
+            model(draw(2, 3), attention_mask=mask[:, :9], **cache)
+        with pytest.raises(ValueError, match="input_ids: 12 columns.*has read 12"):
+            generate(model, prompt, 2, **cache)
+        swapped = first[dm.CACHE]
+        swapped.read[0, :4] = False
+        swapped.reorder_cache(torch.tensor([1, 0]))
+        assert swapped.read[:, 0].tolist() == [True, False]
+
+
 def test_forward_refuses_what_it_would_not_use():
     with pytest.raises(ValueError, match="position_ids: not used"):
         make()(draw(1, 4), position_ids=torch.arange(4))
@@ -250,6 +271,25 @@ def test_wrapped_gpt2_is_gpt2_at_step_0_and_learns(gpt2_folder, tmp_path):
     assert torch.allclose(got, wanted, atol=1e-5, rtol=0)
     train_one_step(model, tmp_path)
     assert model.gate != 0
+
+
+def test_wrapped_gpt2_ends_where_gpt2_ends(tmp_path):
+    config = GPT2Config(**BASE | {"eos_token_id": 7, "bos_token_id": 7})
+    GPT2LMHeadModel(config).save_pretrained(tmp_path / "gpt2")
+    model = dm.DNCGPT2ForCausalLM.from_gpt2(str(tmp_path / "gpt2"), mem_slots=5, mem_width=8)
+    model.save_pretrained(tmp_path / "saved")
+    again = dm.DNCGPT2ForCausalLM.from_pretrained(tmp_path / "saved")
+    for some in (model, again):
+        assert some.generation_config.eos_token_id == some.config.eos_token_id == 7
+
+
+@pytest.mark.parametrize("kind", ["sdpa", "eager"])
+def test_attention_runs_as_it_is_asked_for(kind, tmp_path):
+    model, tokens = make(torch.float32), draw(2, 20)
+    model.save_pretrained(tmp_path)
+    again = dm.DNCGPT2ForCausalLM.from_pretrained(tmp_path, attn_implementation=kind).eval()
+    assert again.controller.config._attn_implementation == kind
+    torch.testing.assert_close(logits(again, tokens), logits(model, tokens), rtol=0, atol=1e-4)
 
 
 def train_one_step(model, folder) -> None:
@@ -434,6 +474,19 @@ def test_end_token_of_a_tokenizer_that_has_one_keeps_its_number(tokenizer_folder
     assert torch.equal(grown[:-1], weight) and torch.allclose(grown[-1], weight.mean(0), atol=1e-6)
     again, same = dnc_gpt2.with_end_token(fast.backend_tokenizer, grown)
     assert torch.equal(same, grown) and again.eos_token_id == fast.eos_token_id == len(weight)
+
+
+def test_a_saved_tokenizer_puts_nothing_before_a_text(tokenizer_folder):
+    """Models are trained and scored on texts without a token of their beginning."""
+    from tokenizers import processors
+
+    tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder).backend_tokenizer
+    tokenizer.add_special_tokens(["<s>"])
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", tokenizer.token_to_id("<s>"))])
+    weight = torch.randn(tokenizer.get_vocab_size(), 3)
+    fast, _ = dnc_gpt2.with_end_token(tokenizer, weight)
+    assert fast("a word").input_ids == tokenizer.encode("a word", add_special_tokens=False).ids
 
 
 def test_generate_command_is_the_exported_model_greedy(finished, exported, main, capsys):

@@ -171,7 +171,7 @@ def test_train_baseline_that_is_stopped_has_saved_and_goes_on(data_folder, token
     finally:
         process.kill()
     assert process.returncode == 128 + signal.SIGTERM and "Traceback" not in err, err
-    [saved] = (tmp_path / "c").glob("GPT2_Baseline_step*.pt")
+    [saved] = (tmp_path / "c").glob("base_*/GPT2_Baseline_step*.pt")
     assert 0 < dnc_gpt2.load_checkpoint(saved)["global_step"] < 3000
     assert dnc_gpt2.newest_baselines(tmp_path / "c") == []  # an unfinished one is no base
 

@@ -505,15 +505,16 @@ def test_resume_takes_a_checkpoint_from_before_a_field_of_speed(finished, partia
 
 def test_resume_refuses_a_changed_field_by_name(finished, partial, main, capfd):
     folder = partial("baseline", LAST_STEP)
-    argv = [*finished.argv, *outputs(folder), "--lr=0.5", "--arms=baseline", "--max_steps=2"]
+    argv = [*finished.argv, *outputs(folder), "--lr=0.5", "--arms=baseline"]
     path = folder / "checkpoints" / f"GPT2_Baseline_step{EVERY}.pt"
-    assert main([*argv[:-1], f"--resume={path}"]) == 2
+    assert main([*argv, f"--resume={path}"]) == 2
     line = error_line(capfd.readouterr().err)
     assert path.name in line and "lr = 0.003" in line and "0.5" in line and "--lr 0.003" in line
-    assert main([*argv, "--resume=auto"]) == 0
-    out = capfd.readouterr().out
-    passed = [line for line in out.splitlines() if line.startswith("resume: passed over")]
-    assert len(passed) == LAST_STEP // EVERY and "GPT2 Baseline: no valid checkpoint" in out
+    before = {path: path.read_bytes() for path in path.parent.glob("*.pt")}
+    assert main([*argv, "--resume=auto"]) == 2  # it would write files of the same names
+    line = error_line(capfd.readouterr().err)
+    assert f"GPT2_Baseline_step{LAST_STEP}.pt" in line and "--lr 0.003" in line
+    assert before == {path: path.read_bytes() for path in path.parent.glob("*.pt")}
 
 
 def test_resume_of_an_arm_that_is_not_trained_is_refused(finished, partial, main, capfd):
@@ -609,6 +610,45 @@ def test_full_disk_ends_the_command_with_one_line(where, finished, tmp_path, mai
     theirs = load(finished.save_dir / first)
     ours = load(tmp_path / "checkpoints" / first)
     assert same(ours["model_state_dict"], theirs["model_state_dict"])
+
+
+@pytest.mark.parametrize("fault", ["no memory for validation", "full disk of metrics.jsonl"])
+def test_a_fault_between_two_steps_loses_no_step(fault, finished, tmp_path, main, capfd,
+                                                 monkeypatch):
+    evaluate, append, step = dnc_gpt2.evaluate, dnc_gpt2.append_metrics, 2 * EVERY
+
+    def failing_evaluate(model, *args, **kwargs):
+        if len(calls) == 1 and fault.startswith("no memory"):
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+        calls.append(model)
+        return evaluate(model, *args, **kwargs)
+
+    def failing_append(row, config):
+        if row["step"] == step and row["split"] == "train" and fault.startswith("full disk"):
+            raise ValueError("metrics.jsonl: cannot be written")
+        append(row, config)
+
+    calls = []
+    monkeypatch.setattr(dnc_gpt2, "evaluate", failing_evaluate)
+    monkeypatch.setattr(dnc_gpt2, "append_metrics", failing_append)
+    argv = [*finished.argv, *outputs(tmp_path)]
+    assert main(argv) == 2
+    error_line(capfd.readouterr().err)
+    assert (tmp_path / "checkpoints" / f"GPT2_Baseline_step{step}.pt").is_file()
+    monkeypatch.undo()
+    assert main([*argv, "--resume=auto"]) == 0
+    out = capfd.readouterr().out
+    assert f"step{step}.pt" in out
+    if fault.startswith("no memory"):  # else a row of metrics.jsonl is lost
+        assert_same_run(finished, tmp_path, out)
+
+
+@pytest.mark.parametrize("command", ["generate", "export", "inspect", "resume"])
+def test_a_command_with_nothing_starts_no_training(command, finished, tmp_path, main, capfd):
+    """As `--generate "$TEXT"` gives it where TEXT is not set."""
+    assert main([*finished.argv, *outputs(tmp_path), f"--{command}="]) == 2
+    assert f"{command} = ''" in error_line(capfd.readouterr().err)
+    assert not (tmp_path / "checkpoints").exists()
 
 
 def test_full_disk_is_seen_before_training(finished, tmp_path, main, capfd, monkeypatch):

@@ -228,6 +228,23 @@ def test_accumulated_parts_are_one_step_and_keep_the_memory_of_all_rows(corpus):
         torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-3)
 
 
+def test_first_backward_of_ranks_takes_no_more_rows_than_a_part(corpus, monkeypatch):
+    """What fits only because of accumulate must fit there too."""
+    seen = []
+
+    def forward(tokens, targets, state, positions):
+        seen.append((len(tokens), len(state.memory), None if positions is None else len(positions)))
+        return run.model(tokens, targets, state, positions)
+
+    config = tiny_config(bptt_segments=1, accumulate=2)
+    run = dnc_gpt2.start_run("dnc", config, corpus, torch.device("cpu"))
+    monkeypatch.setattr(dnc_gpt2, "rank_and_size", lambda: dnc_gpt2.Ranks(0, 2, 0))
+    monkeypatch.setattr(torch.nn.parallel, "DistributedDataParallel", lambda model: forward)
+    dnc_gpt2.data_parallel(run, dnc_gpt2.Hardware(torch.device("cpu"), 0, "cpu"))
+    rows = config.rows // 2 // 2
+    assert seen == [(rows, rows, rows)]
+
+
 def test_accumulate_has_to_divide_the_rows():
     with pytest.raises(ValueError, match="accumulate = 3: must be a divisor of the rows"):
         tiny_config(accumulate=3)
