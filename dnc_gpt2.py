@@ -648,7 +648,7 @@ def total_loss(output: Output, positions: Tensor | None, config: Config) -> Tens
 # ══ Training: one loop for every arm ═════════════════════════════════════════════════════════════
 @dataclasses.dataclass
 class Run:
-    """One arm in training: all that a checkpoint holds. The only mutable record in this file."""
+    """One arm in training: all that a checkpoint holds. It changes in place."""
     arm: str  # its name in tables and file names
     config: Config
     model: GPT2WithMemory
@@ -660,9 +660,7 @@ class Run:
     step: int = 0
     state: tuple | None = None  # of the memory
     history: list[dict] = dataclasses.field(default_factory=list)  # rows of metrics.jsonl
-    meter: dict = dataclasses.field(default_factory=lambda: dict(  # speed; means since the last row
-        seconds=0.0, tokens=0, peak_mb=0.0, steps=0, loss=0.0, top1=0.0, gate=0.0,
-        validated=[]))  # seconds and loss of every validation
+    meter: "Meter" = dataclasses.field(default_factory=lambda: Meter())
     results: dict = dataclasses.field(default_factory=dict)  # of the finished arm
     last_saved: str = ""
     lengthened: list[int] = dataclasses.field(default_factory=list)  # steps where it had been done
@@ -675,7 +673,7 @@ class Run:
     @property
     def tokens_per_s(self) -> float:
         """Training tokens a second, warm-up and evaluation left out; NaN before any."""
-        return self.meter["tokens"] / self.meter["seconds"] if self.meter["tokens"] else math.nan
+        return self.meter.tokens / self.meter.seconds if self.meter.tokens else math.nan
 
     @property
     def device(self) -> torch.device:
@@ -798,6 +796,33 @@ def empty_some_rows(state: tuple | None, config: Config, step: int) -> tuple | N
     return type(state)(*new)
 
 
+@dataclasses.dataclass
+class Meter:
+    """What a run measures of itself: of the whole of it, and since the last logged row."""
+    seconds: float = 0.0  # in training steps, the first ones and evaluation left out
+    tokens: int = 0  # that were read in them
+    peak_mb: float = 0.0
+    validated: list[list[float]] = dataclasses.field(default_factory=list)  # [seconds, loss] each
+    # since the last logged row: steps, and what they add up to
+    steps: int = 0
+    loss: float = 0.0
+    top1: float = 0.0
+    gate: float = 0.0
+
+    def add(self, nll: float, top1: float, gate: float) -> None:
+        """Count a step of these means over its tokens."""
+        self.steps += 1
+        self.loss += nll
+        self.top1 += top1
+        self.gate += gate
+
+    def take_means(self) -> tuple[float, float, float]:
+        """Means of loss, top1 and gate since the last row, which this one is."""
+        means = self.loss / self.steps, self.top1 / self.steps, self.gate / self.steps
+        self.steps, self.loss, self.top1, self.gate = 0, 0.0, 0.0, 0.0
+        return means
+
+
 def check_and_count(run: Run, means: Tensor, norm: Tensor) -> None:
     """Add a step, of means as of step_means, to the meter. Raises Diverged where its loss or
     gradient norm is not finite."""
@@ -808,11 +833,7 @@ def check_and_count(run: Run, means: Tensor, norm: Tensor) -> None:
         raise Diverged(f"{run.arm} at step {run.step}: loss {loss_value}, gradient norm "
                        f"{norm_value}; the last good checkpoint is {run.last_saved or 'none yet'}; "
                        "try a smaller --lr, a smaller --grad_clip, or --precision float32")
-    meter = run.meter
-    meter["steps"] += 1
-    meter["loss"] += nll
-    meter["top1"] += top1
-    meter["gate"] += gate_value
+    run.meter.add(nll, top1, gate_value)
 
 
 def make_optimizer(model: GPT2WithMemory, config: Config) -> torch.optim.Optimizer:
@@ -891,14 +912,12 @@ def tensorboard_writer(folder: Path | None):
 
 def log_train(run: Run) -> str:
     """Log the means since the last logged step; returns what the bar shows."""
-    meter = run.meter
-    loss, top1, gate = (meter[name] / meter["steps"] for name in ("loss", "top1", "gate"))
+    loss, top1, gate = run.meter.take_means()
     row = {"loss": loss, "ppl": perplexity(loss), "top1_acc": top1,
            "lr": run.optimizer.param_groups[0]["lr"]}
     if run.config.memory == "dnc":
         row["avg_gate"] = gate
     log_row(run, "train", row)
-    meter.update(steps=0, loss=0.0, top1=0.0, gate=0.0)
     return f"loss {loss:.3f} ppl {row['ppl']:.1f} gate {gate:.2f} tok/s {run.tokens_per_s:,.0f}"
 
 
@@ -918,14 +937,14 @@ def validate(run: Run, corpus: "Corpus", stop: "StopSignal") -> None:
     with nothing_lost(run, corpus):
         metrics = evaluate(run.model, stream, run.config, stop)["metrics"]
         log_row(run, "validation", metrics)
-    run.meter["validated"].append([run.meter["seconds"], metrics["loss"]])
+    run.meter.validated.append([run.meter.seconds, metrics["loss"]])
     if run.step < run.total_steps:
         save_checkpoint(run, corpus)
 
 
 def finish(run: Run, corpus: "Corpus", stop: "StopSignal") -> None:
     """Score validation and test, and save the finished arm."""
-    run.meter["peak_mb"] = max(peak_memory_mb(run.device), run.meter["peak_mb"])
+    run.meter.peak_mb = max(peak_memory_mb(run.device), run.meter.peak_mb)
     print(f"{run.arm}: evaluating on validation and test", flush=True)
     with nothing_lost(run, corpus):
         run.results = final_results(run, corpus, stop)
@@ -955,9 +974,9 @@ def final_results(run: Run, corpus: "Corpus", stop: "StopSignal") -> dict:
         | text_size(corpus.tokenizer, test),
         "sees_ahead": sees_ahead(run.model, corpus.valid, config),
         "steps": run.step,
-        "seconds": run.meter["seconds"],
+        "seconds": run.meter.seconds,
         "parameters": count_parameters(run.model),
-        "peak_mb": run.meter["peak_mb"],
+        "peak_mb": run.meter.peak_mb,
         "tokens_per_s": run.tokens_per_s,
     }
     if run.model.memory is not None and config.carry_memory:
@@ -970,8 +989,8 @@ def timed_step(run: Run, forward: nn.Module, rows: Tensor, warm: bool) -> None:
     clock = time.perf_counter()
     train_step(run, forward, rows)  # its transfer to the host has synchronised
     if warm:
-        run.meter["seconds"] += time.perf_counter() - clock
-        run.meter["tokens"] += run.config.batch_size * run.config.seq_len
+        run.meter.seconds += time.perf_counter() - clock
+        run.meter.tokens += run.config.batch_size * run.config.seq_len
 
 
 def train(run: Run, corpus: "Corpus", forward: nn.Module, stop: "StopSignal") -> None:
@@ -1630,8 +1649,8 @@ def at_equal_time(arms: list[list[Run]]) -> list[list[float | None]]:
 
 def perplexity_after(run: Run, seconds: float) -> float | None:
     """Validation perplexity of a run after so many seconds of training."""
-    before = [point for point in run.meter["validated"] if point[0] <= seconds]
-    after = [point for point in run.meter["validated"] if point[0] > seconds]
+    before = [point for point in run.meter.validated if point[0] <= seconds]
+    after = [point for point in run.meter.validated if point[0] > seconds]
     if not before:
         return None
     clock, loss = before[-1]
@@ -2755,7 +2774,7 @@ def tune_on(baseline: Run, run: Run, corpus: "Corpus", stop: "StopSignal") -> No
     trained = baseline.model.controller.state_dict()
     run.model.controller.load_state_dict(trained)
     run.step = baseline.step
-    run.meter["seconds"] = baseline.meter["seconds"]  # what it took to be what it is
+    run.meter.seconds = baseline.meter.seconds  # what it took to be what it is
     peak_memory_mb(run.device, reset=True)
     stream = corpus.valid[: run.config.eval_tokens + 1]
     with stop.held():
@@ -3657,7 +3676,7 @@ def checkpoint_payload(run: Run, corpus: Corpus) -> dict:
         "memory_state": state_of_all_rows(run.state),
         "rng": random_states(),
         "history": run.history,
-        "meter": run.meter,
+        "meter": dataclasses.asdict(run.meter),
         "results": run.results,
         "lengthened": run.lengthened,
         "run": run_facts(device_name(run.device)),
@@ -3749,7 +3768,7 @@ def restore(run: Run, payload: dict, path: str | Path, corpus: Corpus) -> None:
     with reading(path, "name another"):
         check_optimizer(run, payload["optimizer_state_dict"])
         state = saved_state(run, payload["memory_state"])
-        meter = {"validated": [], **payload["meter"]}
+        meter = Meter(**payload["meter"])
         results = payload["results"]
         if results and "nll" not in results["valid"]:
             results = {}  # of an older version, which kept less: it is scored again

@@ -445,9 +445,9 @@ def test_memory_trains(start, corpus, arm):
     rows = dnc_gpt2.training_rows(corpus.train, run.config.rows, run.config.step_len)
     losses = []
     for _ in range(20):
-        total = run.meter["loss"]
+        total = run.meter.loss
         dnc_gpt2.train_step(run, run.model, rows)
-        losses.append(run.meter["loss"] - total)
+        losses.append(run.meter.loss - total)
     assert np.mean(losses[-4:]) < np.mean(losses[:4]) - 0.2
     assert not any(part.requires_grad for part in run.state)
     for name, p in run.model.memory.named_parameters():

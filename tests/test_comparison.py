@@ -173,20 +173,20 @@ def test_text_size_counts_what_is_scored(corpus):
 
 def test_equal_time_reads_every_curve_where_the_fastest_arm_ended(start, corpus):
     fast, slow = start("baseline"), start("dnc")
-    fast.meter["seconds"] = 10.0
-    fast.meter["validated"] = [[5.0, 4.0], [10.0, 3.0]]
-    slow.meter["validated"] = [[8.0, 3.5], [16.0, 2.5]]
+    fast.meter.seconds = 10.0
+    fast.meter.validated = [[5.0, 4.0], [10.0, 3.0]]
+    slow.meter.validated = [[8.0, 3.5], [16.0, 2.5]]
     fast.results, slow.results = {"seconds": 10.0}, {"seconds": 16.0}
     table = dnc_gpt2.at_equal_time([[fast], [slow]])
     assert table == [[pytest.approx(math.exp(3.0))], [pytest.approx(math.exp(3.25))]]
     # A cache took as long as the baseline that it is made of.
     cache = start("cache")
     dnc_gpt2.tune_on(fast, cache, corpus, dnc_gpt2.StopSignal())
-    assert cache.meter["validated"][0][0] == fast.meter["seconds"] == 10.0
+    assert cache.meter.validated[0][0] == fast.meter.seconds == 10.0
     assert dnc_gpt2.kept_of_run(cache)["tokens_per_s"] is None  # JSON has no NaN
     cache.results["peak_mb"] = math.nan  # of a device that cannot tell
     json.dumps(dnc_gpt2.kept_of_run(cache), allow_nan=False)
-    slow.meter["validated"] = [[16.0, 2.5]]
+    slow.meter.validated = [[16.0, 2.5]]
     assert dnc_gpt2.at_equal_time([[fast], [slow]])[1] == [None]
 
 

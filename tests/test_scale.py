@@ -219,8 +219,8 @@ def trained(corpus, steps: int = 4, **fields) -> dnc_gpt2.Run:
 def test_accumulated_parts_are_one_step_and_keep_the_memory_of_all_rows(corpus):
     fields = {"bptt_segments": 1, "empty_share": 0.3}
     whole, parts = (trained(corpus, **fields, accumulate=n) for n in (1, 4))
-    assert whole.meter["loss"] == pytest.approx(parts.meter["loss"], rel=1e-6)
-    assert whole.meter["gate"] == pytest.approx(parts.meter["gate"], rel=1e-6)
+    assert whole.meter.loss == pytest.approx(parts.meter.loss, rel=1e-6)
+    assert whole.meter.gate == pytest.approx(parts.meter.gate, rel=1e-6)
     for name, weight in whole.model.state_dict().items():
         torch.testing.assert_close(parts.model.state_dict()[name], weight, rtol=1e-3, atol=1e-4)
     assert len(parts.state.memory) == 4

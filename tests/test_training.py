@@ -628,7 +628,7 @@ def test_training_lowers_the_loss_of_every_arm(start, corpus):
         for _ in range(30):
             dnc_gpt2.train_step(run, run.model, rows)
         assert evaluate(run, corpus.valid)["metrics"]["loss"] < before - 0.5
-        assert run.step == run.meter["steps"] == 30
+        assert run.step == run.meter.steps == 30
         if arm == "dnc":
             assert run.model.memory.read_proj.weight.abs().max() > 1e-3
 
@@ -668,9 +668,9 @@ def test_fused_and_eager_scan_train_alike(start, corpus, links):
         rows = dnc_gpt2.training_rows(corpus.train, run.config.rows, run.config.step_len)
         losses.append([])
         for _ in range(20):
-            before = run.meter["loss"]
+            before = run.meter.loss
             dnc_gpt2.train_step(run, run.model, rows)
-            losses[-1].append(run.meter["loss"] - before)
+            losses[-1].append(run.meter.loss - before)
     assert losses[0][-1] < losses[0][0] - 0.1  # something was learnt
     np.testing.assert_allclose(losses[1], losses[0], rtol=1e-4)
 
@@ -818,7 +818,7 @@ def test_use_compile_trains_on_the_cpu_and_saves_a_plain_checkpoint(start, corpu
     for run in (compiled, plain):
         for _ in range(2):
             dnc_gpt2.train_step(run, run.model, rows)
-    torch.testing.assert_close(compiled.meter["loss"], plain.meter["loss"], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(compiled.meter.loss, plain.meter.loss, rtol=1e-4, atol=1e-4)
     stream = corpus.valid[:129]  # windows of one shape, each of which would be compiled
     found = evaluate(compiled, stream)["metrics"]["loss"]
     dnc_gpt2.save_checkpoint(compiled, corpus)
@@ -917,5 +917,5 @@ def test_tiny_sizes_hold_for_every_switch(start, corpus):
             dnc_gpt2.train_step(run, run.model, rows)
         options = run.model.memory.options
         assert all(getattr(options, name, value) == value for name, value in fields.items())
-        assert math.isfinite(run.meter["loss"]) and TINY["mem_slots"] == run.state.memory.shape[1]
+        assert math.isfinite(run.meter.loss) and TINY["mem_slots"] == run.state.memory.shape[1]
         assert run.state.link.shape[1] == (8 if options.use_links else 0)
