@@ -5,7 +5,7 @@
     python dnc_gpt2.py --help                  every Config field, its default and its comment
     python dnc_gpt2.py --lr 1e-3 --seed 2      override fields (or edit Config below)
     python dnc_gpt2.py --resume auto           continue an interrupted run, bit for bit
-    torchrun --nproc_per_node 8 dnc_gpt2.py    a process a GPU, each with its rows (docs/scale.md)
+    torchrun --nproc_per_node 8 dnc_gpt2.py --batch_size 32    a process a GPU (docs/scale.md)
     python dnc_gpt2.py --inspect checkpoints/GPT2_+_DNC_FINAL_step350.pt --text "Some text"
     python dnc_gpt2.py --generate "Some text"  go on with it, by the newest checkpoint
     python dnc_gpt2.py --export FOLDER         write it for AutoModelForCausalLM
@@ -145,7 +145,7 @@ class Config:
     arms: str = "baseline,dnc"  # of baseline matched wide cache gru delta dnc_reset dnc; in order
     # data
     dataset: str = "auto"  # auto | hub id, id:configuration | folder with train, valid, test.txt
-    tokenizer: str = "auto"  # auto (gpt2 from the hub) | hub name | folder
+    tokenizer: str = "auto"  # auto (gpt2, else own) | own, trained on the text | hub name | folder
     preset: Literal["auto", "full", "small"] = "auto"  # full (as shipped) with CUDA, else small
     eval_tokens: Count = 20_000  # of the validation split, at every save_every_steps
     final_eval_tokens: Whole = 0  # of validation and test for the final figures, 0 = all
@@ -3557,7 +3557,9 @@ def load_texts(dataset: str) -> tuple[str, dict[str, list[str]], bool]:
 
 def choose_tokenizer(config: Config, train_texts: list[str], embedded: bool) -> tuple[object, str]:
     """The tokenizer that Config names, and what it is called in tables. `auto` is that of
-    init_from, else gpt2, else (and for the embedded corpus) one trained on the training split."""
+    init_from, else gpt2, else (and for the embedded corpus) own: trained on the training split."""
+    if config.tokenizer == "own":
+        return train_tokenizer(train_texts), "own BPE"
     wanted = config.init_from if config.tokenizer == "auto" else config.tokenizer
     if wanted != "scratch":
         return load_tokenizer(wanted), Path(wanted).name
@@ -4195,6 +4197,8 @@ def check_config(config: Config) -> None:
          "without matched where init_from names a model, whose sizes are given")
     rule("arms", "cache" not in arms or "baseline" in arms[: arms.index("cache")],
          "with baseline before cache, which takes the weights of the trained baseline")
+    rule("tokenizer", config.tokenizer != "own" or config.init_from == "scratch",
+         "that of the model which init_from names")
     rule("hidden_size", config.hidden_size % heads == 0, f"divisible by num_heads ({heads})")
     check_rows(config, rule)
     rule("routing_fraction", config.routing_fraction > 0, "above 0; without it: lambda_routing 0")

@@ -462,6 +462,14 @@ def test_hub_auto_tokenizer_falls_back_to_its_own_and_says_so(hub, capsys, data_
     assert "own BPE" in corpus.name and "tiny-corpus" in corpus.name
 
 
+def test_own_tokenizer_asks_no_hub_and_serves_no_pretrained_model(hub, data_folder):
+    """Whatever a hub or its cache has: so is a figure of the own BPE run again elsewhere."""
+    corpus = dnc_gpt2.load_corpus(tiny_config(dataset=data_folder, tokenizer="own"))
+    assert "own BPE" in corpus.name and hub.asked == []
+    with pytest.raises(ValueError, match="tokenizer = 'own': must be that of the model"):
+        tiny_config(tokenizer="own", init_from="gpt2", arms="baseline,dnc")
+
+
 @pytest.fixture
 def fresh_hub_state(monkeypatch):
     """hub_reachable asks anew, and what it sets in the environment is taken back."""
