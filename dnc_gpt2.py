@@ -164,7 +164,7 @@ class Config:
     num_gpus: Literal["auto", 0, 1, 2] = "auto"  # auto: up to 2, by nn.DataParallel; 0: the CPU
     precision: Literal["auto", "bf16", "float32"] = "auto"  # auto: bf16 autocast on GPUs with it
     # commands
-    resume: str = ""  # auto = newest valid state of the whole job | path of a checkpoint
+    resume: str = ""  # auto: newest valid state of the job | anew: auto, or over another's | path
     inspect: str = ""  # path of a GPT2 + DNC checkpoint: print its gates on text, no training
     text: str = "Albert Einstein was born in Ulm in 1879. Albert Einstein died in 1955."  # a sample
     generate: str = ""  # a text: a trained model goes on with it, no training
@@ -946,6 +946,8 @@ def finish(run: Run, corpus: "Corpus", stop: "StopSignal") -> None:
     """Score validation and test, and save the finished arm."""
     run.meter.peak_mb = max(peak_memory_mb(run.device), run.meter.peak_mb)
     print(f"{run.arm}: evaluating on validation and test", flush=True)
+    if rank_and_size().size > 1:  # nothing_lost saves for one process alone
+        save_checkpoint(run, corpus)
     with nothing_lost(run, corpus):
         run.results = final_results(run, corpus, stop)
     save_checkpoint(run, corpus, final=True)
@@ -1264,7 +1266,7 @@ def next_token_log_p(h: Tensor, weight: Tensor, pointer: Pointer | None) -> Tens
 
 def next_token_nll(h: Tensor, weight: Tensor, target: Tensor, pointer: Pointer | None) -> Tensor:
     """-log p of one token a row, target (M, 1) -> (M, 1): of `next_token_log_p` this column alone,
-    without the mixture over the whole vocabulary."""
+    without the mixture over the whole vocabulary. Of a mixture it is at most 69 nats (there 87)."""
     target = target.squeeze(1)
     nll = F.cross_entropy(h @ weight.T, target, reduction="none")  # (M,)
     if pointer is not None:
@@ -3430,14 +3432,15 @@ def cut_line(line: str) -> Iterator[str]:
 
 
 def whole_lines(piece: str) -> Iterator[str]:
-    """A piece of text in parts of at most LONGEST characters, of whole lines where they fit."""
+    """A piece of text in parts of whole lines, of at most LONGEST characters but where one line has
+    more."""
     start = 0
     while start < len(piece):
         end = start + LONGEST
         if end < len(piece):
-            end = piece.rfind("\n", start, end) + 1 or end
-        yield piece[start:end]
-        start = end
+            end = piece.rfind("\n", start, end) + 1 or piece.find("\n", start) + 1
+        yield piece[start : end or len(piece)]
+        start = end or len(piece)
 
 
 def cuts_at_lines(tokenizer: object) -> bool:
@@ -3483,6 +3486,8 @@ def cache_folder() -> Path:
 def text_key(tokenizer: object, documents: list) -> str:
     """sha256 of all that tokens depend on: texts, tokenizer, and how lines are cut."""
     digest = hashlib.sha256(f"{CHUNK} {LONGEST} {tokenizer.to_str()}".encode())
+    if not cuts_at_lines(tokenizer):
+        digest.update(b"in large parts")
     for document in documents:
         digest.update(f"{size_of(document)} {type(document).__name__}".encode())
         if isinstance(document, TextFile):
@@ -3722,9 +3727,9 @@ class OtherRun(ValueError):
     """A checkpoint is whole, and not of this run."""
 
 
-def check_match(run: Run, payload: dict, path: str | Path, corpus: Corpus) -> None:
-    """Raise ValueError, naming the file and what differs, where a checkpoint is of another arm,
-    corpus, configuration (OtherRun) or shape than the run."""
+def check_same_run(run: Run, payload: dict, path: str | Path, corpus: Corpus) -> None:
+    """Raise OtherRun, naming the file and what differs, where a checkpoint is of another arm,
+    corpus or configuration than the run, whose model is not looked at."""
     if payload["arm"] != run.arm or payload["fingerprint"] != corpus.fingerprint:
         raise OtherRun(f"checkpoint {path}: of {payload['arm']} on {payload['corpus']}, this is "
                        f"{run.arm} on {corpus.name}; name another, or another save_dir")
@@ -3736,6 +3741,11 @@ def check_match(run: Run, payload: dict, path: str | Path, corpus: Corpus) -> No
         if name not in free and saved != value:
             raise OtherRun(f"checkpoint {path}: was trained with {name} = {saved!r}, this run "
                            f"has {value!r}; set --{name} {saved}, or another save_dir")
+
+
+def check_match(run: Run, payload: dict, path: str | Path, corpus: Corpus) -> None:
+    """Raise OtherRun, or ValueError where a checkpoint is of other shapes than the run."""
+    check_same_run(run, payload, path, corpus)
     shapes = shapes_of(run.model.state_dict())
     require(shapes == shapes_of(payload["model_state_dict"]), "checkpoint", str(path),
             "of this model's shapes; name another")
@@ -3834,7 +3844,7 @@ def newest_checkpoints(run: Run) -> list[Path]:
 
 def resume_run(run: Run, corpus: Corpus) -> None:
     """Continue from the checkpoint named, if of this arm, else the newest valid one in save_dir."""
-    if run.config.resume != "auto":
+    if run.config.resume not in ("auto", "anew"):
         payload = load_checkpoint(run.config.resume)
         arms = [ARMS[name] for name in run.config.arm_list]
         require_field(run.config, "resume", payload["arm"] in arms,
@@ -3853,10 +3863,27 @@ def resume_run(run: Run, corpus: Corpus) -> None:
         restore(run, load_checkpoint(path), path, corpus)
 
 
+def check_nothing_replaced(config: Config, corpus: Corpus) -> None:
+    """Raise OtherRun, before the first arm trains, where what save_dir has of an arm is whole and
+    of another run alone: this one would start at step 0 and replace its files."""
+    for seed, name, rate in itertools.product(config.seed_list, config.arm_list, config.rates):
+        variant, tag = variant_of(config, seed, rate)
+        run, others = plan_run(name, variant, corpus, tag), []
+        for path in newest_checkpoints(run):
+            try:
+                check_same_run(run, load_checkpoint(path), path, corpus)
+                others = []
+                break
+            except OtherRun as error:
+                others.append(error)
+            except ValueError:  # damaged: said when it is passed over
+                continue
+        if others:
+            raise others[0]
+
+
 def resume_newest(run: Run, corpus: Corpus) -> str | None:
-    """Continue from the newest valid checkpoint in save_dir -> its path, None without any. Raises
-    OtherRun where all that are whole are of another run, whose files this one would replace."""
-    others = []
+    """Continue from the newest valid checkpoint in save_dir -> its path, None without any."""
     for path in newest_checkpoints(run):
         try:
             restore(run, load_checkpoint(path), path, corpus)
@@ -3864,9 +3891,6 @@ def resume_newest(run: Run, corpus: Corpus) -> str | None:
             return str(path)
         except ValueError as error:
             print(f"resume: passed over {error}")
-            others += [error] if isinstance(error, OtherRun) else []
-    if others:
-        raise others[0]
     print(f"{run.arm}: no valid checkpoint in {run.config.save_dir}, starting at step 0")
     return None
 
@@ -4782,12 +4806,13 @@ def newest_baselines(folder: str | Path) -> list[Path]:
 
 def train_baseline(**fields: object) -> Path:
     """Train a baseline as a process of dnc_gpt2.py, with fields over the preset small, in a folder
-    of save_dir of its own -> the newest finished one of save_dir. Stopped by a signal, that process
-    saves its state, and the next call goes on from there. Raises StopSignal's kind then, ValueError
-    where the process fails."""
-    name = hashlib.sha256(repr(sorted(fields.items())).encode()).hexdigest()[:8]
+    of its own below save_dir -> its checkpoint. Stopped by a signal, that process saves its state,
+    and the next call of the same fields goes on from there. Raises StopSignal's kind then,
+    ValueError where the process fails."""
+    told = {name: str(value) for name, value in fields.items() if not name.endswith("_dir")}
+    name = hashlib.sha256(repr(sorted(told.items())).encode()).hexdigest()[:8]
     folder = Path(str(fields["save_dir"])) / f"base_{name}"
-    options = {"arms": "baseline", "preset": "small", "resume": "auto"} | fields
+    options = {"arms": "baseline", "preset": "small", "resume": "anew"} | fields
     options["save_dir"] = folder
     words = [f"--{name}={value}" for name, value in options.items()]
     command = [sys.executable, str(Path(__file__).resolve()), *words]
@@ -5316,21 +5341,27 @@ def arm_config(name: str, config: Config) -> Config:
     return replace(memory="none" if name == "baseline" else name)
 
 
+def plan_run(name: str, config: Config, corpus: Corpus, tag: str = "") -> Run:
+    """One arm, as `arm_config` has it, and its steps; no model yet."""
+    rows, config = config.rows, arm_config(name, config)
+    steps = (len(corpus.train) - 1) // (config.rows * config.step_len)
+    turns = min(steps, rows // config.rows)
+    per_epoch = steps // turns * turns
+    total = config.max_steps or config.epochs * per_epoch
+    return Run(ARMS[name], config, None, None, total, per_epoch, tag, turns)
+
+
 def start_run(name: str, config: Config, corpus: Corpus, device: torch.device, tag: str = ""
               ) -> Run:
     """Build one arm, as `arm_config` has it, ready to train, resumed if Config says so."""
-    rows, config = config.rows, arm_config(name, config)
+    run = plan_run(name, config, corpus, tag)
+    config = run.config
     model = build_model(config, controller_config(config, corpus.vocab_size)).to(device)
     if config.checkpoint_activations:
         model.controller.activation_checkpointing_enable({"use_reentrant": False})
     if config.use_compile:
         model.controller.compile(mode=config.compile_mode)
-    steps = (len(corpus.train) - 1) // (config.rows * config.step_len)
-    turns = min(steps, rows // config.rows)
-    per_epoch = steps // turns * turns
-    total = config.max_steps or config.epochs * per_epoch
-    run = Run(ARMS[name], config, model, make_optimizer(model, config), total, per_epoch, tag,
-              turns)
+    run.model, run.optimizer = model, make_optimizer(model, config)
     rank = rank_and_size().rank
     if rank > 0:  # its rows drop other units than those of rank 0
         torch.manual_seed(config.seed * 1_000_003 + rank * 7_919)
@@ -5506,16 +5537,21 @@ def best_of(candidates: list[Run]) -> Run:
     return best
 
 
+def variant_of(config: Config, seed: int, rate: float) -> tuple[Config, str]:
+    """The Config of a seed and a peak rate, and what tells its files from those of others."""
+    tag = "" if seed == config.seed else f"_seed{seed}"  # wherever it stands in a list
+    if config.lr_grid:
+        tag += f"_lr{rate:g}"
+    return dataclasses.replace(config, seed=seed, lr=rate), tag
+
+
 def try_rates(name: str, config: Config, seed: int, rates: list[float], corpus: Corpus,
               hardware: "Hardware", stop: StopSignal, base: Run | None) -> Run:
     """Train an arm of a seed at every rate -> the best on validation. Raises Diverged if all do.
     The cache is made of the base, a finished baseline, and has no rate to choose."""
     candidates = []
     for number, rate in enumerate(rates):
-        tag = "" if seed == config.seed else f"_seed{seed}"  # wherever it stands in a list
-        if config.lr_grid:
-            tag += f"_lr{rate:g}"
-        variant = dataclasses.replace(config, seed=seed, lr=rate)
+        variant, tag = variant_of(config, seed, rate)
         try:
             run = train_arm(name, variant, corpus, hardware, tag, stop, base)
             candidates.append(run)
@@ -5609,6 +5645,17 @@ def say_where_the_recurrence_is_slow(config: Config, device: torch.device) -> No
     pick_scan(config.scan, memory.init_state(1), memory.options)
 
 
+def check_arms(config: Config, corpus: Corpus, device: torch.device) -> None:
+    """Raise ValueError, before the first arm trains, where one cannot run: where it takes too much
+    memory, or --resume auto would replace another run's files."""
+    for name in config.arm_list:
+        of_arm = arm_config(name, config)
+        settings = controller_config(of_arm, corpus.vocab_size)
+        check_memory(arm_bytes(of_arm, settings), SIZES, device)
+    if config.resume == "auto":
+        check_nothing_replaced(config, corpus)
+
+
 def compare_arms(config: Config, corpus: Corpus, device: torch.device, gpus: int, preset: str,
                  stop: StopSignal) -> None:
     """`run_comparison` on a device (that of a rank), in folders that can be written."""
@@ -5624,10 +5671,7 @@ def compare_arms(config: Config, corpus: Corpus, device: torch.device, gpus: int
         named += f" x {ranks.size} processes, DDP"
     hardware = Hardware(device, gpus, named)
     announce(config, corpus, named, preset)
-    for name in config.arm_list:  # what cannot run is said before the first arm trains
-        of_arm = arm_config(name, config)
-        settings = controller_config(of_arm, corpus.vocab_size)
-        check_memory(arm_bytes(of_arm, settings), SIZES, device)
+    check_arms(config, corpus, device)
     if {"dnc", "dnc_reset"} & set(config.arm_list):
         say_where_ids_are_not_by_frequency(config, corpus)
         say_where_the_recurrence_is_slow(config, device)

@@ -41,7 +41,9 @@ class StateCache:
 
     def __init__(self, state: tuple, read: Tensor | None = None) -> None:
         self.state = state
-        self.read = state.fill.new_zeros(len(state.fill), 0) if read is None else read  # (B, seen)
+        if read is None:
+            read = torch.zeros(len(state.fill), 0, dtype=torch.bool, device=state.fill.device)
+        self.read = read  # (B, columns so far) bool
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """The columns so far."""

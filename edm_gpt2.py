@@ -946,7 +946,8 @@ def print_topic(arms: dict[str, list[dict]]) -> None:
 def plot_runs(runs: list[dict], config: Config) -> None:
     """Draw plots/edm_gpt2.png: perplexity and recall against distance."""
     arms = runs_by_arm(runs, config)
-    colors = dict(zip(("base", "recurrent", "edm", "both", "full"), PALETTE, strict=False))
+    names = ("base", "recurrent", "edm", "both", "full", "adapters")
+    colors = dict(zip(names, PALETTE, strict=False))
     styles = {}
     for arm, of_arm in arms.items():
         label = f"base, window {of_arm[0]['window']}" if arm in ("base", "full") else arm

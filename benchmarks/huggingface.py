@@ -238,6 +238,18 @@ def second_turn(case: Case) -> None:
     require_equal(case.generate(more, **cache), case.generate(more))
 
 
+def turn_of_an_ended_row(case: Case) -> None:
+    """A batch of which one row ended before the others, and read on as padding."""
+    prompt = case.prompt()
+    first = case.generate(prompt, return_dict_in_generate=True)
+    mask = torch.ones(2, first.sequences.shape[1] + 7, dtype=torch.long)
+    mask[0, -9:-7] = 0
+    more = torch.cat([first.sequences, case.prompt(2, 7)], dim=1)
+    cache = {dm.CACHE: first[dm.CACHE]}
+    require_equal(case.generate(more, attention_mask=mask, **cache),
+                  case.generate(more, attention_mask=mask))
+
+
 def bfloat16(case: Case) -> None:
     """Generates; its log-probabilities are near those of float32."""
     model = case.again(dtype=torch.bfloat16)
@@ -369,6 +381,7 @@ USES: dict[str, tuple[Callable[[Case], None], str]] = {  # and the package that 
     "assisted decoding": (assisted, ""),
     "prompt lookup": (prompt_lookup, ""),
     "second turn on the cache": (second_turn, ""),
+    "second turn of a batch, a row of which had ended": (turn_of_an_ended_row, ""),
     "bfloat16": (bfloat16, ""),
     "torch.compile": (compiled, ""),
     "Trainer": (trainer, "accelerate"),

@@ -110,11 +110,11 @@ class OneLineParser(argparse.ArgumentParser):
     def error(self, message: str):
         self.exit(2, f"error: {message}\n")
 
-def run_command(main: Callable[[], None]) -> None:
+def run_command(main: Callable[[], int | None]) -> None:
     """A bad value ends as a bad flag does: in one line and exit code 2."""
     sys.stdout.reconfigure(errors="replace")  # a terminal that lacks the dash still gets the table
     try:
-        main()
+        sys.exit(main())
     except (ValueError, OSError, MemoryError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import shutil
@@ -326,13 +327,21 @@ def test_a_finished_baseline_serves_another_memory(start, corpus):
     dnc_gpt2.save_checkpoint(run, corpus)
     again = {"max_steps": 1, "resume": "auto"}
     assert start("baseline", mem_slots=16, lambda_routing=0.0, **again).step == 1
+    assert start("baseline", mlp_width=48, **again).step == 0  # passed over
+
+    def check(**fields) -> None:
+        config = dataclasses.replace(run.config, memory="dnc", resume="auto", **fields)
+        dnc_gpt2.check_nothing_replaced(config, corpus)
+
+    check(arms="baseline", mem_slots=16)
+    check(arms="gru", mlp_width=48)
     with pytest.raises(dnc_gpt2.OtherRun, match="--mlp_width 0, or another save_dir"):
-        start("baseline", mlp_width=48, **again)
+        check(arms="gru,baseline", mlp_width=48)
     other = start("dnc", max_steps=1)
     dnc_gpt2.train_step(other, other.model, rows)
     dnc_gpt2.save_checkpoint(other, corpus)
     with pytest.raises(dnc_gpt2.OtherRun, match="--mem_slots"):
-        start("dnc", mem_slots=16, **again)
+        check(arms="baseline,dnc", mem_slots=16)
 
 
 @pytest.mark.parametrize("fields, said", [

@@ -440,6 +440,21 @@ def test_command_trains_measures_and_saves(finished):
     assert (finished.folder / "plots" / "edm_gpt2.png").stat().st_size > 10_000
 
 
+def test_command_with_adapters_prints_and_draws_their_arm(finished, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(finished.folder)
+    monkeypatch.setenv("HOME", str(finished.folder))
+    monkeypatch.setenv("DRAW_PICTURES", "1")
+    fields = RUN | {"base": "base", "dataset": "~/te$xt", "max_steps": 1, "eval_rows": 2, "lora": 2,
+                    "arms": "edm", "recall_rows": 2, "topic_rows": 0, "new_tokens": 2,
+                    "save_dir": tmp_path / "c", "plot_dir": tmp_path / "p"}
+    assert eg.main(flags(fields)) == 0
+    out = capsys.readouterr().out
+    assert "  adapters  " in out and out.index("  adapters  ") < out.index("edm_gpt2.png")
+    runs = json.loads((tmp_path / "p" / "edm_gpt2.json").read_text())["runs"]
+    assert [run["arm"] for run in runs] == ["base", "full", "adapters", "edm"]
+    assert "swapped_loss" not in runs[2] and "swapped_loss" in runs[3]
+
+
 def test_a_stopped_comparison_goes_on_from_what_it_measured(finished, monkeypatch, capsys):
     """Without its last two arms, as a kill would leave it, the same figures come out; another
     setting, or a saved model that is not of the run, is measured anew."""
