@@ -634,7 +634,8 @@ def triton_backward(grads, parts, state, traces, wipe: bool, decay: float, every
 @functools.cache
 def trial(device: torch.device, N: int, W: int, R: int, options) -> str:
     """Compile and run both CUDA kernels for one step -> why they cannot run on this machine: a card
-    with too little shared memory, no C compiler for Triton's launcher; "" where they can."""
+    with too little shared memory, no C compiler for Triton's launcher; "" where they can. Raises
+    torch.OutOfMemoryError, which a later call may not meet."""
     K, L = options.key_width or W, N if options.use_links else 0
     modes, empty = 3 if options.use_links else 0, R if options.empty_slot else 0
     part_sizes = [(1, 1, K), (1, 1), (1, 1, W), (1, 1, W), (1, 1), (1, 1), (1, 1, R, K), (1, 1, R),
@@ -648,6 +649,8 @@ def trial(device: torch.device, N: int, W: int, R: int, options) -> str:
         triton_backward(results[: len(RESULTS)], parts, state,
                         results[1:3] + results[len(RESULTS) :], *how)
         torch.cuda.synchronize(device)
+    except torch.OutOfMemoryError:
+        raise
     except Exception as error:  # Triton raises many kinds; the caller prints this line
         return f"the CUDA kernels do not run here ({type(error).__name__}: {error})".split("\n")[0]
     return ""

@@ -18,27 +18,28 @@ class HeadLoss(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, h, weight, vocabulary, match, targets, dtype, slices, pointer, alone):
+    def forward(ctx, h, weight, vocabulary, match, targets, dtype, slices, pointer, alone, trains):
         """h (M, C), weight (V, C), targets (M,), dtype of products, slices of the M rows; a pointer
         of M rows with its vocabulary() (M,) and match(targets) (M,), or None; alone, the weight of
-        the vocabulary's own loss beside that of the mixture -> loss (), nll (M,), top1 (M,); a
-        target of -100 counts 0 in all three."""
+        the vocabulary's own loss beside that of the mixture; whether gradients are wanted -> loss
+        (), nll (M,), top1 (M,), of float32 at least; a target of -100 counts 0 in all three."""
         low = weight.to(dtype)  # (V, C)
-        scored = (targets != -100).to(h.dtype)  # (M,)
+        kind = torch.promote_types(h.dtype, torch.float32)
+        scored = (targets != -100).to(kind)  # (M,)
         nll = torch.zeros_like(scored)
         nll_alone = torch.zeros_like(scored)
         top1 = torch.zeros_like(scored)
         # Nothing that nobody asks for: none of it in an evaluation, no d_weight of a frozen head.
-        d_h = torch.zeros_like(h) if any(ctx.needs_input_grad) else None
-        d_weight = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
+        d_h = torch.zeros_like(h) if trains and any(ctx.needs_input_grad) else None
+        d_weight = torch.zeros_like(weight) if trains and ctx.needs_input_grad[1] else None
         d_vocabulary = torch.zeros_like(scored)
         d_match = torch.zeros_like(scored)
 
         for rows in slices:
             x = h[rows].to(dtype)  # (m, C)
             labels = targets[rows]  # (m,)
-            target = labels.clamp_min(0).unsqueeze(1)  # (m, 1)
-            powers = (x @ low.T).to(h.dtype)  # (m, V)
+            target = labels.masked_fill(labels == -100, 0).unsqueeze(1)  # (m, 1)
+            powers = (x @ low.T).to(kind)  # (m, V)
             chunk_nll, best, total = exponentiate(powers, target)
 
             share = scored[rows] / len(h)  # (m,), of the mean loss
@@ -48,7 +49,7 @@ class HeadLoss(torch.autograd.Function):
                 mixed = mix(chunk_nll, vocabulary[rows], match[rows], share, alone)
                 chunk_nll, share, d_vocabulary[rows], d_match[rows] = mixed
             nll[rows] = chunk_nll * scored[rows]
-            top1[rows] = (best == labels).to(h.dtype)
+            top1[rows] = (best == labels).to(kind)
 
             if d_h is not None:
                 share = share.unsqueeze(1) / total  # (m, 1)
@@ -61,13 +62,14 @@ class HeadLoss(torch.autograd.Function):
         return nll.mean() + alone * nll_alone.sum(), nll, top1
 
     @staticmethod
+    @torch.autograd.function.once_differentiable
     def backward(ctx, grad_loss, *_):
         """Scale the gradients of the forward, in place. Raises RuntimeError the second time."""
         if ctx.grads is None:
             raise RuntimeError("HeadLoss serves one backward: run the forward again")
         grads = [None if grad is None else grad.mul_(grad_loss) for grad in ctx.grads]
         ctx.grads = None
-        return *grads, None, None, None, None, None
+        return *grads, None, None, None, None, None, None
 
 
 def best_of_mixture(powers: Tensor, total: Tensor, best: Tensor, pointer) -> Tensor:
@@ -110,7 +112,7 @@ def share_gradient(d_logits: Tensor, share: Tensor, x: Tensor, low: Tensor,
     x (m, C) -> (share * d_logits) @ low (V, C). Products in the type of d_logits."""
     shared_x = x * share
     if d_weight is not None and d_logits.dtype == d_weight.dtype:
-        d_weight.addmm_(d_logits.T, shared_x)
+        d_weight.addmm_(d_logits.T, shared_x.to(d_logits.dtype))
     elif d_weight is not None:
         d_weight += d_logits.T @ shared_x.to(d_logits.dtype)
     d_x = d_logits @ low
@@ -125,4 +127,4 @@ def head_loss(h: Tensor, weight: Tensor, targets: Tensor, dtype: torch.dtype, sl
         vocabulary = pointer.vocabulary()
         match = pointer.match(targets)
     return HeadLoss.apply(h, weight, vocabulary, match, targets, dtype, slices, pointer,
-                          lambda_vocabulary)
+                          lambda_vocabulary, torch.is_grad_enabled())

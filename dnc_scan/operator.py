@@ -177,8 +177,8 @@ def check_shapes(interface, state, options) -> None:
     """Raise ValueError for what the kernels would read beyond its end, or not read at all."""
     B, N, W = state.memory.shape
     T, R = interface.free_gates.shape[1:]
-    if T == 0:
-        raise ValueError("the interface has no step: T = 0")
+    if 0 in (T, R, N):
+        raise ValueError(f"{T} steps, {R} read heads, {N} slots: must be 1 or more of each")
     if options.key_width >= W:
         raise ValueError(f"key_width {options.key_width}: must be below the width of a row, {W}")
 

@@ -954,6 +954,18 @@ def test_trial_runs_both_kernels_once(options, backend, monkeypatch):
     one_line(cuda.trial(torch.device("cpu"), 5, 6, 3, options), "AssertionError", "CUDA kernels")
     cuda.trial.cache_clear()
 
+    def full(*args, **kwargs):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(cuda, "triton_forward", full)
+        with pytest.raises(torch.OutOfMemoryError):
+            cuda.trial(torch.device("cpu"), 5, 6, 3, options)
+    monkeypatch.undo()
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+    assert cuda.trial(torch.device("cpu"), 5, 6, 3, options) == ""  # a card is full for a moment
+    cuda.trial.cache_clear()
+
 
 @both_backends
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

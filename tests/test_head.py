@@ -288,6 +288,40 @@ def test_head_loss_serves_one_backward():
         loss.backward()
 
 
+def test_head_loss_refuses_a_second_derivative():
+    """Its gradients are made in the forward: what depends on them would be left out."""
+    h, weight, targets, _ = head_case()
+    loss, _, _ = head_loss(h, weight, targets, torch.float64, slices_of(5))
+    factor = torch.tensor(2.0, dtype=torch.float64, requires_grad=True)
+    (slope,) = torch.autograd.grad(factor * loss, h, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        slope.square().sum().backward()
+
+
+@pointed_or_not
+def test_head_loss_of_a_model_in_bfloat16(pointed):
+    """Weights and h in bfloat16, the pointer as its recurrence has it, in float32."""
+    h, weight, targets, rho = head_case(torch.float32, pointed=pointed)
+    low = [x.detach().bfloat16().requires_grad_() for x in (h, weight)]
+    losses = []
+    for head in (head_loss, chunked_head_loss):
+        loss, nll, _ = head(*low, targets, torch.bfloat16, slices_of(5), pointer_of(rho), 1.0)
+        grads = torch.autograd.grad(loss, low)
+        losses.append((loss.float(), nll.float(), *(grad.float() for grad in grads)))
+        assert all(grad.dtype == torch.bfloat16 for grad in grads)
+    assert head_loss(*low, targets, torch.bfloat16, slices_of(5))[0].dtype == torch.float32
+    for fast, readable in zip(*losses, strict=True):
+        torch.testing.assert_close(fast, readable, rtol=0.05, atol=0.02)
+
+
+def test_head_loss_refuses_a_target_below_the_vocabulary():
+    h, weight, targets, _ = head_case()
+    targets[3] = -1
+    for head in (head_loss, chunked_head_loss):
+        with pytest.raises((IndexError, RuntimeError)):
+            head(h, weight, targets, torch.float64, slices_of(5))
+
+
 @pointed_or_not
 def test_head_loss_without_gradients_has_the_same_values(pointed):
     h, weight, targets, rho = head_case(pointed=pointed)
@@ -325,3 +359,6 @@ def test_head_loss_of_a_frozen_head_gives_the_rest_the_same_gradient(pointed):
         got = run(weight.detach())
     assert all(torch.equal(a, b) for a, b in zip(got, wanted, strict=True))
     assert trained.made and not frozen.made
+    with torch.no_grad(), WeightWide() as evaluated:
+        head_loss(h, weight, targets, torch.float64, slices_of(5), pointer_of(rho))
+    assert not evaluated.made
