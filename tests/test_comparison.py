@@ -5,7 +5,9 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import os
 import shutil
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -13,7 +15,7 @@ import torch
 from conftest import TINY, flags, tiny_config
 
 import dnc_gpt2
-from dnc_gpt2 import BIN, STATS, Gain, paired
+from dnc_gpt2 import BIN, STATS, Gain, StopSignal, paired
 
 NLL = STATS.index("nll")
 
@@ -353,3 +355,201 @@ def test_seeds_and_rates_that_cannot_be_read_are_refused_in_one_line(fields, sai
     assert dnc_gpt2.main(flags(fields)) == 2
     err = capfd.readouterr().err
     assert err.count("\n") == 1 and said in err
+
+
+# ── What a conclusion hangs on: splits, signs, marks, the start of the rivals ─────────────────────
+
+
+def test_final_results_are_of_their_split_and_the_swapped_ones_are_swapped(start, corpus):
+    run, stop = start("cache"), StopSignal()  # whose memory says something untrained
+    found = dnc_gpt2.final_results(run, corpus, stop)
+    for split, stream in (("valid", corpus.valid), ("test", corpus.test)):
+        again = dnc_gpt2.evaluate(run.model, stream, run.config, stop)
+        size = dnc_gpt2.text_size(corpus.tokenizer, stream)
+        assert torch.allclose(found[split]["nll"], again["nll"], atol=1e-4)
+        assert {name: found[split][name] for name in size} == size
+    swapped = dnc_gpt2.evaluate(run.model, corpus.valid, run.config, stop, brief=True, swap=True)
+    assert torch.equal(found["swapped"]["nll"], swapped["nll"])
+    assert not torch.allclose(found["swapped"]["nll"], found["valid"]["nll"], atol=1e-4)
+
+
+def test_the_rate_is_chosen_on_validation_alone(start):
+    runs = [start("baseline", lr=rate) for rate in (1e-3, 2e-3)]
+    for run, valid, test in zip(runs, (2.0, 3.0), (3.0, 2.0), strict=True):
+        run.results = {"valid": {"metrics": {"loss": valid}}, "test": {"metrics": {"loss": test}}}
+    assert dnc_gpt2.best_of(runs) is runs[0]
+
+
+def test_the_cache_is_tuned_on_validation_alone(start, corpus, monkeypatch):
+    streams = []
+    monkeypatch.setattr(dnc_gpt2, "tune_cache", lambda model, stream, *rest: streams.append(stream))
+    dnc_gpt2.tune_on(start("baseline"), start("cache"), corpus, StopSignal())
+    [stream] = streams
+    assert torch.equal(stream, corpus.valid[: len(stream)]) and len(stream) == 201
+
+
+def test_gains_are_of_the_token_that_is_predicted_and_helped_is_not_hurt(start, corpus):
+    """Against a plain count over a stream of which the last row is not full."""
+    draw, runs = np.random.default_rng(0), [start("baseline"), start("dnc")]
+    length = len(corpus.valid) - 1
+    for run, mean in zip(runs, (5.0, 4.99), strict=True):
+        nll = torch.tensor(draw.normal(mean, 0.02, (4, -(-length // 4))))
+        run.results = {"valid": {"nll": nll, "counts": torch.tensor([length])}}
+    gains = dnc_gpt2.gains_of([runs[0]], [runs[1]], corpus, runs[0].config)
+    old, new = (run.results["valid"]["nll"].flatten()[:length].tolist() for run in runs)
+    saved = [a - b for a, b in zip(old, new, strict=True)]
+    assert gains.total == pytest.approx(sum(saved) / length)
+    assert gains.helped == pytest.approx(sum(x > 0.01 for x in saved) / length)
+    assert gains.hurt == pytest.approx(sum(x < -0.01 for x in saved) / length)
+    times, nats = Counter(corpus.train.tolist()), Counter()
+    for token, x in zip(corpus.valid[1:].tolist(), saved, strict=True):
+        nats[sum(times[token] >= least for least, _ in dnc_gpt2.IN_TRAINING[1:])] += x / length
+    assert [gain.nats for gain in gains.in_training] == pytest.approx([nats[i] for i in range(5)])
+
+
+def lines_of(text: str) -> dict[str, str]:
+    """Lines of a table by their label, which ends where two blanks begin."""
+    return {line.strip().split("  ")[0]: line for line in text.splitlines() if line.strip()}
+
+
+def test_controls_say_what_is_lost_without_the_own_memory(start, capfd):
+    dnc, base = start("dnc"), start("baseline")
+    level = np.full((16, 4), 2.0) + np.random.default_rng(0).normal(0, 0.001, (16, 4))
+    valid = evaluation_of(level)
+    valid["sums"][..., STATS.index("nll_without")] = torch.tensor((level + 0.5) * BIN)
+    dnc.results = {"valid": valid, "swapped": evaluation_of(level + 0.2)}
+    base.results = {"valid": evaluation_of(level - 0.1)}
+    dnc_gpt2.print_controls([dnc], [base])
+    rows = lines_of(capfd.readouterr().out)
+    mean = level.mean()
+    for label, shift, mark in (("reads zeroed", 0.5, "✗"), ("memory swapped", 0.2, "✗"),
+                               ("GPT2 Baseline", -0.1, "✓")):
+        words = rows[label].split()[2:]
+        assert words[:2] == [f"{math.exp(mean):.2f}", f"{math.exp(mean + shift):.2f}"]
+        assert words[2][0] == ("▲" if shift > 0 else "▼") and words[3] == mark
+
+
+def test_changes_go_from_the_reference_to_the_arm_and_from_each_to_the_dnc(start, capfd):
+    draw, runs = np.random.default_rng(0), {}
+    for arm, nats in (("baseline", 5.0), ("gru", 4.9), ("dnc", 4.7)):
+        run = start(arm)
+        valid, test = (evaluation_of(nats + shift + draw.normal(0, 0.001, (16, 4)))
+                       for shift in (0, 0.3 * (arm == "dnc")))
+        run.results, runs[arm] = {"valid": valid, "test": test}, [run]
+    dnc_gpt2.print_changes(runs)
+    out = capfd.readouterr().out
+    rows = [line for line in out.splitlines() if "→" in line]
+    found = [(row[:34].strip(), row.split("%")[0].split()[-1], row[-1]) for row in rows]
+    assert found == [("GPT2 Baseline → GPT2 + GRU", "-9.5", "✓"),
+                     ("GPT2 Baseline → GPT2 + DNC", "-25.9", "≈"),  # the mark is of test
+                     ("GPT2 + GRU → GPT2 + DNC", "-18.1", "✗")], out
+    assert "p<.001 ✓" in out
+
+
+def test_perplexities_stand_under_their_split(start, capfd):
+    run = start("baseline")
+    run.results = {
+        split: evaluation_of(np.full((4, 2), nats)) | {"metrics": {"ppl": math.exp(nats)},
+                                                       "words": words, "bytes": size}
+        for split, nats, words, size in (("valid", 2.0, 400, 2000), ("test", 3.0, 500, 3000))}
+    dnc_gpt2.print_perplexities({"baseline": [run]})
+    row = lines_of(capfd.readouterr().out)["GPT2 Baseline"]
+    nats = 3.0 * 8 * BIN
+    assert row.split()[2:] == [f"{math.exp(2):.2f}", f"{math.exp(3):.2f}",
+                               f"{math.exp(nats / 500):,.2f}",
+                               f"{nats / math.log(2) / 3000:.4f}"]
+
+
+def test_rate_ends_at_a_tenth_and_of_a_run_lengthened_twice_begins_anew_or_stays(start):
+    run = start("baseline", max_steps=40, lr_warmup=0.1)
+    rates = {}
+    for schedule in ("cosine", "constant"):
+        run.config = dataclasses.replace(run.config, lr_schedule=schedule)
+        for lengthened in ([], [8, 24]):
+            run.lengthened, found = lengthened, []
+            for run.step in (24, 40):
+                dnc_gpt2.set_rates(run)
+                found.append(run.optimizer.param_groups[0]["lr"] / run.config.lr)
+            rates[schedule, len(lengthened)] = found
+        run.lengthened = [8, 24]
+        assert dnc_gpt2.schedule(run) == ((24, 40) if schedule == "cosine" else (0, 8))
+    assert rates["cosine", 0] == pytest.approx([0.4718583, 0.1])
+    assert rates["cosine", 2] == pytest.approx([0.5, 0.1])  # the first of two steps of warm-up
+    assert rates["constant", 0] == rates["constant", 2] == [1.0, 1.0]
+
+
+def test_matched_arm_widens_the_width_that_is_given(start):
+    for width in (0, 48):
+        counts = {arm: dnc_gpt2.count_parameters(start(arm, mlp_width=width).model)
+                  for arm in ("matched", "dnc")}
+        assert abs(counts["matched"] / counts["dnc"] - 1) < 0.01, counts
+
+
+def test_untrained_cells_of_a_gru_forget_over_2_to_513_tokens_in_every_block():
+    memory = dnc_gpt2.GRUMemory(6, 16, 8)  # four blocks
+    reset, update, new = memory.expand.bias.detach().view(-1, 3, memory.block).unbind(1)
+    assert not reset.any() and not new.any() and not memory.read_proj.weight.any()
+    spans = 1 / (1 - update.sigmoid())  # of the share 1 - z that is new at each token
+    assert [spans.min().item(), spans.max().item()] == pytest.approx([2, 513], rel=1e-4)
+    for of_block in spans:
+        assert of_block.min() < 3 and of_block.max() > 400
+    logs = (spans - 1).log().flatten().sort().values
+    torch.testing.assert_close(logs, torch.linspace(0, math.log(512), 128), atol=1e-3, rtol=1e-3)
+
+
+def test_untrained_delta_memory_asks_in_the_code_of_its_keys_and_forgets_over_n_tokens():
+    memory = dnc_gpt2.DeltaMemory(6, 4, 5)
+    x = torch.randn(2, 3, 6, generator=torch.Generator().manual_seed(0))
+    query, key, _, log_a, b = memory.instructions(x, x, x)
+    torch.testing.assert_close(query, key)
+    torch.testing.assert_close(log_a, torch.full((2, 3), -1 / 4))
+    torch.testing.assert_close(b, torch.full((2, 3), 0.5))
+    assert not memory.read_proj.weight.any()
+
+
+def test_another_seed_s_files_are_refused_before_the_first_arm_trains(start, corpus):
+    config = start("baseline", max_steps=1, mlp_width=48).config
+    variant, tag = dnc_gpt2.variant_of(config, 1, config.lr)
+    other = dnc_gpt2.start_run("baseline", variant, corpus, torch.device("cpu"), tag)
+    dnc_gpt2.save_checkpoint(other, corpus)
+    mine = dataclasses.replace(config, mlp_width=0, arms="baseline", resume="auto")
+    dnc_gpt2.check_nothing_replaced(mine, corpus)
+    with pytest.raises(dnc_gpt2.OtherRun, match="--mlp_width 48"):
+        dnc_gpt2.check_nothing_replaced(dataclasses.replace(mine, seeds="2"), corpus)
+
+
+def test_the_newest_checkpoint_is_the_one_written_last_and_of_one_moment_the_furthest(
+        start, tmp_path):
+    run = start("baseline")
+    for step, moment in ((30, 100), (6, 200), (12, 200)):
+        path = tmp_path / f"GPT2_Baseline_step{step}.pt"
+        path.write_bytes(b"")
+        os.utime(path, (moment, moment))
+    assert [path.stem for path in dnc_gpt2.newest_checkpoints(run)] == [
+        "GPT2_Baseline_step12", "GPT2_Baseline_step6", "GPT2_Baseline_step30"]
+
+
+def test_a_difference_without_variance_is_certain():
+    level = np.full((16, 4), 5.0)
+    assert dnc_gpt2.paired([evaluation_of(level)], [evaluation_of(level - 0.5)],
+                           "nll") == (-0.5, 0, 0)
+
+
+def test_speed_is_of_the_steps_behind_the_first_three(start, corpus):
+    run = start("baseline", max_steps=8)
+    dnc_gpt2.train(run, corpus, run.model, StopSignal())
+    assert run.meter.tokens == (8 - 3) * run.config.batch_size * run.config.seq_len
+    assert run.tokens_per_s == run.meter.tokens / run.meter.seconds
+
+
+def test_gradients_of_accumulated_parts_are_those_of_all_rows(start, corpus):
+    """Adam and the clipping of one norm hide a factor, that is compared before either."""
+    found = []
+    for parts in (1, 2):
+        run = start("dnc", accumulate=parts, batch_size=8)
+        rows = dnc_gpt2.rows_of_run(run, corpus)
+        run.state = run.model.init_state(run.config.rows)
+        means, _ = dnc_gpt2.add_gradients(run, run.model, dnc_gpt2.step_tokens(run, rows))
+        found.append([means, *(p.grad for p in run.model.parameters())])
+    for whole, summed in zip(*found, strict=True):
+        torch.testing.assert_close(summed, whole, rtol=1e-3, atol=1e-5)

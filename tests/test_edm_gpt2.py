@@ -512,3 +512,61 @@ def test_generate_goes_on_with_its_notebook(finished, edm_tokenizer, monkeypatch
     (saved / "edm_model.py").rename(saved / "edm_gpt2.py")
     (saved / eg.SUMS).unlink()
     assert eg.main(argv) == 0
+
+
+# ══ What a conclusion hangs on: splits, signs, controls ══════════════════════════════════════════
+def test_measure_reads_both_splits_its_own_memory_and_that_of_another(edm_base):
+    """Distances in windows of Config, of a model whose window is another too."""
+    config = edm_config(topic_rows=0, window=W // 2)
+    model = eg.build_model(edm_base, edm_config(), "both", 0).eval()
+    with torch.no_grad():
+        for memory in (model.edm, model.early, model.late):
+            memory.alpha.fill_(0.5)
+    corpus = SimpleNamespace(valid=draw(200, high=40), test=draw(151, seed=2, high=40))
+    run = eg.measure(model, corpus, None, config, "both", 0)
+    rows = config.eval_rows
+    for split, stream in (("valid", corpus.valid), ("test", corpus.test)):
+        nll = eg.evaluate(model, stream, rows)
+        assert run[f"{split}_loss"] == pytest.approx(float(nll.sum()) / (len(stream) - 1))
+        assert run[f"{split}_tokens"] == len(stream) - 1
+    scored = dnc_gpt2.evaluation_rows(corpus.valid, rows)[1] != -100
+    back = eg.windows_back(corpus.valid, rows, W // 2)
+    for swap, name in ((False, ""), (True, "swapped_")):
+        nll = eg.evaluate(model, corpus.valid, rows, swap=swap)
+        assert run[f"{name}by_distance"] == eg.by_distance(nll, back, scored)
+    assert run["swapped_loss"] == pytest.approx(float(nll.sum()) / 199)
+    assert run["swapped_loss"] != run["valid_loss"]
+    for name, swap in (("recall", False), ("recall_swapped", True)):
+        assert run[name] == eg.planted_recall(model, corpus.valid, config, 0, swap)
+    assert run["recall"] != run["recall_swapped"]
+
+
+def test_share_of_the_gap_is_what_an_arm_gains_on_the_base(capsys):
+    arms = {}
+    for arm, valid in (("base", 3.0), ("edm", 2.9), ("full", 2.6)):
+        arms[arm] = [{"window": 16, "valid_loss": valid, "test_loss": valid + 1,
+                      "tokens_per_s": 7.0}]
+    arms["edm"][0]["swapped_loss"] = 3.2
+    eg.print_perplexity(arms, "gap")
+    [row] = [line.split() for line in capsys.readouterr().out.splitlines() if "edm" in line]
+    wanted = [f"{math.exp(nats):.2f}" for nats in (2.9, 3.2, 3.9)]
+    assert row == ["edm", *wanted, "25", "%", "7"]
+
+
+def test_what_another_row_s_memory_costs_is_above_zero():
+    run = {"by_distance": [{"loss": 2.0}], "swapped_by_distance": [{"loss": 2.5}]}
+    assert eg.lost_nats(run, 0) == 0.5
+
+
+def test_memories_are_emptied_where_the_rows_begin_again(edm_base, monkeypatch):
+    step, empty = eg.train_step, []
+
+    def watched(model, optimizer, chunk, state, config):
+        empty.append(not bool((state.start + state.fill).any()))
+        return step(model, optimizer, chunk, state, config)
+
+    monkeypatch.setattr(eg, "train_step", watched)
+    config = edm_config(max_steps=5)  # an epoch has two steps
+    stream = draw(2 * config.rows * config.bptt_segments * W + 1)
+    eg.train_arm(edm_base, SimpleNamespace(train=stream), config, "both", 0)
+    assert empty == [True, False, True, False, True]

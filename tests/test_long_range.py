@@ -1355,3 +1355,27 @@ def test_checkpoint_damaged_or_missing_is_refused(copied):
         with pytest.raises(ValueError, match=reason):
             lr.load_checkpoint(copied, COPY_WINDOW)
         path.unlink(missing_ok=True)
+
+
+# ── What a conclusion hangs on ───────────────────────────────────────────────────────────────────
+@pytest.mark.parametrize("task", ["repeats", "mqar"])
+def test_chance_is_counted_in_training_alone(task, tmp_path):
+    """Neither in validation nor in the rows that it is the chance of."""
+    config = tiny(tasks=task, data_dir=str(tmp_path))
+    lr.generate(config)
+    groups, _ = lr.load_data(config, task, "train")
+    train = lr.select(groups, split="train")
+    assert 0 < len(train) < len(groups)
+    for test in lr.load_data(config, task, "test")[0]:
+        of_training, of_both, of_itself = (
+            lr.context_free(counted, test, lr.vocabulary(task, config))
+            for counted in (train, groups, [test]))
+        assert (test["chance"], test["chance_loss"]) == of_training
+        assert of_training[1] not in (of_both[1], of_itself[1])
+
+
+def test_validation_is_the_mean_over_all_groups(monkeypatch):
+    monkeypatch.setattr(lr, "score", lambda model, group, config: group)
+    groups = [{"accuracy": 1.0, "val_loss": 0.5}, {"accuracy": 0.5, "val_loss": 2.0},
+              {"accuracy": 0.0, "val_loss": 2.0}]
+    assert lr.validate(None, groups, tiny()) == {"accuracy": 0.5, "val_loss": 1.5}

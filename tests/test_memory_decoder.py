@@ -1399,3 +1399,94 @@ def test_command_prints_its_table_before_it_draws(tmp_path, save_dir, capsys):
     rows = json.loads((tmp_path / "evaluation.json").read_text())["rows"]
     alphas = [row["alpha"] for row in rows if row["system"] == "memory decoder (tokens)"]
     assert alphas == [0.25]
+
+
+# ── What a conclusion hangs on: splits, signs, settings ──────────────────────────────────────────
+CHOSEN = {"alphas": {"hidden": 0.2, "text": 0.6}, "alpha": 0.2, "lambda": 0.1, "tau": 2.0, "k": 5,
+          "both": {"alpha": 0.4, "lambda": 0.3}, "both_text": {"alpha": 0.8, "lambda": 0.5}}
+
+
+def test_test_is_scored_once_each_system_with_the_settings_chosen_for_it(monkeypatch):
+    """Mixtures of probabilities, in plain arithmetic."""
+    config = md.Config(decoder_kind="hidden", arms="text", eval_tokens=7)
+    valid, test = torch.arange(9), torch.arange(9) + 100
+    domain = md.Domain("", valid, valid, test, fingerprint="", sources=[])
+    draw, seen = np.random.default_rng(0), []
+    base, knn, memory = draw.random(7), draw.random(7), dict(hidden=draw.random(7),
+                                                              text=draw.random(7))
+
+    def score(config, model, stream, limit, systems, grid, label):
+        seen.append((stream, limit, grid.taus, grid.ks))
+        mixed = {arm: np.log([(1 - alpha) * base + alpha * p for alpha in grid.alphas])
+                 for arm, p in memory.items()}
+        return md.Scores({"base": np.log(base)}, mixed, knn[None, None])
+
+    monkeypatch.setattr(md, "score", score)
+    found = md.score_test(config, None, domain, md.Systems(), CHOSEN)
+    assert seen == [(test, 7, [2.0], [5])] and seen[0][0] is test
+    wanted = {"base": base, "knn": 0.9 * base + 0.1 * knn}
+    for arm, alpha in CHOSEN["alphas"].items():
+        wanted[arm] = (1 - alpha) * base + alpha * memory[arm]
+    for system, arm in (("both", "hidden"), ("both_text", "text")):
+        alpha, share = CHOSEN[system].values()
+        wanted[system] = (1 - share) * ((1 - alpha) * base + alpha * memory[arm]) + share * knn
+    assert found.keys() == wanted.keys()
+    for system, p in wanted.items():
+        np.testing.assert_allclose(np.exp(found[system]), p, err_msg=system)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.25, 0.95])
+def test_a_mixture_with_neighbours_is_one_of_probabilities(share):
+    p, knn = np.array([0.5, 1e-9, 0.2]), np.array([0.0, 0.5, 1.0])
+    mixed = md.add_knn(np.log(p), knn, share)
+    np.testing.assert_allclose(np.exp(mixed), (1 - share) * p + share * knn)
+
+
+def test_an_arm_says_all_that_its_training_depends_on():
+    config = md.Config(decoder_kind="hidden", arms="text,distilled,finetuned,lora", seed=3)
+    common = {"seed", "num_epochs", "train_tokens", "batch_tokens"}
+    beside = {"decoder_lr", "decoder_reach"}
+    wanted = {
+        "hidden": common | beside | {"beta", "target_width", "tau", "k"},
+        "text": common | beside,
+        "distilled": common | beside | {"beta"},
+        "finetuned": common | {"finetune_lrs"},
+        "lora": common | {"lora_lrs", "lora_rank"},
+    }
+    for arm, names in wanted.items():
+        fields = md.training_of(config, arm, {"tau": 1.5, "k": 4})
+        assert fields.keys() == names and fields["seed"] == 3, arm
+
+
+def system_row(name: str, ppl: float) -> dict:
+    return {"system": name, "alpha": None, "lambda": None, "tau": None, "k": None,
+            "valid_ppl": ppl, "test_ppl": ppl, "ms_per_token": None}
+
+
+def test_table_says_the_change_from_the_base_and_the_share_of_the_gain(capsys):
+    rows = {name: system_row(md.NAMES[name], ppl)
+            for name, ppl in (("base", 20.0), ("knn", 16.0), ("hidden", 17.0))}
+    about = {"domain": "d", "base": "b", "keys": 1, "index": "flat", "test_tokens": 9}
+    md.print_table(rows, about)
+    out = capsys.readouterr().out
+    changes = {line[2:26].strip(): line.split()[-2] for line in out.splitlines()
+               if line.endswith("—")}
+    assert changes == {"base": "+0.0%", "kNN-LM": "-20.0%", "memory decoder (hidden)": "-15.0%"}
+    assert "memory decoder (hidden): 75% of the gain of kNN-LM\n" in out
+
+
+def test_temperatures_are_parts_of_the_mean_distance_of_another_key():
+    import faiss
+
+    import datastore as ds
+
+    keys = np.random.default_rng(0).standard_normal((40, 4)).astype(np.float16)
+    index = faiss.IndexFlatL2(4)
+    index.add(keys.astype(np.float32))
+    store = ds.Datastore(keys, np.zeros(40, dtype=np.int32), index, "flat")
+    apart = ((keys[:, None].astype(float) - keys[None].astype(float)) ** 2).sum(-1)
+    np.fill_diagonal(apart, np.inf)
+    scale = np.sort(apart, axis=1)[:, :4].mean()
+    grid = md.knn_grid(store, 4)
+    assert grid.taus == pytest.approx([part * scale for part in md.TAUS], rel=0.01)
+    assert grid.ks == [1, 4]
