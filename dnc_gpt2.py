@@ -164,7 +164,7 @@ class Config:
     num_gpus: Literal["auto", 0, 1, 2] = "auto"  # auto: up to 2, by nn.DataParallel; 0: the CPU
     precision: Literal["auto", "bf16", "float32"] = "auto"  # auto: bf16 autocast on GPUs with it
     # commands
-    resume: str = ""  # auto: newest valid state of the job | anew: auto, or over another's | path
+    resume: str = ""  # auto: newest valid state | anew: auto, or over another run's files | path
     inspect: str = ""  # path of a GPT2 + DNC checkpoint: print its gates on text, no training
     text: str = "Albert Einstein was born in Ulm in 1879. Albert Einstein died in 1955."  # a sample
     generate: str = ""  # a text: a trained model goes on with it, no training
@@ -651,8 +651,8 @@ class Run:
     """One arm in training: all that a checkpoint holds. It changes in place."""
     arm: str  # its name in tables and file names
     config: Config
-    model: GPT2WithMemory
-    optimizer: torch.optim.Optimizer
+    model: GPT2WithMemory | None  # None: planned, or finished and given up
+    optimizer: torch.optim.Optimizer | None
     total_steps: int
     steps_per_epoch: int
     tag: str = ""  # in file names, what tells it from other runs of its arm: seed, rate
@@ -3276,6 +3276,14 @@ def text_column(name: str, columns: list[str]) -> str:
     return columns[0]
 
 
+def hub_splits(name: str) -> dict:
+    """The splits of a data set of the hub or its cache, `id` or `id:configuration`."""
+    from datasets import load_dataset
+
+    hub_id, _, configuration = name.partition(":")
+    return load_dataset(hub_id, configuration or None)
+
+
 def hub_texts(name: str) -> dict[str, list[str]]:
     """Load a text data set, `id` or `id:configuration`, from the hub or its cache.
 
@@ -3283,10 +3291,7 @@ def hub_texts(name: str) -> dict[str, list[str]]:
     missing the last tenth of train; both are printed. Raises ValueError naming both ways out.
     """
     with asking_hub("dataset", name, "a folder with train.txt, valid.txt and test.txt"):
-        from datasets import load_dataset
-
-        hub_id, _, configuration = name.partition(":")
-        splits = load_dataset(hub_id, configuration or None)
+        splits = hub_splits(name)
         column = text_column(name, next(iter(splits.values())).column_names)
         texts = {split: [line_of(row) for row in rows[column]] for split, rows in splits.items()}
     require("train" in texts, "dataset", name, f"with a train split (it has {', '.join(texts)})")
@@ -3879,7 +3884,7 @@ def check_nothing_replaced(config: Config, corpus: Corpus) -> None:
             except ValueError:  # damaged: said when it is passed over
                 continue
         if others:
-            raise others[0]
+            raise OtherRun(f"{others[0]}, or --resume anew to train over it")
 
 
 def resume_newest(run: Run, corpus: Corpus) -> str | None:

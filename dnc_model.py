@@ -33,8 +33,7 @@ CACHE = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "
 
 
 class StateCache:
-    """The state of B rows, which has a `fill` (B,), and which of the columns so far each has read.
-    """
+    """The state of B rows, which has a `fill` (B,), and the columns that each of them has read."""
     is_compileable = False
     is_croppable = False
     is_linear = ()  # of its layers: prepare_inputs_for_generation cuts the columns, not generate()

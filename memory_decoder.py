@@ -89,6 +89,7 @@ from dnc_gpt2 import (
     embedded_documents,
     folder_texts,
     hub_reachable,
+    hub_splits,
     line_of,
     pieces_of,
     tokenize,
@@ -373,10 +374,7 @@ def hub_domain(domain: str, template: str) -> dict[str, list[Document]]:
     """Read a hub data set through a template; its own splits where it has all three. Raises
     ValueError."""
     with asking_hub("domain", domain, "a folder of text files"):
-        from datasets import load_dataset
-
-        hub_id, _, configuration = domain.partition(":")
-        rows_of = load_dataset(hub_id, configuration or None)
+        rows_of = hub_splits(domain)
     names = {"train": "train", "valid": "validation", "test": "test"}
     if set(names.values()) <= rows_of.keys():
         return {ours: row_documents(rows_of[name], template, domain)
