@@ -9,6 +9,7 @@ able to run; the function.
 from __future__ import annotations
 
 import torch
+from torch.autograd import forward_ad
 
 from dnc_scan import cpu, cuda
 from dnc_scan.layout import CHECKPOINT_EVERY, PARTS, RESULTS, STATE, TRACES, empty_results
@@ -191,6 +192,16 @@ def check_shapes(interface, state, options) -> None:
                              f"{T} steps, {R} read heads and use_links {options.use_links} have it")
 
 
+def refuse_tangents(tensors) -> None:
+    """Raise ValueError where a tensor carries a tangent of forward-mode differentiation, which the
+    operator would drop without a word: its derivative would be zero."""
+    if torch.compiler.is_compiling():
+        return
+    if any(forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors):
+        raise ValueError("forward-mode differentiation runs in the eager loop alone; "
+                         "set scan=\"eager\"")
+
+
 # ══ The function ═════════════════════════════════════════════════════════════════════════════════
 
 
@@ -224,6 +235,7 @@ def dnc_scan(interface, state, options, backend: str = "auto"):
     if backend == "numba" or any(part.dtype != torch.bfloat16 for part in parts):
         parts = [part.to(dtype) for part in parts]
     inputs = [getattr(state, name).to(dtype).contiguous() for name in STATE]
+    refuse_tangents((*parts, *inputs))
     differentiable = any(tensor.requires_grad for tensor in (*parts, *inputs))
     record = torch.is_grad_enabled() and differentiable
 

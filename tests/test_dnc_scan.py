@@ -629,6 +629,25 @@ def test_dnc_scan_second_derivative_is_not_silently_wrong(backend):
         torch.autograd.grad(slope.square().sum(), vector)
 
 
+@numba_only
+@pytest.mark.parametrize("part", ["write_vector", "memory"])
+def test_dnc_scan_forward_mode_is_not_silently_zero(part, backend):
+    """The loop has a derivative along a tangent. The fused recurrence says that it has none."""
+    x, state = make_case(backend, PLAIN, 86, sizes=(1, 3, 4, 3, 2))
+    point = getattr(x if part in x._fields else state, part)
+
+    def reads_by(scan, value):
+        where = x._replace(**{part: value}) if part in x._fields else x
+        start = state if part in x._fields else state._replace(**{part: value})
+        return scan(where, start, PLAIN)[0]
+
+    along = (torch.ones_like(point),)
+    _, slope = torch.func.jvp(functools.partial(reads_by, dnc_loop), (point,), along)
+    assert slope.abs().max() > 1e-3
+    with pytest.raises(ValueError, match="forward-mode.*eager"):
+        torch.func.jvp(functools.partial(reads_by, fused(backend)), (point,), along)
+
+
 @plain_and_all_on_numba
 def test_dnc_scan_rows_are_isolated(options, backend):
     """Another text in row 0 changes no bit of row 1, whose loss has no gradient in row 0."""
