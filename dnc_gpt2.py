@@ -466,6 +466,7 @@ class RowInterface(nn.Module):
             empty=empty,
         )
 
+
 def tokens_held(tokens: Tensor, write_weights: Tensor, before: Tensor) -> Tensor:
     """id_i(t) = x_t where w_t[i] > 1/2, else id_i(t-1): tokens (B, T), write_weights (B, T, N),
     before (B, N), the ids at the start -> (B, T, N). No gradient."""
