@@ -525,8 +525,8 @@ def write_group(job: Build, group: list[Window], begin: int, arrays: dict[str, n
 
 
 def build_shard(job: Build, identity: str) -> None:
-    """Write the keys and values of this rank's positions, group after group, from where a killed
-    build stopped. What the progress file counts has been flushed to disk before."""
+    """Write this rank's rows of every array, group after group, from where a killed build
+    stopped. What the progress file counts has been flushed to disk before."""
     from tqdm import tqdm
 
     rank, size = rank_and_size()
@@ -552,7 +552,7 @@ def build_shard(job: Build, identity: str) -> None:
 
 
 def merge_shards(folder: Path, files: dict[str, tuple[tuple[int, ...], str]]) -> None:
-    """Copy the shards of all ranks into one pair of files, still under temporary names. One rank
+    """Copy the shards of all ranks into one file an array, still under temporary names. One rank
     alone has written in place."""
     _, size = rank_and_size()
     if size == 1:

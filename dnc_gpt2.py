@@ -11,9 +11,8 @@
     python dnc_gpt2.py --export FOLDER         write it for AutoModelForCausalLM
 
 Read downward: Config, memory, model, loss, training; the mixture and the LM head, which they call;
-evaluation, comparison; then what serves them: generation, data, checkpoints, export, the shell of a
-command, main. It runs as the only file; the folder dnc_scan beside it makes the same computations
-faster.
+evaluation, comparison; the other arms' memories; then what serves them: generation, data, files,
+export, shell, main. It runs as the only file; dnc_scan/ beside it computes the same, faster.
 Letters, everywhere: B batch rows, T time, S segments (windows) a step, L = S * T, C hidden width,
 V vocabulary, N memory slots, W word width, R read heads, P sampled positions, M rows of logits.
 The DNC is Graves et al. 2016, "Hybrid computing using a neural network with dynamic external
@@ -139,7 +138,7 @@ class Config:
     lambda_entropy: NotNegative = 0.05  # weight of L_entropy
     routing: Literal["benefit", "kl"] = "benefit"  # reward the gate where memory helps | changes
     routing_fraction: Share = 0.125  # share of positions at which routing is computed, 1 = all
-    seed: Seed = 0  # weights, dropout and routing positions
+    seed: Seed = 0  # weights, dropout, emptied rows, routing positions, what is drawn
     seeds: str = "1"  # how often every arm is trained, from seed on; or a list of seeds: 0,1,2
     lr_grid: str = ""  # peak rates such as 3e-4,1e-3: every arm takes its best on validation
     arms: str = "baseline,dnc"  # of baseline matched wide cache gru delta dnc_reset dnc; in order
@@ -154,7 +153,7 @@ class Config:
     log_every_steps: Count = 50  # a metrics.jsonl row
     save_every_steps: Count = 3000  # validation and a checkpoint
     save_dir: str = "checkpoints/"  # checkpoints
-    plot_dir: str = "plots/"  # pictures and metrics.jsonl
+    plot_dir: str = "plots/"  # pictures, metrics.jsonl, results.json, report.md
     tensorboard: bool = False  # curves in plot_dir/tensorboard as well; needs that package
     # hardware
     checkpoint_activations: bool = False  # backward computes the blocks again: less memory
@@ -245,13 +244,13 @@ class DNCTrace(NamedTuple):
 class Interface(NamedTuple):
     """The controller's instructions to the memory, activations applied; optional parts None."""
     write_key: Tensor  # (B, T, K), K = W but for split rows
-    write_strength: Tensor  # (B, T) >= 1
+    write_strength: Tensor  # (B, T) > 0, of HiddenInterface >= 1
     erase: Tensor  # (B, T, W) in (0, 1)
     write_vector: Tensor  # (B, T, W)
     write_gate: Tensor  # (B, T) in [0, 1)
     allocation_gate: Tensor  # (B, T) in (0, 1)
     read_keys: Tensor  # (B, T, R, K)
-    read_strengths: Tensor  # (B, T, R) >= 1
+    read_strengths: Tensor  # (B, T, R) > 0, of HiddenInterface >= 1
     free_gates: Tensor  # (B, T, R) in (0, 1)
     read_modes: Tensor | None  # (B, T, R, 3), softmax over backward, content, forward
     write_mask: Tensor | None  # (B, T, W) in (mask_min, 1)
@@ -415,7 +414,7 @@ class RowInterface(nn.Module):
     def set_initial_values(self, slots: int) -> None:
         """Reads ask in the code in which rows are kept; a row is written whole; most of a read
         falls on the empty slot, or pointing would drown the vocabulary before it knows anything.
-        Measured: docs/results.md."""
+        Chosen on validation: docs/results.md, "who was tuned how"."""
         nn.init.orthogonal_(self.row_key.weight)
         nn.init.orthogonal_(self.value.weight)
         self.read_key.weight.copy_(self.row_key.weight.repeat(self.reads, 1))
@@ -636,7 +635,8 @@ class GPT2WithMemory(nn.Module):
 # ══ Loss ═════════════════════════════════════════════════════════════════════════════════════════
 def total_loss(output: Output, positions: Tensor | None, config: Config) -> Tensor:
     """L = L_LM + lambda_r L_routing + lambda_e L_entropy, a scalar. L_routing, -mean(g sg(effect))
-    over positions (B, P), rewards a gate that is open where memory changes the prediction."""
+    over positions (B, P), rewards a gate that is open where memory improves the prediction, or,
+    with routing "kl", where it changes it."""
     loss = output.loss.mean()
     if positions is not None:
         gates = output.trace.write_gate.gather(1, positions)  # (B, P)
@@ -5263,7 +5263,7 @@ def choose_preset(argv: list[str], cuda: bool) -> tuple[dict, str]:
         chosen, why = "full", "auto: a CUDA device is visible"
     elif asked == "auto":
         chosen, why = "small", ("auto: no CUDA device is visible; --preset full is the real size, "
-                                "about 1.7 s a step on two CPU cores")
+                                "about 2 s a step on two CPU cores")
     fields = {}
     if chosen == "small":
         fields = {name: small for name, (shipped, small) in PRESETS.items()

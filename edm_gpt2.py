@@ -124,7 +124,7 @@ class Config:
     arms: str = "recurrent,edm,both"  # of these; the base is always there
     window: Window = 64  # W, tokens that attention sees
     read_layer: Block = -1  # before this block the notebook is read; -1 = the middle one
-    edm_heads: Whole = 0  # H of the notebook; 0 = those of the base, and it starts as its attention
+    edm_heads: Whole = 0  # H of the notebook; 0 = those of the base
     key_width: Whole = 0  # D of its keys and values; 0 = that of the base
     slots: Count = 8192  # N
     top_k: Count = 32  # slots that a head reads

@@ -843,7 +843,7 @@ class KNNState(NamedTuple):
     """What knn_store keeps of every token so far; it grows. One row a sequence."""
 
     keys: torch.Tensor  # (B, n, D) of norm one
-    values: torch.Tensor  # (B, n, C) hidden states
+    values: torch.Tensor  # (B, n, C) hidden states, normalised
 
 
 class KNNTrace(NamedTuple):
@@ -1190,8 +1190,8 @@ def load_checkpoint(config: Config, job: Job) -> dict:
 
 
 def optimizers(model: LongRangeModel, config: Config, lr: float) -> list[torch.optim.Optimizer]:
-    """Muon on the matrices, AdamW on embeddings, biases and norms. With AdamW alone nothing was
-    learned in ten times the steps: docs/lab-notes.md."""
+    """Muon on the matrices, AdamW on embeddings, biases and norms. AdamW alone is at
+    4.2 nats or more after 400 steps, Muon at 0.13 after 300: docs/lab-notes.md, 1."""
     trunk = model.controller
     tables = {id(trunk.wte.weight), id(trunk.wpe.weight)}
     matrices, others = [], []
