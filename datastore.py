@@ -49,7 +49,7 @@ from dnc_gpt2 import (
     local_device,
     # data and model
     asking_hub,
-    encode_lines,
+    encode_text,
     load_checkpoint,
 )
 from packaged import NAME as PACKAGED
@@ -200,7 +200,7 @@ class Base:
         # Not the tokenizer's own call, which sets padding on the shared object in every thread.
         backend = self.tokenizer.backend_tokenizer
         if self.own:
-            return torch.cat([*encode_lines(backend, [text])]).tolist()
+            return encode_text(backend, text)
         return backend.encode(text, add_special_tokens=False).ids
 
     def decode(self, ids: list[int]) -> str:

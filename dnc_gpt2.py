@@ -713,7 +713,7 @@ def rows_of_run(run: Run, corpus: "Corpus") -> Tensor:
 def step_tokens(run: Run, rows: Tensor) -> Tensor:
     """The tokens of a step, and the next one (B, L + 1), of `rows_of_run`. In steps 0 and 1 `wide`
     reads the columns 0..2T of the even, then of the odd rows; the others 0..T, then T..2T of all:
-    after either two every arm has read the same tokens."""
+    after either two every arm has read the same tokens. Of an epoch of odd steps it has no last."""
     within, length = run.step % run.steps_per_epoch, run.config.step_len
     turn = within % run.turns
     start = within // run.turns * length
@@ -967,7 +967,8 @@ def nothing_lost(run: Run, corpus: "Corpus") -> Iterator[None]:
 
 
 def final_results(run: Run, corpus: "Corpus", stop: "StopSignal") -> dict:
-    """The evaluations of validation and test, with memory swapped too, and what the run cost."""
+    """The evaluations of validation and test, of validation with memory swapped and emptied as
+    well, and what the run cost."""
     config = run.config
     end = config.final_eval_tokens + 1 if config.final_eval_tokens else None
     valid, test = corpus.valid[:end], corpus.test[:end]
@@ -983,7 +984,8 @@ def final_results(run: Run, corpus: "Corpus", stop: "StopSignal") -> dict:
         "tokens_per_s": run.tokens_per_s,
     }
     if run.model.memory is not None and config.carry_memory:
-        results["swapped"] = evaluate(run.model, valid, config, stop, brief=True, swap=True)
+        for memory in ("swapped", "emptied"):
+            results[memory] = evaluate(run.model, valid, config, stop, brief=True, memory=memory)
     return results
 
 
@@ -1216,7 +1218,7 @@ def weight_entropy(weights: Tensor) -> Tensor:
 # Columns of the statistics that evaluation takes of every token: of a prediction, of what a memory
 # does to it, and of the gates with which a DNC writes.
 MEMORY_STATS = ("nll_without", "kl")
-GATE_STATS = ("gate", "gate_squared", "write_rate", "sparsity")
+GATE_STATS = ("gate", "gate_squared", "write_rate", "sparsity", "written")
 STATS = ("nll", "top1", "top5", "confidence", "rank", "pred_entropy", *MEMORY_STATS, *GATE_STATS)
 BIN = 64  # tokens of a row whose statistics are kept as one sum
 
@@ -1241,11 +1243,16 @@ def gate_std(mean: dict[str, float]) -> float:
     return math.sqrt(max(0.0, mean["gate_squared"] - mean["gate"] ** 2))
 
 
+def write_sparsity(mean: dict[str, float]) -> float:
+    """Mean sparsity of the tokens that are written, which are all that have one; 0 without any."""
+    return mean["sparsity"] / max(mean["written"], 1e-12)
+
+
 METRICS = (
     Metric("ppl", "Perplexity ↓", ",.2f", -1, "nll", lambda mean: perplexity(mean["nll"])),
     Metric("top1_acc", "Top-1 accuracy ↑", ".4f", 1, "top1"),
     Metric("avg_gate", "Avg write gate", ".4f", 0, "gate"),
-    Metric("write_sparsity", "Write sparsity ↑", ".4f", 1, "sparsity"),
+    Metric("write_sparsity", "Write sparsity ↑", ".4f", 0, "sparsity", write_sparsity),
     Metric("mem_kl", "Memory KL ↑", ".4f", 1, "kl"),
     Metric("loss", "Loss (nats) ↓", ".4f", -1, "nll"),
     Metric("bpt", "Bits per token ↓", ".4f", -1, "nll", lambda mean: mean["nll"] / math.log(2)),
@@ -1323,11 +1330,13 @@ def gate_columns(trace: tuple | None, rows: slice) -> list[Tensor]:
     gate = trace.write_gate.reshape(-1, 1)[rows]  # (M, 1)
     write_weights = trace.write_weights.flatten(0, 1)[rows]  # (M, N)
     spread = weight_entropy(write_weights).unsqueeze(1)  # (M, 1)
+    written = gate > 0
     return [
         gate,
         gate * gate,
         gate > 0.7,
-        1 - spread,
+        (1 - spread) * written,
+        written,
     ]
 
 
@@ -1362,10 +1371,12 @@ def token_statistics(h: Tensor, h_out: Tensor, targets: Tensor,
 
 @torch.no_grad()
 def evaluate(model: GPT2WithMemory, stream: Tensor, config: Config, stop: "StopSignal",
-             brief: bool = False, swap: bool = False) -> dict:
+             brief: bool = False, memory: Literal["carried", "swapped", "emptied"] = "carried"
+             ) -> dict:
     """Score every token of a stream but the first, memory carried along each row from an empty
-    state; with `swap`, at each window start every row goes on from the state of the row before it.
-    After eval_rows windows that is its own again: a memory that reaches so far back finds it.
+    state. Swapped: at each window start every row goes on from the state of the row before it;
+    after eval_rows windows that is its own again, which a memory of that reach finds. Emptied: at
+    each window start every row goes on from an empty state.
 
     Returns `metrics` (means over tokens; brief: of the loss alone), `nll` (rows, length) of every
     token, and `sums` (bins, rows, K) of STATS and `counts` (bins, rows) of scored tokens: a bin is
@@ -1374,7 +1385,7 @@ def evaluate(model: GPT2WithMemory, stream: Tensor, config: Config, stop: "StopS
     inputs, targets = evaluation_rows(stream, config.eval_rows)
     mine = share_of(config.eval_rows)  # no rows where there are more ranks than rows
     model.eval()
-    taken = measure_rows(model, inputs[mine], targets[mine], stop, brief, swap)
+    taken = measure_rows(model, inputs[mine], targets[mine], stop, brief, memory)
     model.train()
     stats = torch.cat([part for part in of_every_rank(taken) if len(part)])  # (rows, length, K)
     sums = [part.double().sum(1) for part in stats.split(BIN, 1)]
@@ -1385,7 +1396,7 @@ def evaluate(model: GPT2WithMemory, stream: Tensor, config: Config, stop: "StopS
 
 
 def measure_rows(model: GPT2WithMemory, inputs: Tensor, targets: Tensor, stop: "StopSignal",
-                 brief: bool, swap: bool) -> Tensor:
+                 brief: bool, memory: str) -> Tensor:
     """The STATS of `evaluate` of every token of rows of inputs and targets, (rows, length) -> on
     the CPU (rows, length, K)."""
     device, length = model.head_weight().device, model.config.seq_len
@@ -1393,8 +1404,10 @@ def measure_rows(model: GPT2WithMemory, inputs: Tensor, targets: Tensor, stop: "
     taken = []
     for x, y in zip(inputs.split(length, 1), targets.split(length, 1), strict=True):  # (rows, T)
         stop.check_together()
-        if swap:
+        if memory == "swapped":
             state = roll_rows(state)
+        if memory == "emptied":
+            state = model.init_state(len(inputs))
         if len(x):
             stats, state = model.measure(x.to(device), y.to(device), state, brief)
             taken.append(stats.cpu())
@@ -1479,28 +1492,26 @@ class Paired(NamedTuple):
 def paired(reference: list[dict], other: list[dict], column: str) -> Paired:
     """Compare evaluations of the same text, one a seed, `other` minus `reference`.
 
-    Neighbouring windows are alike, so the independent units of text are long stretches, an eighth
-    of a row each. The variance is that between stretches (of the mean over seeds) plus that between
-    seeds (of the mean over text): together no less than that of two crossed random effects, text
-    and seed. Student's t has the degrees of freedom of the seeds where there are several: those of
-    both variances together (Satterthwaite) call two identical arms different 11 times in 100.
+    The units of text are the whole rows of the evaluation: articles are longer than windows, so
+    that eighths of a row are still alike, and call two identical arms different 20 times in 100.
+    The variance is that between rows (of the mean over seeds) plus that between seeds (of the mean
+    over text): together no less than that of two crossed random effects, text and seed. Student's
+    t has the degrees of freedom of the seeds where there are several: those of both variances
+    together (Satterthwaite) call two identical arms different 11 times in 100.
     """
     at = STATS.index(column)
     differences = []
     for old, new in zip(reference, other, strict=True):
-        difference = new["sums"] - old["sums"]
-        differences.append(difference[..., at])
+        differences.append(new["sums"][..., at] - old["sums"][..., at])
     differences = torch.stack(differences)  # (seeds, bins, rows)
     counts = reference[0]["counts"].double()  # (bins, rows), as of every seed
     by_seed = differences.sum((1, 2)) / counts.sum()  # (seeds,)
     mean = by_seed.mean().item()
 
     residual = differences.mean(0) - mean * counts  # (bins, rows): a ratio estimator
-    parts = residual.tensor_split(min(8, len(counts)))
-    stretches = torch.cat([part.sum(0) for part in parts])
-    stretches = stretches / counts.sum()
-    units, seeds = len(stretches), len(by_seed)
-    variance = (stretches.square().sum() * units / (units - 1)).item()
+    of_rows = residual.sum(0) / counts.sum()  # (rows,)
+    units, seeds = len(of_rows), len(by_seed)
+    variance = (of_rows.square().sum() * units / (units - 1)).item()
     if seeds == 1:
         return student_interval(mean, variance, units - 1)
     return student_interval(mean, variance + by_seed.var().item() / seeds, seeds - 1)
@@ -1579,8 +1590,9 @@ def print_comparison(reference: list[Run], other: list[Run], corpus: "Corpus") -
     left, right = reference[0].arm, other[0].arm
     print()
     print_heading(f"FINAL COMPARISON — {left} vs {right}")
-    print(f"  {corpus.name}\n  {what_was_run(other, corpus)}\n")
-    print(f"  {'Metric':<21} {left:>15} {right:>15}     Δ\n{LINE}")
+    print(f"  {corpus.name}\n  {what_was_run(other, corpus)}")
+    print_other_steps(other, [reference, other])
+    print(f"\n  {'Metric':<21} {left:>15} {right:>15}     Δ\n{LINE}")
     for metric in METRICS:
         if metric.label:
             print_metric(metric, old, new)
@@ -1615,27 +1627,32 @@ def what_was_run(runs: list[Run], corpus: "Corpus") -> str:
     seeds = [str(run.config.seed) for run in runs]
     word = "seed" if len(seeds) == 1 else "seeds"
     return (f"{tokens:,} training tokens in {steps:,} steps, {word} {', '.join(seeds)}; scored on "
-            f"{scored:,} of the {len(corpus.valid) - 1:,} of validation{what_was_added(run)}")
+            f"{scored:,} of the {len(corpus.valid) - 1:,} of validation")
 
 
-def what_was_added(run: Run) -> str:
-    """Where a finished run was lengthened, for its table."""
-    if not run.lengthened:
-        return ""
-    ends = ", ".join(f"{step:,}" for step in run.lengthened)
-    rates = "the constant rate" if run.config.lr_schedule == "constant" else "a new cosine"
-    return f"\n  finished before at step {ends}; from there on {rates}"
+def print_other_steps(named: list[Run], arms: list[list[Run]]) -> None:
+    """Print which runs of a table were not trained in one go, or in other steps than those that it
+    names."""
+    usual = named[0].results["steps"]
+    for run in itertools.chain.from_iterable(arms):
+        which = f"  {run.arm}, seed {run.config.seed}"
+        if run.results["steps"] != usual:
+            print(f"{which}: {run.results['steps']:,} steps")
+        if run.lengthened:
+            ends = ", ".join(f"{step:,}" for step in run.lengthened)
+            constant = run.config.lr_schedule == "constant"
+            rates = "the constant rate" if constant else "a new cosine"
+            print(f"{which}: finished before at step {ends}; from there on {rates}")
 
 
 def explanation(config: Config) -> str:
     """What the marks of a table mean."""
     if len(config.seed_list) == 1:
-        return ("  ✓ better, ✗ worse: the paired 95 % interval over stretches of text excludes\n"
-                "  zero; ≈ it does not. One seed: it covers the choice of text, not of initial "
-                "weights.")
+        return ("  ✓ better, ✗ worse: the paired 95 % interval over rows of text excludes zero;\n"
+                "  ≈ it does not. One seed: it covers the choice of text, not of initial weights.")
     return ("  ± is half the 95 % interval of the mean over seeds. ✓ better, ✗ worse: the 95 %\n"
-            "  interval of the difference, paired over seeds and stretches of text, excludes\n"
-            "  zero; ≈ it does not.")
+            "  interval of the difference, paired over seeds and rows of text, excludes zero;\n"
+            "  ≈ it does not.")
 
 
 def at_equal_time(arms: list[list[Run]]) -> list[list[float | None]]:
@@ -1675,7 +1692,7 @@ def reference_of(runs: dict[str, list[Run]]) -> str:
 def print_tables(runs: dict[str, list[Run]], config: Config, corpus: "Corpus") -> None:
     """Print the comparison of all arms, of the DNC with its baseline, and the memory controls."""
     first = reference_of(runs)
-    if len(runs) > 2 or len(config.seed_list) > 1:
+    if len(runs) > 2 or len(config.seed_list) > 1 or config.lr_grid:
         print_arms(runs, config, corpus)
     if "dnc" in runs and first != "dnc":
         print_comparison(runs[first], runs["dnc"], corpus)
@@ -1695,7 +1712,10 @@ def print_arms(runs: dict[str, list[Run]], config: Config, corpus: "Corpus") -> 
     print()
     print_heading(f"ALL ARMS — {len(runs)} arms, seeds {seeds}")
     print(f"  {corpus.name}")
-    print(f"  {what_was_run(runs[reference_of(runs)], corpus)}\n")
+    reference = runs[reference_of(runs)]
+    print(f"  {what_was_run(reference, corpus)}")
+    print_other_steps(reference, [*runs.values()])
+    print()
     print_perplexities(runs)
     print_changes(runs)
     print_costs(runs)
@@ -1776,7 +1796,7 @@ def print_costs(runs: dict[str, list[Run]]) -> None:
 
 
 def print_controls(dnc: list[Run], baseline: list[Run] | None) -> None:
-    """Print validation perplexity as it is, with reads zeroed, with every row's memory swapped."""
+    """Print validation perplexity as it is, with reads zeroed, with memory swapped or emptied."""
     as_is = split_of(dnc, "valid")
     # read_proj has no bias: zeroed reads give the logits without memory, which are measured too.
     nll, nll_without = STATS.index("nll"), STATS.index("nll_without")
@@ -1786,8 +1806,9 @@ def print_controls(dnc: list[Run], baseline: list[Run] | None) -> None:
         sums[..., nll] = sums[..., nll_without]
         zeroed.append({**result, "sums": sums})
     controls = {"reads zeroed": zeroed}
-    if "swapped" in dnc[0].results:
-        controls["memory swapped"] = values_of(dnc, "swapped")
+    for name in ("swapped", "emptied"):
+        if all(name in run.results for run in dnc):
+            controls[f"memory {name}"] = values_of(dnc, name)
     if baseline is not None:
         controls[baseline[0].arm] = split_of(baseline, "valid")
 
@@ -1799,8 +1820,9 @@ def print_controls(dnc: list[Run], baseline: list[Run] | None) -> None:
                      for result in results] for results in (as_is, changed))
         mark = MARKS[-paired(as_is, changed, "nll").sign]
         print_row(label, old, new, ",.2f", mark)
-    print("  Zeroed: h + 0 into the head. Swapped: at each window start a row gets the state of\n"
-          "  the row before it; what that loses is what memory carried over from its own text.")
+    print("  Zeroed: h + 0 into the head. At each window start a row gets the state of the row\n"
+          "  before it (swapped) or an empty one (emptied). Emptied loses what was carried over\n"
+          "  from the row's own text; swapped that, and what another text's memory misleads.")
 
 
 # ── Where the gain is ────────────────────────────────────────────────────────────────────────────
@@ -1976,8 +1998,8 @@ def kept_of_run(run: Run) -> dict:
             figures[name] = None
     splits = {key: kept_of(value) for key, value in run.results.items() if isinstance(value, dict)}
     history = [row for row in run.history if row["split"] == "validation"]
-    return {"seed": run.config.seed, "lr": run.config.lr, **figures, **splits,
-            "validations": history}
+    return {"seed": run.config.seed, "lr": run.config.lr, "lengthened": run.lengthened,
+            **figures, **splits, "validations": history}
 
 
 def differences_of(runs: dict[str, list[Run]]) -> list[dict]:
@@ -2112,7 +2134,7 @@ def inspect_writes(model: GPT2WithMemory, tokenizer: object, text: str, folder: 
                    ) -> None:
     """Run a text from an empty memory: print each token's write gate and which tokens the memory
     raised most and from where, draw memory_trace.png."""
-    ids = tokenizer.encode(text, add_special_tokens=False).ids
+    ids = encode_text(tokenizer, text)
     require(len(ids) > 0, "text", text, "text that the tokenizer knows")
     trace, stats = trace_text(model, ids)
     words = []
@@ -3106,7 +3128,7 @@ def print_generation(model: GPT2WithMemory, tokenizer: object, config: Config) -
     write gate, and one that memory raised is followed by the earlier token that it came from."""
     from tokenizers.decoders import DecodeStream
 
-    ids = tokenizer.encode(config.generate, add_special_tokens=False).ids
+    ids = encode_text(tokenizer, config.generate)
     require(len(ids) > 0, "generate", config.generate, "text that the tokenizer knows")
     decoder, said = DecodeStream(skip_special_tokens=False), []
     began = first = time.perf_counter()
@@ -3336,7 +3358,10 @@ def load_tokenizer(name: str) -> object:
 
 
 def train_tokenizer(texts: list[str], vocab_size: int = 4096) -> object:
-    """Train a byte-level BPE (GPT-2's kind) on the training split alone -> tokenizers.Tokenizer."""
+    """Train a byte-level BPE (GPT-2's kind) on the training split alone -> tokenizers.Tokenizer. It
+    cuts behind every line end, as `encode_lines` does. Not while it trains, so that a few entries,
+    of several lines, are never used: of 4,096 two on WikiText-2, thirty on documentation.
+    """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
     tokenizer = Tokenizer(models.BPE())
@@ -3347,6 +3372,8 @@ def train_tokenizer(texts: list[str], vocab_size: int = 4096) -> object:
                                   initial_alphabet=alphabet)
     pieces = itertools.chain.from_iterable(map(pieces_of, texts))
     tokenizer.train_from_iterator(pieces, trainer)
+    lines = pre_tokenizers.Split("\n", "merged_with_previous")
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([lines, tokenizer.pre_tokenizer])
     return tokenizer
 
 
@@ -3450,8 +3477,9 @@ def whole_lines(piece: str) -> Iterator[str]:
 
 
 def cuts_at_lines(tokenizer: object) -> bool:
-    """Whether a tokenizer gives lines the tokens that they have in a text. One of SentencePiece's
-    kind puts a space before whatever it is given, and would put one before every line."""
+    """Whether a tokenizer gives lines no other text than they have. One of SentencePiece's kind
+    puts a space before whatever it is given, and would put one before every line. GPT-2's gives
+    runs of empty or indented lines other tokens of the same text."""
     first, second = tokenizer.encode_batch(["a\n", "b"], add_special_tokens=False)
     whole = tokenizer.encode("a\nb", add_special_tokens=False)
     return tokenizer.decode(first.ids + second.ids) == tokenizer.decode(whole.ids)
@@ -3473,6 +3501,11 @@ def encode_lines(tokenizer: object, documents: list) -> Iterator[Tensor]:
                     yield encode_batch(tokenizer, lines)
                     lines, size = [], 0
     yield encode_batch(tokenizer, lines)
+
+
+def encode_text(tokenizer: object, text: str) -> list[int]:
+    """The token ids of a text, as those of the texts of training are made."""
+    return torch.cat([*encode_lines(tokenizer, [text])]).tolist()
 
 
 def encode_batch(tokenizer: object, lines: list[str]) -> Tensor:
@@ -3640,7 +3673,7 @@ PAYLOAD = {
 FREE_FIELDS = {
     "dataset", "tokenizer", "preset", "log_every_steps", "save_every_steps", "save_dir", "plot_dir",
     "arms", "seeds", "lr_grid", "use_compile", "compile_mode", "num_gpus", "resume", "inspect",
-    "text", "eval_tokens", "scan", "accumulate", "checkpoint_activations", "tensorboard",
+    "text", "scan", "accumulate", "checkpoint_activations", "tensorboard",
     "generate", "export", "checkpoint", "new_tokens", "temperature", "top_k", "top_p", "show_gates",
 }
 # Fields that an arm without memory does not use: its checkpoints serve whatever they are.
@@ -3739,14 +3772,27 @@ def check_same_run(run: Run, payload: dict, path: str | Path, corpus: Corpus) ->
     if payload["arm"] != run.arm or payload["fingerprint"] != corpus.fingerprint:
         raise OtherRun(f"checkpoint {path}: of {payload['arm']} on {payload['corpus']}, this is "
                        f"{run.arm} on {corpus.name}; name another, or another save_dir")
-    free = FREE_FIELDS | MEMORY_FIELDS if run.config.memory == "none" else FREE_FIELDS
+    free = FREE_FIELDS
+    if run.arm == ARMS["matched"]:  # a DNC of other fields may have as many parameters
+        same = payload["config"].get("mlp_width") == run.config.mlp_width
+        free = FREE_FIELDS | (MEMORY_FIELDS if same else {"mlp_width"})
+    elif run.config.memory == "none":
+        free = FREE_FIELDS | MEMORY_FIELDS
     if can_be_lengthened(run, payload):
         free = free | {"max_steps", "epochs"}
-    for name, value in vars(run.config).items():
-        saved = payload["config"].get(name)
-        if name not in free and saved != value:
+    old, new = as_given(run.arm, payload["config"]), as_given(run.arm, vars(run.config))
+    for name, value in new.items():
+        if name not in free and old.get(name) != value:
+            saved = old.get(name)
             raise OtherRun(f"checkpoint {path}: was trained with {name} = {saved!r}, this run "
                            f"has {value!r}; set --{name} {saved}, or another save_dir")
+
+
+def as_given(arm: str, config: dict) -> dict:
+    """The fields of an arm's Config as the user gave them, where `arm_config` made others."""
+    if arm == ARMS["wide"]:
+        return config | {"seq_len": config["seq_len"] // 2, "batch_size": 2 * config["batch_size"]}
+    return config
 
 
 def check_match(run: Run, payload: dict, path: str | Path, corpus: Corpus) -> None:
@@ -5483,7 +5529,8 @@ def run_export(config: Config) -> None:
 
 def check_carried(payload: dict, field: str) -> None:
     """Raise ValueError where a model's memory is emptied at every window: it has none to carry."""
-    require(payload["config"]["carry_memory"], field, payload["arm"],
+    carried = payload["config"]["carry_memory"] or payload["config"]["memory"] == "none"
+    require(carried, field, payload["arm"],
             "of a model that carries its memory; name another --checkpoint")
 
 
@@ -5637,6 +5684,11 @@ def say_where_ids_are_not_by_frequency(config: Config, corpus: Corpus) -> None:
     """Say what that does to `surprisal`, which sums over the first entries of the vocabulary."""
     count = torch.count_nonzero(corpus.train < COMMON).item()
     share = count / len(corpus.train)
+    entries = math.log(corpus.vocab_size)
+    if config.min_surprisal > entries:
+        print(f"min_surprisal: {config.min_surprisal:g} nats are above log {corpus.vocab_size}, "
+              f"{entries:.1f}, of this vocabulary: nearly nothing is written (--min_surprisal "
+              f"{entries / 2:.1f} is half of that, 0 writes every token)")
     if config.min_surprisal == 0 or share > 0.3:
         return
     low = -math.log(max(share, 1e-6))
@@ -5658,8 +5710,13 @@ def check_arms(config: Config, corpus: Corpus, device: torch.device) -> None:
         of_arm = arm_config(name, config)
         settings = controller_config(of_arm, corpus.vocab_size)
         check_memory(arm_bytes(of_arm, settings), SIZES, device)
-    if config.resume == "auto":
+    try:
         check_nothing_replaced(config, corpus)
+    except OtherRun as other:
+        if config.resume == "auto":
+            raise
+        which = str(other).split(";")[0]
+        print(f"save_dir: files of the same names are replaced. There is another run: {which}")
 
 
 def compare_arms(config: Config, corpus: Corpus, device: torch.device, gpus: int, preset: str,

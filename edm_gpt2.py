@@ -70,7 +70,7 @@ from dnc_gpt2 import (
     # generation and export
     map_state, pick_token, standalone_source, with_end_token,
     # data and loss
-    asking_hub, encode_lines, evaluation_rows, head_loss, hub_reachable, load_corpus,
+    asking_hub, encode_text, evaluation_rows, head_loss, hub_reachable, load_corpus,
     load_tokenizer, training_rows,
 )
 from edm_model import (
@@ -1109,7 +1109,7 @@ def continue_text(model: EDMForCausalLM, tokenizer: object, prompt: str, config:
                   state: EDMGPT2State | None = None) -> EDMGPT2State:
     """Print a continuation, and for each of its tokens the earlier tokens that it recalled most.
     The prompt is tokenized by line, as the text that the memories were trained on."""
-    ids = torch.cat([*encode_lines(tokenizer, [prompt])]).tolist()
+    ids = encode_text(tokenizer, prompt)
     require(len(ids) > 0, "generate" if config.generate else "text", prompt,
             "text that the tokenizer knows")
     state = state or model.init_state(1)

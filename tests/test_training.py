@@ -421,7 +421,7 @@ def test_weight_entropy_does_not_depend_on_the_scale(weights, scale):
 # ── metrics and evaluation ──────────────────────────────────────────────────────────────────────
 
 
-def slow_evaluation(model, stream: list[int], config, swap: bool = False) -> dict[str, float]:
+def slow_evaluation(model, stream: list[int], config, memory: str) -> dict[str, float]:
     """Every metric in float64, one token at a time, from the definition: a stream of n tokens has
     n - 1 targets, cut into rows of equal length, the last one shorter."""
     length = -(-(len(stream) - 1) // config.eval_rows)
@@ -429,8 +429,10 @@ def slow_evaluation(model, stream: list[int], config, swap: bool = False) -> dic
     states = [model.init_state(1) for _ in starts]
     found: dict[str, list[float]] = {name: [] for name in STATS}
     for window in range(0, length, config.seq_len):
-        if swap and states[0] is not None:
+        if memory == "swapped" and states[0] is not None:
             states = [states[row - 1] for row in range(len(starts))]
+        if memory == "emptied":
+            states = [model.init_state(1) for _ in starts]
         width = min(config.seq_len, length - window)
         for row, first in enumerate(starts):
             at = [first + window + j for j in range(width)]
@@ -453,7 +455,8 @@ def slow_evaluation(model, stream: list[int], config, swap: bool = False) -> dic
                     found["kl"].append((np.exp(p) * (p - q)).sum())
                     found["gate"].append(gate)
                     found["write_rate"].append(gate > 0.7)
-                    found["sparsity"].append(1 - numpy_entropy(w))
+                    if gate > 0:  # what is not written is no focus
+                        found["sparsity"].append(1 - numpy_entropy(w))
     assert len(found["nll"]) == len(stream) - 1
     mean = {name: float(np.mean(values)) for name, values in found.items() if values}
     metrics = {"loss": mean["nll"], "ppl": math.exp(mean["nll"]), "bpt": mean["nll"] / math.log(2),
@@ -472,14 +475,16 @@ def evaluate(run: dnc_gpt2.Run, stream: torch.Tensor, **options) -> dict:
 
 @pytest.mark.parametrize("arm, fields, options", [
     ("baseline", {}, {}), ("dnc", {}, {}), ("dnc", {"carry_memory": False}, {}),
-    ("dnc", {"eval_rows": 2}, {}), ("dnc", {}, {"swap": True}), ("dnc", {}, {"brief": True})])
+    ("dnc", {"eval_rows": 2}, {}), ("dnc", {}, {"memory": "swapped"}),
+    ("dnc", {}, {"memory": "emptied"}), ("dnc", {}, {"brief": True})])
 @pytest.mark.parametrize("length", [151, 198])
 def test_evaluate_equals_a_slow_second_computation(start, corpus, arm, fields, options, length):
     run = start(arm, speaking=True, **{"eval_rows": 3} | fields)
     stream = corpus.valid[:length]
     found = evaluate(run, stream, **options)
     exact = copy.deepcopy(run.model).double()
-    slow = slow_evaluation(exact, stream.tolist(), run.config, "swap" in options)
+    slow = slow_evaluation(exact, stream.tolist(), run.config,
+                           options.get("memory", "carried"))
     wanted = {"loss", "ppl", "bpt"} if "brief" in options else slow.keys()
     assert found["metrics"].keys() == wanted
     assert found["sums"][..., 1:].any() != ("brief" in options)  # nothing else was computed
