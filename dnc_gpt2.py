@@ -168,7 +168,7 @@ class Config:
     text: str = "Albert Einstein was born in Ulm in 1879. Albert Einstein died in 1955."  # a sample
     generate: str = ""  # a text: a trained model goes on with it, no training
     export: str = ""  # folder: write a trained model for transformers, no training
-    checkpoint: str = "auto"  # of generate and export: auto = the newest in save_dir | a path
+    checkpoint: str = "auto"  # of generate, export: auto = the newest finished, else newest | path
     new_tokens: Count = 200  # how many to generate
     temperature: NotNegative = 0.8  # 0 = always the most likely token
     top_k: Whole = 0  # draw from so many most likely tokens, 0 = from all
@@ -3219,6 +3219,8 @@ def asking_hub(field: str, name: str, folder: str) -> Iterator[None]:
         why = "the hub does not answer"
         if reachable:
             why = " ".join(str(error).split())[:240]
+        if Path(name).is_file():
+            why = "it is a file"
         if "trust_remote_code" in str(error):
             why = "it wants code of its own to be run, which is never done"
         if isinstance(error, RecursionError | UnicodeDecodeError):
@@ -3623,11 +3625,11 @@ def load_corpus(config: Config) -> Corpus:
     for split, documents in texts.items():
         stream = streams[split] = tokenize(tokenizer, documents)
         digest.update(stream.numpy())
-        rows = config.batch_size if split == "train" else config.eval_rows
-        least = rows * config.seq_len + 1
+        field = "batch_size" if split == "train" else "eval_rows"
+        least = getattr(config, field) * config.seq_len + 1
         require_field(config, "dataset", len(stream) >= least, f"longer: {split} has "
-                      f"{len(stream):,} tokens, a batch {least:,}; give more, or a smaller "
-                      "batch_size")
+                      f"{len(stream):,} tokens, {field} windows have {least:,}; give more, or a "
+                      f"smaller {field}")
     label = f"{name}, {kind} tokenizer of {tokenizer.get_vocab_size():,}"
     return Corpus(label, tokenizer, **streams, fingerprint=digest.hexdigest())
 
@@ -3949,6 +3951,7 @@ def resume_newest(run: Run, corpus: Corpus) -> str | None:
 
 # ══ Export: a folder that transformers loads without this repository ═════════════════════════════
 END = "<|endoftext|>"  # begins, ends and pads a text
+EXPORTING = ".exporting"  # in a folder that an export has begun to write, and not finished
 # Fields of Config that say how a memory is built: DNCGPT2Config has them under the same names.
 CARRIED_FIELDS = (
     "seq_len", "memory", "mem_slots", "mem_width", "num_reads", "pointing", "split_rows", "row_key",
@@ -4190,15 +4193,19 @@ def export_model(trained: Trained, folder: Path, config: Config) -> None:
     settings |= {name: getattr(model.config, name) for name in CARRIED_FIELDS}
     ends = {f"{name}_token_id": tokenizer.eos_token_id for name in ("bos", "eos", "pad")}
 
+    # Until all of it is written there is no config.json, without which nothing loads the folder.
+    write_text("", folder / EXPORTING)
+    (folder / "config.json").unlink(missing_ok=True)
     with whole_file(folder / "model.safetensors") as temporary:
         whole = {name: tensor.contiguous() for name, tensor in weights.items()}
         save_file(whole, temporary, metadata={"format": "pt"})
-    write_text(json.dumps(settings | ends, indent=1), folder / "config.json")
     write_text(json.dumps(ends, indent=1), folder / "generation_config.json")
     with growing(folder):
         tokenizer.save_pretrained(folder)
     write_text(standalone_source(code), folder / "dnc_model.py")
     write_text(model_card(trained, config), folder / "README.md")
+    write_text(json.dumps(settings | ends, indent=1), folder / "config.json")
+    (folder / EXPORTING).unlink()
     print(f"wrote {folder}/: load it with AutoModelForCausalLM.from_pretrained({str(folder)!r}, "
           "trust_remote_code=True)")
 
@@ -4319,7 +4326,8 @@ def rates_of(text: str) -> bool:
         rates = [float(word) for word in text.split(",")]
     except ValueError:
         return False
-    return len(set(rates)) == len(rates) and all(0 < rate < math.inf for rate in rates)
+    named = {f"{rate:g}" for rate in rates}  # as in the names of files
+    return len(named) == len(rates) and all(0 < rate < math.inf for rate in rates)
 
 
 @functools.cache
@@ -5483,14 +5491,15 @@ def load_trained(path: str | Path, scan: str) -> Trained:
 
 
 def load_chosen(config: Config) -> Trained:
-    """The model that --checkpoint names: auto is the newest valid one in save_dir."""
+    """The model that --checkpoint names: auto is the newest valid one in save_dir, a finished one
+    where there is any: files that were copied are as old as the copy."""
     if config.checkpoint != "auto":
         return load_trained(config.checkpoint, config.scan)
     folder = Path(config.save_dir)
     dated = []
     for path in folder.glob("*_step*.pt"):
-        dated.append((path.stat().st_mtime_ns, path))
-    for _, path in sorted(dated, reverse=True):
+        dated.append(("_FINAL_" in path.name, path.stat().st_mtime_ns, path))
+    for *_, path in sorted(dated, reverse=True):
         try:
             return load_trained(path, config.scan)
         except ValueError as error:
@@ -5521,10 +5530,23 @@ def run_generation(config: Config) -> None:
 
 def run_export(config: Config) -> None:
     """--export: write a trained model for transformers. Raises ValueError."""
+    check_exported_over(Path(config.export))
     trained = load_chosen(config)
     check_carried(trained.payload, "export")
     check_folder(config.export, "export", 64)
     export_model(trained, Path(config.export), config)
+
+
+def check_exported_over(folder: Path) -> None:
+    """Raise ValueError where an export would replace files that no export has written."""
+    config, unfinished = folder / "config.json", folder / EXPORTING
+    ours = unfinished.exists()
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        ours |= json.loads(config.read_text()).get("model_type") == "dnc_gpt2"
+    names = ("README.md", "config.json", "dnc_model.py", "model.safetensors")
+    there = [name for name in names if os.path.lexists(folder / name)]
+    require(ours or not there, "export", str(folder), "a folder of its own: this one has another "
+            f"{' and '.join(there[:2])}; name a new one")
 
 
 def check_carried(payload: dict, field: str) -> None:
@@ -5752,13 +5774,16 @@ def compare_arms(config: Config, corpus: Corpus, device: torch.device, gpus: int
 
 
 def check_commands(config: Config, argv: list[str]) -> None:
-    """Raise ValueError where a command is asked for with nothing, as an unset variable of a shell
-    gives it: it would start a training."""
+    """Raise ValueError where two commands are given, or one with nothing, as an unset variable of a
+    shell gives it: it would start a training."""
     for name in ("inspect", "export", "generate", "resume"):
         asked = any(word.partition("=")[0] == f"--{name}" for word in argv)
         value = getattr(config, name)
         require_field(config, name, value.strip() != "" or not asked, "not empty; leave it out to "
                       "train")
+    given = [name for name in ("inspect", "export", "generate", "resume") if getattr(config, name)]
+    require(len(given) < 2, given[-1] if given else "", "also given", "alone: one command at a "
+            f"time; leave out all but one of {', '.join(given)}")
 
 
 def main(argv: list[str]) -> int:

@@ -30,7 +30,8 @@ def evaluation_of(nll: np.ndarray) -> dict:
 def random_arm(draw: np.random.Generator, level: np.ndarray, seeds: int, spread: float = 0.05
                ) -> list[dict]:
     """An arm's evaluations, one a seed: the text's level, an effect of the seed of that standard
-    deviation, and noise that is alike in neighbouring bins, and, as in articles, in neighbouring eighths of a row (0.4)."""
+    deviation, and noise that is alike in neighbouring bins, and, as in articles, in neighbouring
+    eighths of a row (0.4)."""
     arm = []
     for _ in range(seeds):
         noise = draw.normal(0, 0.3, level.shape)
@@ -367,7 +368,7 @@ def test_a_finished_baseline_serves_another_memory(start, corpus):
     ({"seeds": "0"}, "seeds"), ({"seeds": "three"}, "seeds"), ({"seeds": "1,1"}, "seeds"),
     ({"seeds": "9" * 300}, "seeds"), ({"lr_grid": "1e-3,fast"}, "lr_grid"),
     ({"seed": 2**32 - 1, "seeds": "2"}, "seeds"), ({"lr_grid": "1e-3,1e-3"}, "lr_grid"),
-    ({"lr_grid": "-1,1"}, "lr_grid")])
+    ({"lr_grid": "-1,1"}, "lr_grid"), ({"lr_grid": "1e-3,1.0000001e-3"}, "lr_grid")])
 def test_seeds_and_rates_that_cannot_be_read_are_refused_in_one_line(fields, said, capfd):
     assert dnc_gpt2.main(flags(fields)) == 2
     err = capfd.readouterr().err
@@ -447,6 +448,30 @@ def test_controls_say_what_is_lost_without_the_own_memory(start, capfd):
         words = rows[label].split()[2:]
         assert words[:2] == [f"{math.exp(mean):.2f}", f"{math.exp(mean + shift):.2f}"]
         assert words[2][0] == ("▲" if shift > 0 else "▼") and words[3] == mark
+
+
+def test_two_arms_of_chosen_rates_have_them_in_a_table(finished_arms, corpus, capfd):
+    runs, config = finished_arms
+    two = {name: runs[name] for name in ("baseline", "dnc")}
+    dnc_gpt2.print_tables(two, dataclasses.replace(config, seeds="1", lr_grid="1e-3,3e-3"), corpus)
+    assert "Peak rate" in capfd.readouterr().out
+
+
+def test_every_run_of_a_table_that_was_lengthened_or_has_other_steps_is_named(start, capfd):
+    runs = {arm: start(arm) for arm in ("baseline", "wide", "dnc")}
+    for arm, run in runs.items():
+        run.results = {"steps": 19 if arm == "wide" else 20}
+    runs["baseline"].lengthened = [8, 12]
+    dnc_gpt2.print_other_steps([runs["dnc"]], [[run] for run in runs.values()])
+    assert capfd.readouterr().out.splitlines() == [
+        "  GPT2 Baseline, seed 0: finished before at step 8, 12; from there on a new cosine",
+        "  GPT2 Wide, seed 0: 19 steps"]
+
+
+def test_what_is_not_written_is_no_sparsity(start, corpus):
+    run = start("dnc", min_surprisal=50.0)
+    found = dnc_gpt2.evaluate(run.model, corpus.valid, run.config, StopSignal())["metrics"]
+    assert found["avg_gate"] == 0 and found["write_sparsity"] == 0
 
 
 def test_changes_go_from_the_reference_to_the_arm_and_from_each_to_the_dnc(start, capfd):

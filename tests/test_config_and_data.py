@@ -201,8 +201,9 @@ def bad_folders(folder: Path) -> dict[str, tuple[dict, list[str]]]:
         "a split empty": (folder / "none", ["valid.txt has none"]),
         "not UTF-8": (folder / "latin", ["train.txt", "UTF-8", "byte 3"]),
         "hub id that cannot be had": ("no-one/no-such-data", ["no-one/no-such-data", way_out]),
-        **{f"{split} short": (folder / f"short-{split}", [split, "tokens", "batch_size"])
-           for split in ("train", "valid", "test")}}
+        **{f"{split} short": (folder / f"short-{split}", [split, "tokens", f"a smaller {field}"])
+           for split, field in (("train", "batch_size"), ("valid", "eval_rows"),
+                                ("test", "eval_rows"))}}
     found = {case: ({"dataset": path}, ["dataset", *said]) for case, (path, said) in data.items()}
     for case, path in {"no such tokenizer": "./no-such-tokenizer", "hub tokenizer": "no-one/no-tok",
                        "empty tokenizer folder": folder / "empty-tokenizer",
@@ -312,6 +313,23 @@ def test_train_tokenizer_is_deterministic_and_loses_nothing():
     strange = "Łódź\t 1879 — 😀\r\n  two  spaces\n\n"  # bytes that training has not seen
     for text in (strange, texts[0][:500]):
         assert first.decode(dnc_gpt2.tokenize(first, [text]).tolist()) == text
+
+
+def test_own_tokenizer_has_the_same_tokens_of_a_text_as_of_its_lines():
+    """So that a prompt, and an exported folder, read a text as training did."""
+    indented = "def f():\n\n    return 1\n\n\n  end  \n" * 30
+    tokenizer = dnc_gpt2.train_tokenizer([indented], vocab_size=400)
+    assert any("Ċ" in entry[:-1] for entry in tokenizer.get_vocab())  # it learnt several lines
+    whole = tokenizer.encode(indented, add_special_tokens=False).ids
+    assert whole == dnc_gpt2.encode_text(tokenizer, indented)
+
+
+def test_vocabulary_that_is_too_small_for_the_threshold_is_said(corpus, capsys):
+    config = tiny_config(min_surprisal=6.0)
+    dnc_gpt2.say_where_ids_are_not_by_frequency(config, corpus)
+    assert "min_surprisal: 6 nats are above log 300, 5.7" in capsys.readouterr().out
+    dnc_gpt2.say_where_ids_are_not_by_frequency(tiny_config(), corpus)
+    assert capsys.readouterr().out == ""
 
 
 @pytest.fixture

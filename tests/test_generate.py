@@ -576,7 +576,7 @@ def test_damaged_newest_checkpoint_is_passed_over(finished, tmp_path, main, caps
     good = next(finished.save_dir.glob("GPT2_+_DNC_FINAL*.pt"))
     (tmp_path / good.name).write_bytes(good.read_bytes())
     os.utime(tmp_path / good.name, (1, 1))
-    (tmp_path / "GPT2_+_DNC_step99.pt").write_bytes(good.read_bytes()[:2000])
+    (tmp_path / "GPT2_+_DNC_FINAL_step99.pt").write_bytes(good.read_bytes()[:2000])
     assert main([f"--save_dir={tmp_path}", "--generate=Ba", "--new_tokens=2"]) == 0
     out = capsys.readouterr().out
     assert "passed over" in out and "2 tokens," in out

@@ -657,3 +657,85 @@ def test_full_disk_is_seen_before_training(finished, tmp_path, main, capfd, monk
     assert main([*finished.argv, *outputs(tmp_path)]) == 2
     assert "save_dir" in (line := error_line(capfd.readouterr().err)) and "MiB free" in line
     assert not list((tmp_path / "checkpoints").glob("*.pt"))
+
+
+def test_two_commands_at_once_are_refused(finished, tmp_path, main, capfd):
+    for given in (["--generate", "x", "--export", "y"], ["--inspect", "x", "--resume", "auto"]):
+        assert main([*finished.argv, *outputs(tmp_path), *given]) == 2
+        assert "one command at a time" in error_line(capfd.readouterr().err)
+
+
+# ── what another run has left in a folder ────────────────────────────────────────────────────────
+
+
+def test_training_over_another_run_says_so(finished, partial, main, capfd):
+    folder = partial("dnc", LAST_STEP)
+    assert main([*finished.argv, *outputs(folder), "--arms", "baseline", "--max_steps", "0",
+                 "--epochs", "1", "--lr", "1e-3"]) == 0
+    said = [line for line in capfd.readouterr().out.splitlines() if line.startswith("save_dir: ")]
+    assert len(said) == 1 and "files of the same names are replaced" in said[0]
+
+
+@pytest.mark.parametrize("arm, fields, other, said", [
+    ("wide", {}, {"seq_len": 8}, "was trained with seq_len = 16, this run has 8; set --seq_len 16"),
+    ("matched", {}, {"mem_width": 16}, "was trained with mem_width = 8, this run has 16"),
+    ("matched", {}, {"hidden_size": 48}, "was trained with hidden_size = 32, this run has 48"),
+    ("baseline", {}, {"eval_tokens": 100}, "was trained with eval_tokens = 200"),
+])
+def test_refusal_names_what_the_user_gave(corpus, tmp_path, arm, fields, other, said):
+    config = tiny_config(save_dir=str(tmp_path), **fields)
+    run = dnc_gpt2.start_run(arm, config, corpus, torch.device("cpu"))
+    payload = dnc_gpt2.checkpoint_payload(run, corpus)
+    dnc_gpt2.check_same_run(run, payload, "a.pt", corpus)
+    changed = dnc_gpt2.plan_run(arm, tiny_config(save_dir=str(tmp_path), **other), corpus)
+    with pytest.raises(dnc_gpt2.OtherRun, match=re.escape(said)):
+        dnc_gpt2.check_same_run(changed, payload, "a.pt", corpus)
+
+
+def test_a_matched_arm_of_other_fields_and_as_many_parameters_is_the_same(corpus, tmp_path):
+    config = tiny_config(save_dir=str(tmp_path))
+    run = dnc_gpt2.start_run("matched", config, corpus, torch.device("cpu"))
+    payload = dnc_gpt2.checkpoint_payload(run, corpus)
+    other = dnc_gpt2.plan_run("matched", tiny_config(empty_share=0.5), corpus)
+    dnc_gpt2.check_same_run(other, payload, "a.pt", corpus)
+
+
+def test_chosen_checkpoint_is_a_finished_one_however_files_were_copied(finished, tmp_path):
+    for number, name in enumerate((FINALS["dnc"], f"{STEMS['baseline']}_step{EVERY}.pt")):
+        shutil.copy(finished.save_dir / name, tmp_path / name)
+        os.utime(tmp_path / name, (1e9 + number, 1e9 + number))
+    chosen = dnc_gpt2.load_chosen(tiny_config(save_dir=str(tmp_path)))
+    assert chosen.payload["arm"] == "GPT2 + DNC" and chosen.payload["results"]
+
+
+def test_a_baseline_generates_whether_a_memory_would_be_carried_or_not():
+    payload = {"arm": "x", "config": {"carry_memory": False, "memory": "none"}}
+    dnc_gpt2.check_carried(payload, "generate")
+    payload["config"]["memory"] = "dnc"
+    with pytest.raises(ValueError, match="of a model that carries its memory"):
+        dnc_gpt2.check_carried(payload, "generate")
+
+
+# ── an export replaces nothing but an export ─────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("name", ["README.md", "config.json", "model.safetensors", "dnc_model.py"])
+def test_export_over_other_files_is_refused(name, finished, tmp_path, main, capfd):
+    (tmp_path / name).write_text('{"model_type": "gpt2"}')
+    argv = [f"--save_dir={finished.save_dir}", f"--export={tmp_path}"]
+    assert main(argv) == 2
+    line = error_line(capfd.readouterr().err)
+    assert f"another {name}" in line and "name a new one" in line
+    assert (tmp_path / name).read_text() == '{"model_type": "gpt2"}'
+
+
+def test_export_that_was_cut_off_does_not_load_and_can_be_done_again(finished, tmp_path, main,
+                                                                     monkeypatch):
+    argv = [f"--save_dir={finished.save_dir}", f"--export={tmp_path}"]
+    assert main(argv) == 0
+    with monkeypatch.context() as patch:
+        patch.setattr(dnc_gpt2, "model_card", lambda *_: 1 / 0)
+        assert main(argv) != 0
+    assert not (tmp_path / "config.json").exists()
+    assert main(argv) == 0
+    assert (tmp_path / "config.json").exists() and not (tmp_path / dnc_gpt2.EXPORTING).exists()

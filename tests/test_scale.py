@@ -269,7 +269,7 @@ def test_lengthened_run_at_a_constant_rate_is_the_longer_run_bit_for_bit(texts, 
     assert main(flags(fields | short | {"resume": "auto"})) == 0
     out = capfd.readouterr().out
     assert "GPT2 + DNC: finished at step 8, lengthened to 12: at its constant rate, as if" in out
-    assert "finished before at step 8; from there on the constant rate" in out
+    assert "GPT2 + DNC, seed 0: finished before at step 8; from there on the constant rate" in out
     assert main(flags(fields | long)) == 0
     for name in ("GPT2_Baseline_FINAL_step12.pt", "GPT2_+_DNC_FINAL_step12.pt"):
         ours, theirs = (load(tmp_path / folder / "c" / name) for folder in "ab")
