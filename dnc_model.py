@@ -52,16 +52,34 @@ class StateCache:
         """The cache behind columns that were read where mask (B, T) is 1."""
         return StateCache(state, torch.cat((self.read, mask.to(self.read)), dim=1))
 
-    def check(self, attention_mask: Tensor | None, T: int) -> None:
-        """Raise ValueError where a mask of the columns so far and T new ones says otherwise of what
-        was read than the cache: generate() lets rows that have ended read on with the others."""
-        if attention_mask is None or attention_mask.shape[1] == T:
-            return
-        earlier = attention_mask[:, :-T].to(self.read)  # (B, columns so far)
-        if earlier.shape != self.read.shape:
-            raise ValueError(f"attention_mask: {tuple(attention_mask.shape)}; must be of the {T} "
-                             f"new columns, or of them and the {self.read.shape[1]} so far")
-        rows = (earlier != self.read).any(1).nonzero()
+    def mask_of(self, tokens: Tensor, attention_mask: Tensor | None) -> Tensor:
+        """Which of new tokens (B, T) are to be read, (B, T) bool, by a mask of their columns, or of
+        the columns so far as well.
+
+        Raises ValueError where rows or columns do not fit, and where a mask says otherwise of what
+        was read than the cache: generate() lets rows that have ended read on with the others.
+        """
+        (B, T), (rows, seen) = tokens.shape, self.read.shape
+        if rows != B:
+            raise ValueError(f"{CACHE}: of {rows} rows, but input_ids has {B}; hand over as many "
+                             "rows, or start without a cache")
+        if attention_mask is None:
+            return torch.ones_like(tokens, dtype=torch.bool)
+
+        shape = tuple(attention_mask.shape)
+        if shape not in ((B, T), (B, seen + T)):
+            raise ValueError(f"attention_mask: {shape}; must be of the {T} new columns, or of them "
+                             f"and the {seen} so far, in {B} rows; leave it out where nothing is "
+                             "padding")
+        earlier, new = attention_mask.bool().split([shape[1] - T, T], dim=1)
+        if shape[1] > T:
+            self.check(earlier)
+        return new
+
+    def check(self, earlier: Tensor) -> None:
+        """Raise ValueError unless what was read is what a mask (B, columns so far) shows."""
+        differs = (earlier.to(self.read) != self.read).any(1)
+        rows = differs.nonzero()
         if len(rows):
             raise ValueError(f"attention_mask: row {int(rows[0])} of the cache has read columns "
                              "that are padding now, or left out others; read the conversations "
@@ -336,15 +354,10 @@ class DNCGPT2ForCausalLM(StatefulCausalLM):
         refuse_unused(kwargs, "DNCGPT2ForCausalLM")
         if input_ids is None:
             raise ValueError("input_ids: required, since the memory keeps tokens")
-        B, T = input_ids.shape
-        if attention_mask is None:
-            mask = torch.ones_like(input_ids)
-        else:
-            mask = attention_mask[:, -T:]
-        cache = cache or past_key_values or StateCache(start_reading(self, B))
-        cache.check(attention_mask, T)
+        cache = cache or past_key_values or StateCache(start_reading(self, len(input_ids)))
+        mask = cache.mask_of(input_ids, attention_mask)
 
-        h, state, pointer = self.read(input_ids, mask.bool(), cache.state)
+        h, state, pointer = self.read(input_ids, mask, cache.state)
         cache = cache.behind(map_state(Tensor.detach, state), mask)
         kept = (slice(None), slice(-logits_to_keep, None))  # all for 0
         pointer = pointer and pointer.rows(kept)

@@ -1305,16 +1305,11 @@ class EDMForCausalLM(StatefulCausalLM):
         refuse_unused(kwargs, type(self).__name__)
         if input_ids is None:
             raise ValueError("input_ids: required, since the memory keeps tokens")
-        B, T = input_ids.shape
-        if attention_mask is None:
-            mask = torch.ones_like(input_ids)
-        else:
-            mask = attention_mask[:, -T:]
-        cache = cache or past_key_values or StateCache(self.init_state(B))
-        cache.check(attention_mask, T)
+        cache = cache or past_key_values or StateCache(self.init_state(len(input_ids)))
+        mask = cache.mask_of(input_ids, attention_mask)
 
-        h, state, passes = self.advance(input_ids, mask.bool(), cache.state, read_only)
-        pointer = pointer_of(passes, T)
+        h, state, passes = self.advance(input_ids, mask, cache.state, read_only)
+        pointer = pointer_of(passes, input_ids.shape[1])
         state = map_state(Tensor.detach, state)
         cache = cache.behind(state, mask)
         kept = (slice(None), slice(-logits_to_keep, None))  # all for 0

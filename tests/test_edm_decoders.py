@@ -214,6 +214,17 @@ def test_beams_equal_a_naive_search(kind):
     assert beams.tolist() == [ids for _, ids in alive]
 
 
+@every_kind
+def test_inputs_that_do_not_fit_are_refused(kind):
+    """A mask of other columns; a cache of other rows."""
+    model, tokens = make(kind), draw(2, 12)
+    _, cache = read(model, tokens)
+    with pytest.raises(ValueError, match=r"^attention_mask: \(2, 3\); must be of the 12 new col"):
+        model(tokens, attention_mask=torch.ones(2, 3))
+    with pytest.raises(ValueError, match="of 2 rows, but input_ids has 1; hand over as many rows"):
+        read(model, tokens[:1], cache)
+
+
 # ══ Saved folders, memory files ══════════════════════════════════════════════════════════════════
 ELSEWHERE = """
 import importlib.util, sys

@@ -233,6 +233,20 @@ def test_a_cache_that_has_read_what_is_padding_now_is_refused():
         assert swapped.read[:, 0].tolist() == [True, False]
 
 
+@pytest.mark.parametrize("shape", [(1, 3), (1, 13), (2, 12), (12,)])
+def test_a_mask_that_is_not_of_the_columns_is_refused(shape):
+    with pytest.raises(ValueError, match=r"^attention_mask: \(.*; must be of the 12 new columns"):
+        make()(draw(1, 12), attention_mask=torch.ones(shape))
+
+
+def test_a_cache_of_other_rows_is_refused():
+    model, tokens = make(), draw(2, 12)
+    for rows, more in ((1, 2), (2, 1)):
+        cache = {dm.CACHE: model(tokens[:rows])[dm.CACHE]}
+        with pytest.raises(ValueError, match=f"of {rows} rows, but input_ids has {more}; hand"):
+            model(tokens[:more], **cache)
+
+
 def test_forward_refuses_what_it_would_not_use():
     with pytest.raises(ValueError, match="position_ids: not used"):
         make()(draw(1, 4), position_ids=torch.arange(4))
