@@ -94,6 +94,20 @@ class StateCache:
             self.read = self.read.index_select(0, index)
 
 
+def given_cache(cache: object, past_key_values: object) -> StateCache | None:
+    """The cache that was given by one of its two names, or None. Raises ValueError where both were,
+    and for a cache of transformers' own, which holds no memory, even if it is empty."""
+    if cache is None:
+        cache = past_key_values
+    elif past_key_values is not None:
+        raise ValueError(f"cache and past_key_values: two names of one; hand it over as {CACHE}")
+    # Every saved folder has a class of its own of that name, so isinstance would refuse too much.
+    if cache is not None and type(cache).__name__ != StateCache.__name__:
+        raise ValueError(f"{CACHE}: of type {type(cache).__name__}; must be what an earlier call "
+                         "returned, which holds the memory; leave it out to start anew")
+    return cache
+
+
 class StatefulCausalLM(PreTrainedModel, GenerationMixin):
     """A model whose forward takes and returns a StateCache."""
     main_input_name = "input_ids"
@@ -117,12 +131,16 @@ class StatefulCausalLM(PreTrainedModel, GenerationMixin):
                 "use_cache": True, "logits_to_keep": 1}
 
     def generate(self, *args: object, **kwargs: object) -> object:
-        """As GenerationMixin's. Raises ValueError for assisted decoding: what an assistant guessed
+        """As GenerationMixin's; the cache may be given by either of its names. Raises ValueError
+        for another one than forward returns, and for assisted decoding: what an assistant guessed
         wrong would have to leave the memory again, which cannot forget what it has read."""
         for name in ("assistant_model", "prompt_lookup_num_tokens"):
             if kwargs.get(name) is not None:
                 raise ValueError(f"{name}: not supported, as a memory cannot forget wrong guesses; "
                                  "leave it out")
+        cache = given_cache(kwargs.pop("cache", None), kwargs.pop("past_key_values", None))
+        if cache is not None:
+            kwargs[CACHE] = cache
         return super().generate(*args, **kwargs)
 
     def resize_token_embeddings(self, *args: object, **kwargs: object) -> nn.Embedding:
@@ -354,7 +372,9 @@ class DNCGPT2ForCausalLM(StatefulCausalLM):
         refuse_unused(kwargs, "DNCGPT2ForCausalLM")
         if input_ids is None:
             raise ValueError("input_ids: required, since the memory keeps tokens")
-        cache = cache or past_key_values or StateCache(start_reading(self, len(input_ids)))
+        cache = given_cache(cache, past_key_values)
+        if cache is None:
+            cache = StateCache(start_reading(self, len(input_ids)))
         mask = cache.mask_of(input_ids, attention_mask)
 
         h, state, pointer = self.read(input_ids, mask, cache.state)

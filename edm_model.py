@@ -31,6 +31,7 @@ from dnc_model import (
     TINY_BASE,
     StateCache,
     StatefulCausalLM,
+    given_cache,
     head_logits,
     next_token_loss,
     open_from_zero,
@@ -1305,7 +1306,9 @@ class EDMForCausalLM(StatefulCausalLM):
         refuse_unused(kwargs, type(self).__name__)
         if input_ids is None:
             raise ValueError("input_ids: required, since the memory keeps tokens")
-        cache = cache or past_key_values or StateCache(self.init_state(len(input_ids)))
+        cache = given_cache(cache, past_key_values)
+        if cache is None:
+            cache = StateCache(self.init_state(len(input_ids)))
         mask = cache.mask_of(input_ids, attention_mask)
 
         h, state, passes = self.advance(input_ids, mask, cache.state, read_only)

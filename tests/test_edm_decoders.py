@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from conftest import error_line, flags
 from edm_oracle import RUN, TINY, V, W, close, draw, one_line, same_bits, same_memory
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, PreTrainedTokenizerFast
 
 import dnc_gpt2
 import edm_gpt2 as eg
@@ -216,13 +216,16 @@ def test_beams_equal_a_naive_search(kind):
 
 @every_kind
 def test_inputs_that_do_not_fit_are_refused(kind):
-    """A mask of other columns; a cache of other rows."""
+    """A mask of other columns; a cache of other rows, or of transformers' own."""
     model, tokens = make(kind), draw(2, 12)
     _, cache = read(model, tokens)
     with pytest.raises(ValueError, match=r"^attention_mask: \(2, 3\); must be of the 12 new col"):
         model(tokens, attention_mask=torch.ones(2, 3))
     with pytest.raises(ValueError, match="of 2 rows, but input_ids has 1; hand over as many rows"):
         read(model, tokens[:1], cache)
+    for use in (read, lambda *given: generate(*given[:2], 5, **{em.CACHE: given[2]})):
+        with pytest.raises(ValueError, match="of type DynamicCache; must be what an earlier call"):
+            use(model, tokens, DynamicCache())
 
 
 # ══ Saved folders, memory files ══════════════════════════════════════════════════════════════════

@@ -17,7 +17,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import error_line, flags
-from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel, Trainer, TrainingArguments
+from transformers import (
+    AutoTokenizer,
+    DynamicCache,
+    GPT2Config,
+    GPT2LMHeadModel,
+    Trainer,
+    TrainingArguments,
+)
 
 import dnc_gpt2
 import dnc_model as dm
@@ -245,6 +252,22 @@ def test_a_cache_of_other_rows_is_refused():
         cache = {dm.CACHE: model(tokens[:rows])[dm.CACHE]}
         with pytest.raises(ValueError, match=f"of {rows} rows, but input_ids has {more}; hand"):
             model(tokens[:more], **cache)
+
+
+@pytest.mark.parametrize("name", ["cache", "past_key_values"])
+def test_a_cache_may_have_either_name_and_one_of_transformers_is_refused(name):
+    """An empty one too, which is false to Python; in forward and in generate."""
+    model, tokens = make(), draw(2, 12)
+    cache = model(tokens[:, :9])[dm.CACHE]
+    wanted = generate(model, tokens, 5)
+    assert torch.equal(generate(model, tokens, 5, **{name: cache}), wanted)
+    assert torch.allclose(logits(model, tokens[:, 9:], **{name: cache}),
+                          logits(model, tokens)[:, 9:], atol=1e-12, rtol=0)
+    for use in (model, lambda x, **given: generate(model, x, 5, **given)):
+        with pytest.raises(ValueError, match="of type DynamicCache; must be what an earlier call"):
+            use(tokens, **{name: DynamicCache()})
+        with pytest.raises(ValueError, match="cache and past_key_values: two names of one"):
+            use(tokens, cache=cache, past_key_values=cache)
 
 
 def test_forward_refuses_what_it_would_not_use():
