@@ -157,6 +157,28 @@ def refuse_unused(kwargs: dict, name: str) -> None:
             raise ValueError(f"{argument}: not used by {name}; leave it out")
 
 
+def token_ids(ids: Tensor | None, name: str) -> Tensor:
+    """The token numbers (B, T) of an argument of forward, of any type of whole numbers, as int64,
+    which indices are. Raises ValueError where they are none."""
+    if ids is None:
+        raise ValueError(f"{name}: required, since the memory keeps tokens")
+    if ids.dim() != 2 or ids.is_floating_point():
+        raise ValueError(f"{name}: {ids.dtype} of {tuple(ids.shape)}; must be whole numbers of "
+                         "(rows, columns)")
+    return ids.long()
+
+
+def kept_columns(logits_to_keep: int | Tensor) -> tuple:
+    """The index of (B, T, ...) that takes the last so many columns, all for 0, or those named by a
+    tensor (n,). Raises ValueError for another tensor."""
+    if not isinstance(logits_to_keep, Tensor):
+        return slice(None), slice(-logits_to_keep, None)
+    if logits_to_keep.dim() != 1:
+        raise ValueError(f"logits_to_keep: a tensor of {tuple(logits_to_keep.shape)}; must be a "
+                         "whole number, or places of columns (n,)")
+    return slice(None), logits_to_keep
+
+
 def head_logits(h: Tensor, weight: Tensor, pointer: Pointer | None) -> Tensor:
     """h (B, T, C), the embedding (V, C) and what the tokens point to -> log p (B, T, V); but where
     no weight is, the base's logits, bit for bit, with the gradient of log p."""
@@ -174,6 +196,7 @@ def head_logits(h: Tensor, weight: Tensor, pointer: Pointer | None) -> Tensor:
 
 def next_token_loss(logits: Tensor, labels: Tensor) -> Tensor:
     """Mean cross-entropy of labels (B, T), shifted here, -100 not scored: logits (B, T, V)."""
+    labels = token_ids(labels, "labels")
     return F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
 
 
@@ -359,7 +382,7 @@ class DNCGPT2ForCausalLM(StatefulCausalLM):
 
     def forward(self, input_ids: Tensor | None = None, attention_mask: Tensor | None = None,
                 cache: StateCache | None = None, labels: Tensor | None = None,
-                logits_to_keep: int = 0, use_cache: bool | None = None,
+                logits_to_keep: int | Tensor = 0, use_cache: bool | None = None,
                 return_dict: bool | None = None, past_key_values: StateCache | None = None,
                 **kwargs: object) -> CausalLMOutputWithPast:
         """input_ids (B, T), attention_mask (B, T) or of all columns so far, 0 = padding -> logits
@@ -370,16 +393,15 @@ class DNCGPT2ForCausalLM(StatefulCausalLM):
         transformers 5.24. Raises ValueError for an argument that it would not use.
         """
         refuse_unused(kwargs, "DNCGPT2ForCausalLM")
-        if input_ids is None:
-            raise ValueError("input_ids: required, since the memory keeps tokens")
+        tokens = token_ids(input_ids, "input_ids")
         cache = given_cache(cache, past_key_values)
         if cache is None:
-            cache = StateCache(start_reading(self, len(input_ids)))
-        mask = cache.mask_of(input_ids, attention_mask)
+            cache = StateCache(start_reading(self, len(tokens)))
+        mask = cache.mask_of(tokens, attention_mask)
 
-        h, state, pointer = self.read(input_ids, mask, cache.state)
+        h, state, pointer = self.read(tokens, mask, cache.state)
         cache = cache.behind(map_state(Tensor.detach, state), mask)
-        kept = (slice(None), slice(-logits_to_keep, None))  # all for 0
+        kept = kept_columns(logits_to_keep)
         pointer = pointer and pointer.rows(kept)
         weight = self.controller.wte.weight
         logits = head_logits(h[kept], weight, pointer)

@@ -33,9 +33,11 @@ from dnc_model import (
     StatefulCausalLM,
     given_cache,
     head_logits,
+    kept_columns,
     next_token_loss,
     open_from_zero,
     refuse_unused,
+    token_ids,
 )
 
 Eviction = Literal["fifo", "lru", "usage"]  # what makes room when every slot is taken
@@ -1294,8 +1296,9 @@ class EDMForCausalLM(StatefulCausalLM):
     # ── Hugging Face ──
     def forward(self, input_ids: Tensor | None = None, attention_mask: Tensor | None = None,
                 cache: StateCache | None = None, labels: Tensor | None = None,
-                logits_to_keep: int = 0, use_cache: bool | None = None, read_only: bool = False,
-                return_dict: bool | None = None, past_key_values: StateCache | None = None,
+                logits_to_keep: int | Tensor = 0, use_cache: bool | None = None,
+                read_only: bool = False, return_dict: bool | None = None,
+                past_key_values: StateCache | None = None,
                 **kwargs: object) -> CausalLMOutputWithPast:
         """input_ids (B, T), attention_mask (B, T) or of all columns so far, 0 = padding -> logits
         (B, T, V) of the mixture, loss (labels shifted here, -100 not scored), cache.
@@ -1304,18 +1307,17 @@ class EDMForCausalLM(StatefulCausalLM):
         argument that it would not use, such as position_ids.
         """
         refuse_unused(kwargs, type(self).__name__)
-        if input_ids is None:
-            raise ValueError("input_ids: required, since the memory keeps tokens")
+        tokens = token_ids(input_ids, "input_ids")
         cache = given_cache(cache, past_key_values)
         if cache is None:
-            cache = StateCache(self.init_state(len(input_ids)))
-        mask = cache.mask_of(input_ids, attention_mask)
+            cache = StateCache(self.init_state(len(tokens)))
+        mask = cache.mask_of(tokens, attention_mask)
 
-        h, state, passes = self.advance(input_ids, mask, cache.state, read_only)
-        pointer = pointer_of(passes, input_ids.shape[1])
+        h, state, passes = self.advance(tokens, mask, cache.state, read_only)
+        pointer = pointer_of(passes, tokens.shape[1])
         state = map_state(Tensor.detach, state)
         cache = cache.behind(state, mask)
-        kept = (slice(None), slice(-logits_to_keep, None))  # all for 0
+        kept = kept_columns(logits_to_keep)
         pointer = pointer and pointer.rows(kept)
         logits = head_logits(h[kept], head_weight(self), pointer)
         loss = None

@@ -215,6 +215,15 @@ def test_beams_equal_a_naive_search(kind):
 
 
 @every_kind
+def test_tokens_of_any_whole_numbers_and_columns_that_are_kept(kind):
+    model, tokens, some = make(kind), draw(2, 40), torch.tensor([3, 39, 0])
+    wanted, _ = read(model, tokens)
+    assert torch.equal(read(model, tokens.int())[0], wanted)
+    close(read(model, tokens, logits_to_keep=some)[0], wanted[:, some], 1e-6)
+    assert model(tokens, labels=tokens.int()).loss == model(tokens, labels=tokens).loss
+
+
+@every_kind
 def test_inputs_that_do_not_fit_are_refused(kind):
     """A mask of other columns; a cache of other rows, or of transformers' own."""
     model, tokens = make(kind), draw(2, 12)

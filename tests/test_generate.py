@@ -270,6 +270,27 @@ def test_a_cache_may_have_either_name_and_one_of_transformers_is_refused(name):
             use(tokens, cache=cache, past_key_values=cache)
 
 
+def test_tokens_and_labels_may_be_any_whole_numbers():
+    model, tokens = make(), draw(2, 20)
+    wanted = model(tokens, labels=tokens)
+    for dtype in (torch.int32, torch.int16):
+        out = model(tokens.to(dtype), labels=tokens.to(dtype))
+        assert torch.equal(out.logits, wanted.logits) and torch.equal(out.loss, wanted.loss)
+    with pytest.raises(ValueError, match="^input_ids: torch.float32 of .*must be whole numbers"):
+        model(tokens.float())
+    with pytest.raises(ValueError, match=r"^input_ids: .* of \(20,\); must be .*\(rows, columns\)"):
+        model(tokens[0])
+
+
+def test_logits_to_keep_may_name_columns():
+    model, tokens = make(), draw(2, 20)
+    some = torch.tensor([3, 19, 0])
+    assert torch.allclose(logits(model, tokens, logits_to_keep=some),
+                          logits(model, tokens)[:, some], atol=1e-12, rtol=0)
+    with pytest.raises(ValueError, match=r"logits_to_keep: a tensor of \(\); must be a whole"):
+        model(tokens, logits_to_keep=torch.tensor(3))
+
+
 def test_forward_refuses_what_it_would_not_use():
     with pytest.raises(ValueError, match="position_ids: not used"):
         make()(draw(1, 4), position_ids=torch.arange(4))
