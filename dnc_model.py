@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import GenerationMixin, GPT2Config, GPT2Model, PretrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.utils import can_return_tuple
 
 from dnc_gpt2 import (
     Pointer,
@@ -380,10 +381,11 @@ class DNCGPT2ForCausalLM(StatefulCausalLM):
             weights = weights * open_from_zero(self.gate)
         return Pointer(tokens, weights)
 
+    @can_return_tuple
     def forward(self, input_ids: Tensor | None = None, attention_mask: Tensor | None = None,
                 cache: StateCache | None = None, labels: Tensor | None = None,
                 logits_to_keep: int | Tensor = 0, use_cache: bool | None = None,
-                return_dict: bool | None = None, past_key_values: StateCache | None = None,
+                past_key_values: StateCache | None = None,
                 **kwargs: object) -> CausalLMOutputWithPast:
         """input_ids (B, T), attention_mask (B, T) or of all columns so far, 0 = padding -> logits
         (B, T, V), of a memory that points log p of the mixture, loss, cache.

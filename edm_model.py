@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, GPT2Config, LlamaConfig, PretrainedConfig
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.pytorch_utils import Conv1D
+from transformers.utils import can_return_tuple
 
 from dnc_gpt2 import Pointer, join_passes, map_state, next_tokens, put_rows, run_block
 from dnc_model import (
@@ -1294,11 +1295,11 @@ class EDMForCausalLM(StatefulCausalLM):
         return out[:, :T], state, passes
 
     # ── Hugging Face ──
+    @can_return_tuple
     def forward(self, input_ids: Tensor | None = None, attention_mask: Tensor | None = None,
                 cache: StateCache | None = None, labels: Tensor | None = None,
                 logits_to_keep: int | Tensor = 0, use_cache: bool | None = None,
-                read_only: bool = False, return_dict: bool | None = None,
-                past_key_values: StateCache | None = None,
+                read_only: bool = False, past_key_values: StateCache | None = None,
                 **kwargs: object) -> CausalLMOutputWithPast:
         """input_ids (B, T), attention_mask (B, T) or of all columns so far, 0 = padding -> logits
         (B, T, V) of the mixture, loss (labels shifted here, -100 not scored), cache.

@@ -224,6 +224,13 @@ def test_tokens_of_any_whole_numbers_and_columns_that_are_kept(kind):
 
 
 @every_kind
+def test_return_dict_false_gives_a_tuple(kind):
+    model, tokens = make(kind), draw(2, 40)
+    scores, cache = model(tokens, return_dict=False)
+    assert torch.equal(scores, model(tokens).logits) and cache.get_seq_length() == 40
+
+
+@every_kind
 def test_inputs_that_do_not_fit_are_refused(kind):
     """A mask of other columns; a cache of other rows, or of transformers' own."""
     model, tokens = make(kind), draw(2, 12)

@@ -282,6 +282,19 @@ def test_tokens_and_labels_may_be_any_whole_numbers():
         model(tokens[0])
 
 
+def test_return_dict_false_gives_a_tuple():
+    """In the call and in the configuration; generate() needs none."""
+    model, tokens = make(), draw(2, 20)
+    out = model(tokens, labels=tokens)
+    loss, scores, cache = model(tokens, labels=tokens, return_dict=False)
+    assert torch.equal(loss, out.loss) and torch.equal(scores, out.logits)
+    assert cache.get_seq_length() == 20
+    model.config.return_dict = False
+    assert torch.equal(model(tokens)[0], out.logits)
+    assert torch.equal(model(tokens, return_dict=True).logits, out.logits)
+    assert is_greedy(make(), generate(model, tokens, 5), 20)
+
+
 def test_logits_to_keep_may_name_columns():
     model, tokens = make(), draw(2, 20)
     some = torch.tensor([3, 19, 0])
