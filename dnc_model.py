@@ -122,7 +122,10 @@ class StatefulCausalLM(PreTrainedModel, GenerationMixin):
     def prepare_inputs_for_generation(self, input_ids: Tensor,
                                       attention_mask: Tensor | None = None,
                                       **kwargs: object) -> dict:
-        """The columns that the cache has not seen, of all, which generate() hands over."""
+        """The columns that the cache has not seen, of all, which generate() hands over. Raises
+        ValueError for what forward would refuse: generate() would return a tuple of None."""
+        outputs = {name: kwargs.get(name) for name in ("output_attentions", "output_hidden_states")}
+        refuse_unused(outputs, type(self).__name__)
         cache = kwargs.get(CACHE)
         seen = 0 if cache is None else cache.get_seq_length()
         if seen >= input_ids.shape[1]:

@@ -232,7 +232,8 @@ def test_return_dict_false_gives_a_tuple(kind):
 
 @every_kind
 def test_inputs_that_do_not_fit_are_refused(kind):
-    """A mask of other columns; a cache of other rows, or of transformers' own."""
+    """A mask of other columns; a cache of other rows, or of transformers' own; outputs that there
+    are none of."""
     model, tokens = make(kind), draw(2, 12)
     _, cache = read(model, tokens)
     with pytest.raises(ValueError, match=r"^attention_mask: \(2, 3\); must be of the 12 new col"):
@@ -242,6 +243,8 @@ def test_inputs_that_do_not_fit_are_refused(kind):
     for use in (read, lambda *given: generate(*given[:2], 5, **{em.CACHE: given[2]})):
         with pytest.raises(ValueError, match="of type DynamicCache; must be what an earlier call"):
             use(model, tokens, DynamicCache())
+    with pytest.raises(ValueError, match="output_attentions: not used by EDMForCausalLM"):
+        generate(model, tokens, 5, output_attentions=True)
 
 
 # ══ Saved folders, memory files ══════════════════════════════════════════════════════════════════

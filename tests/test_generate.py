@@ -313,6 +313,20 @@ def test_forward_refuses_what_it_would_not_use():
         make()()
 
 
+@pytest.mark.parametrize("name", ["output_attentions", "output_hidden_states"])
+def test_generate_refuses_outputs_that_there_are_none_of(name):
+    """As an argument and in the model's own settings of generation; scores it has."""
+    model, prompt = make(), draw(1, 9)
+    words = f"{name}: not used by DNCGPT2ForCausalLM"
+    with pytest.raises(ValueError, match=words):
+        generate(model, prompt, 3, return_dict_in_generate=True, **{name: True})
+    out = generate(model, prompt, 3, return_dict_in_generate=True, output_scores=True)
+    assert len(out.scores) == 3
+    setattr(model.generation_config, name, True)
+    with pytest.raises(ValueError, match=words):
+        generate(model, prompt, 3, num_beams=2)
+
+
 @pytest.mark.parametrize("fields, words", [
     ({"seq_len": 99}, "seq_len = 99"), ({"stride": 9}, "stride = 9"), ({"memory": "tape"}, "tape")])
 def test_config_refuses_what_does_not_fit(fields, words):
