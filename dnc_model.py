@@ -323,12 +323,14 @@ class DNCGPT2ForCausalLM(StatefulCausalLM):
 
     @classmethod
     def from_pretrained(cls, *args: object, output_loading_info: bool = False, **kwargs: object):
-        """As PreTrainedModel's; what a file lacks, such as a memory that is new, starts as in a
-        model that was built."""
+        """As PreTrainedModel's; what a file lacks, such as a memory that is new, or has in another
+        size (ignore_mismatched_sizes) starts as in a model that was built."""
         model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
-        if info["missing_keys"]:
+        mismatched = {name for name, *_ in info["mismatched_keys"]}
+        names = mismatched.union(info["missing_keys"])
+        if names:
             fresh, own = cls(model.config).state_dict(), model.state_dict()
-            for name in info["missing_keys"]:
+            for name in names:
                 own[name].copy_(fresh[name])
         return (model, info) if output_loading_info else model
 

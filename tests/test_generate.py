@@ -453,6 +453,26 @@ def test_what_a_file_lacks_starts_as_it_is_built(tmp_path):
     assert torch.allclose(row_key @ row_key.T, torch.eye(len(row_key)), atol=1e-5)
 
 
+def test_what_a_file_has_in_another_size_starts_as_it_is_built(tmp_path):
+    """Wider rows, another read head: what fits is the file's; the rest has the chosen first value,
+    or is drawn as widely."""
+    model, wider = make(torch.float32), {"mem_width": 16, "num_reads": 3}
+    model.save_pretrained(tmp_path)
+    loaded, info = dm.DNCGPT2ForCausalLM.from_pretrained(
+        tmp_path, ignore_mismatched_sizes=True, output_loading_info=True, **wider)
+    changed = {name for name, *_ in info["mismatched_keys"]}
+    assert {"memory.read_proj.weight", "memory.interface.row_key.weight"} <= changed
+    torch.manual_seed(0)
+    built, again = (dm.DNCGPT2ForCausalLM(loaded.config).state_dict() for _ in range(2))
+    for name, weight in loaded.state_dict().items():
+        if name not in changed:
+            assert torch.equal(weight, model.state_dict()[name]), name
+        elif torch.equal(built[name], again[name]):
+            assert torch.equal(weight, built[name]), name
+        else:
+            assert 0 < weight.abs().max() < 3 * built[name].abs().max(), name
+
+
 def test_padding_alone_is_refused():
     with pytest.raises(ValueError, match="every one is padding"):
         make()(draw(1, 3), attention_mask=torch.zeros(1, 3, dtype=torch.long))
