@@ -4261,9 +4261,11 @@ def misfit(value: object, hint: object) -> str:
     return "" if fits else words[hint]
 
 
-def check_fields(config: object) -> None:
-    """Raise ValueError unless every field of a Config is what its annotation says."""
-    for name, hint in get_type_hints(type(config), include_extras=True).items():
+def check_fields(config: object, hints: dict[str, object] | None = None) -> None:
+    """Raise ValueError unless every field of a Config is what its annotation says; or of other
+    fields, whose types are given by name."""
+    hints = hints or get_type_hints(type(config), include_extras=True)
+    for name, hint in hints.items():
         value = getattr(config, name)
         reason = misfit(value, hint)
         require(not reason, name, value, reason)
@@ -4286,15 +4288,21 @@ def check_config(config: Config) -> None:
     check_rows(config, rule)
     rule("routing_fraction", config.routing_fraction > 0, "above 0; without it: lambda_routing 0")
     rule("eval_rows", config.eval_rows >= 2, "2 or more")
+    check_rows_and_links(config)
+    rule("text", config.text.strip() and not re.search("[\ud800-\udfff]", config.text),
+         "words in UTF-8")
+    rule("use_compile", not config.use_compile or config.num_gpus != 2,
+         "False on two GPUs; set num_gpus=1")
+
+
+def check_rows_and_links(config: object) -> None:
+    """Raise ValueError where the fields of a DNC do not go together."""
+    rule = functools.partial(require_field, config)
     rule("mem_width", not config.split_rows or config.mem_width >= 2, "2 or more to be split")
     rule("mask_min", not config.split_rows or config.mask_min == 1,
          "1 with split rows, whose key half takes the place of masks; set split_rows False")
     rule("sharpen_links", config.use_links or not config.sharpen_links,
          "False without links; set use_links True as well")
-    rule("text", config.text.strip() and not re.search("[\ud800-\udfff]", config.text),
-         "words in UTF-8")
-    rule("use_compile", not config.use_compile or config.num_gpus != 2,
-         "False on two GPUs; set num_gpus=1")
 
 
 def check_rows(config: Config, rule: Callable) -> None:

@@ -9,6 +9,7 @@ window of attention.
 """
 
 from pathlib import Path
+from typing import Literal, get_type_hints
 
 import torch
 import torch.nn.functional as F
@@ -18,9 +19,15 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils import can_return_tuple
 
 from dnc_gpt2 import (
+    Count,
+    NotNegative,
     Pointer,
     Reading,
+    Share,
+    Whole,
     build_memory,
+    check_fields,
+    check_rows_and_links,
     map_state,
     point,
     read_on,
@@ -218,29 +225,29 @@ TINY_BASE = {"vocab_size": 256, "n_embd": 32, "n_layer": 2, "n_head": 2, "n_posi
 
 class DNCGPT2Config(PretrainedConfig):
     """GPT-2's configuration, `base`, and the fields of dnc_gpt2.Config that say what the memory is,
-    under the same names."""
+    under the same names and of the same types."""
     model_type = "dnc_gpt2"
 
     def __init__(self, base: dict | None = None,
-                 seq_len: int = 0,  # W, tokens of the window, 0 = the base's positions
-                 stride: int = 0,  # tokens that leave a full window, 0 = half of it
-                 memory: str = "dnc",  # dnc | gru | delta | cache | none
-                 mem_slots: int = 64,
-                 mem_width: int = 128,
-                 num_reads: int = 4,
+                 seq_len: Whole = 0,  # W, tokens of the window, 0 = the base's positions
+                 stride: Whole = 0,  # tokens that leave a full window, 0 = half of it
+                 memory: Literal["dnc", "gru", "delta", "cache", "none"] = "dnc",
+                 mem_slots: Count = 64,
+                 mem_width: Count = 128,
+                 num_reads: Count = 4,
                  pointing: bool = True,
                  pointer_gate: bool = False,  # pointing is learnt from nothing: step 0 is the base
                  split_rows: bool = True,
-                 row_key: str = "previous",
+                 row_key: Literal["previous", "own"] = "previous",
                  empty_slot: bool = True,
-                 usage_decay: float | str = "auto",
-                 min_surprisal: float = 0.0,  # as in folders that are older than it
+                 usage_decay: Share | Literal["auto"] = "auto",
+                 min_surprisal: NotNegative = 0.0,  # as in folders that are older than it
                  use_links: bool = False,
-                 mask_min: float = 1.0,
+                 mask_min: Share = 1.0,
                  dealloc_wipe: bool = False,
                  sharpen_links: bool = False,
-                 lambda_vocabulary: float = 1.0,  # of the vocabulary's own loss in training
-                 scan: str = "auto",
+                 lambda_vocabulary: NotNegative = 1.0,  # of the vocabulary's own loss in training
+                 scan: Literal["auto", "eager", "fused"] = "auto",
                  **kwargs) -> None:
         auto_map = {
             "AutoConfig": "dnc_model.DNCGPT2Config",
@@ -274,8 +281,16 @@ class DNCGPT2Config(PretrainedConfig):
         self.lambda_vocabulary = lambda_vocabulary
         self.scan = scan
 
+    @classmethod
+    def field_types(cls) -> dict[str, object]:
+        """What each field of the memory has to be, by its name."""
+        hints = get_type_hints(cls.__init__, include_extras=True)
+        return {name: hint for name, hint in hints.items() if name not in ("base", "return")}
+
     def check(self) -> None:
         """Raise ValueError with field, value and requirement where a field does not fit."""
+        check_fields(self, self.field_types())
+        check_rows_and_links(self)
         positions = GPT2Config(**self.base).n_positions
         if not 1 <= self.seq_len <= positions:
             raise ValueError(f"seq_len = {self.seq_len}: must be from 1 to the base's positions "
@@ -283,9 +298,6 @@ class DNCGPT2Config(PretrainedConfig):
         if not 0 <= self.stride <= self.seq_len:
             raise ValueError(f"stride = {self.stride}: must be from 0 (half of the window) to "
                              f"seq_len ({self.seq_len})")
-        kinds = ("dnc", "gru", "delta", "cache", "none")
-        if self.memory not in kinds:
-            raise ValueError(f"memory = {self.memory!r}: must be one of {', '.join(kinds)}")
 
 
 # ══ Model ════════════════════════════════════════════════════════════════════════════════════════
@@ -311,11 +323,17 @@ class DNCGPT2ForCausalLM(StatefulCausalLM):
     @classmethod
     def from_gpt2(cls, name: str, **fields: object) -> "DNCGPT2ForCausalLM":
         """A pretrained GPT-2, by hub name or folder, with a fresh memory: fields of DNCGPT2Config.
-        Its logits are GPT-2's until the memory has learnt something."""
+        Its logits are GPT-2's until the memory has learnt something. Raises ValueError for a field
+        that neither it nor transformers has."""
+        tokens = ("bos_token_id", "eos_token_id", "pad_token_id")
+        own = DNCGPT2Config.field_types()
+        for field in fields:
+            if field not in {*own, *tokens, *vars(PretrainedConfig())}:
+                raise ValueError(f"{field}: must be a field of DNCGPT2Config: {', '.join(own)}")
         controller = GPT2Model.from_pretrained(name)
         base = controller.config.to_dict()
         shipped = {"pointer_gate": True, "min_surprisal": 4.0}
-        for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        for name in tokens:
             shipped[name] = getattr(controller.config, name, None)
         model = cls(DNCGPT2Config(base=base, **shipped | fields))
         model.controller.load_state_dict(controller.state_dict())

@@ -328,10 +328,36 @@ def test_generate_refuses_outputs_that_there_are_none_of(name):
 
 
 @pytest.mark.parametrize("fields, words", [
-    ({"seq_len": 99}, "seq_len = 99"), ({"stride": 9}, "stride = 9"), ({"memory": "tape"}, "tape")])
+    ({"seq_len": 99}, "seq_len = 99"), ({"stride": 9}, "stride = 9"), ({"memory": "tape"}, "tape"),
+    ({"seq_len": 2.5}, "seq_len = 2.5: must be a whole number"),
+    ({"stride": -1}, "stride = -1: must be 0 or more"),
+    ({"mem_slots": 0}, "mem_slots = 0: must be above 0"),
+    ({"mem_slots": True}, "mem_slots = True: must be a whole number"),
+    ({"mem_width": 1}, "mem_width = 1: must be 2 or more to be split"),
+    ({"num_reads": "4"}, "num_reads = '4': must be a whole number"),
+    ({"pointing": "yes"}, "pointing = 'yes': must be True or False"),
+    ({"row_key": "foo"}, "row_key = 'foo': must be one of previous, own"),
+    ({"usage_decay": 3.0}, "usage_decay = 3.0: must be from 0 to 1, or one of auto"),
+    ({"usage_decay": "x"}, "usage_decay = 'x': must be a finite number, or one of auto"),
+    ({"usage_decay": math.nan}, "usage_decay = nan: must be a finite number, or one of auto"),
+    ({"min_surprisal": -1.0}, "min_surprisal = -1.0: must be 0 or more"),
+    ({"mask_min": 0.5}, "mask_min = 0.5: must be 1 with split rows"),
+    ({"sharpen_links": True}, "sharpen_links = True: must be False without links"),
+    ({"lambda_vocabulary": None}, "lambda_vocabulary = None: must be a finite number"),
+    ({"scan": "fast"}, "scan = 'fast': must be one of auto, eager, fused")])
 def test_config_refuses_what_does_not_fit(fields, words):
-    with pytest.raises(ValueError, match=words):
+    with pytest.raises(ValueError, match=words) as error:
         make(**fields)
+    assert "\n" not in str(error.value)
+
+
+def test_config_keeps_what_transformers_or_others_write_in_it():
+    """As every configuration does; a wrong name among the fields of from_gpt2 is one of ours."""
+    config = dm.DNCGPT2Config(written_by="someone", usage_decay=1, mask_min=1)
+    config.check()
+    assert config.written_by == "someone" and config.mem_slots == 64
+    with pytest.raises(ValueError, match="^mem_slotz: must be a field of .* mem_slots, "):
+        dm.DNCGPT2ForCausalLM.from_gpt2("nowhere", mem_slotz=4)
 
 
 # ══ A pretrained GPT-2, training, saving ═════════════════════════════════════════════════════════
