@@ -301,7 +301,9 @@ class DNCGPT2Config(PretrainedConfig):
 
 
 # ══ Model ════════════════════════════════════════════════════════════════════════════════════════
-class DNCGPT2ForCausalLM(StatefulCausalLM):
+# GenerationMixin is named once more: where it is no direct base, the Auto classes load a subclass
+# of the same name, and what pickle finds under that name is not the class of the model.
+class DNCGPT2ForCausalLM(StatefulCausalLM, GenerationMixin):
     """GPT2Model, the memory over its last hidden states, the head tied to the embedding.
 
     When the window is full its first `stride` tokens leave it and the rest is encoded again; the

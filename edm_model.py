@@ -21,7 +21,14 @@ from typing import Literal, NamedTuple, get_args
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModel, GPT2Config, LlamaConfig, PretrainedConfig
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    GenerationMixin,
+    GPT2Config,
+    LlamaConfig,
+    PretrainedConfig,
+)
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import can_return_tuple
@@ -950,7 +957,7 @@ def dequantize(transformer: nn.Module) -> None:
 
 
 # ══ Model ════════════════════════════════════════════════════════════════════════════════════════
-class EDMForCausalLM(StatefulCausalLM):
+class EDMForCausalLM(StatefulCausalLM, GenerationMixin):  # a direct base, as of the DNC's class
     """tokens, embeddings, early memory, base up to read_layer, notebook, base, late memory, head.
 
     When the window is full its first `stride` tokens leave it, into the memories, and the rest is
@@ -1327,7 +1334,7 @@ class EDMForCausalLM(StatefulCausalLM):
         return CausalLMOutputWithPast(loss=loss, logits=logits, **{CACHE: cache})
 
 
-class EDMGPT2ForCausalLM(EDMForCausalLM):
+class EDMGPT2ForCausalLM(EDMForCausalLM, GenerationMixin):
     """As EDMForCausalLM, of a GPT-2."""
     config_class = EDMGPT2Config
 

@@ -249,7 +249,7 @@ def test_inputs_that_do_not_fit_are_refused(kind):
 
 # ══ Saved folders, memory files ══════════════════════════════════════════════════════════════════
 ELSEWHERE = """
-import importlib.util, sys
+import importlib.util, pickle, sys
 import torch
 torch.set_num_threads(1)
 from transformers import AutoModelForCausalLM, AutoTokenizer, TextStreamer, pipeline
@@ -264,6 +264,7 @@ for kind in sys.argv[2:]:
     tokens, prompt = torch.load(folder + "/tokens.pt")
     payload = torch.load(folder + "/" + kind + ".pt", weights_only=True)
     state = module.unpack_memory(payload, model)
+    assert type(pickle.loads(pickle.dumps(model))) is type(model)  # as to another process
     options = {"max_new_tokens": 30, "do_sample": False, "eos_token_id": None}
     with torch.no_grad():
         results[kind] = {

@@ -610,7 +610,7 @@ def same_weights(one, other) -> None:
 
 
 ELSEWHERE = """
-import importlib.util, sys
+import importlib.util, pickle, sys
 import torch
 torch.set_num_threads(1)
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -622,6 +622,7 @@ for parameter in model.parameters():  # to aligned memory, as in the process tha
 module = sys.modules[type(model).__module__]
 tokens, prompt = torch.load(folder + "/tokens.pt")
 state = module.unpack_memory(torch.load(folder + "/memory.pt", weights_only=True), model)
+assert type(pickle.loads(pickle.dumps(model))) is type(model)  # as to another process
 with torch.no_grad():
     results = {
         "logits": model(tokens).logits,

@@ -526,7 +526,7 @@ def exported(finished, tmp_path_factory) -> Path:
 
 
 ELSEWHERE = """
-import importlib.util, sys, warnings
+import importlib.util, pickle, sys, warnings
 import torch
 warnings.simplefilter("error", FutureWarning)
 torch.set_num_threads(1)
@@ -544,7 +544,11 @@ other = AutoModel.from_pretrained(folder, trust_remote_code=True)
 assert type(other).__name__ == type(model).__name__
 tokens = torch.load(out + "/tokens.pt")
 with torch.no_grad():
-    logits = model(tokens).logits
+    result = model(tokens)
+    logits, cache = result.logits, result[sys.modules[type(model).__module__].CACHE]
+    sent, sent_cache = pickle.loads(pickle.dumps((model, cache)))  # as to another process
+    later, wanted = sent(tokens, cache=sent_cache).logits, model(tokens, cache=cache).logits
+assert torch.equal(later, wanted)
 batch = tokenizer(["Ba den", "Fi gor hul ka lem ni or"], return_tensors="pt", padding=True)
 together = model.generate(**batch, max_new_tokens=8, do_sample=False)
 alone = tokenizer(["Ba den"], return_tensors="pt")
