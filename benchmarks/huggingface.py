@@ -15,6 +15,7 @@ import argparse
 import importlib.util
 import json
 import os
+import pickle
 import sys
 import tempfile
 import time
@@ -38,6 +39,7 @@ from transformers import (  # noqa: E402
     AutoModel,
     AutoModelForCausalLM,
     AutoTokenizer,
+    DynamicCache,
     TextIteratorStreamer,
     Trainer,
     TrainingArguments,
@@ -336,6 +338,30 @@ def auto_model(case: Case) -> None:
     AutoModel.from_pretrained(case.folder, trust_remote_code=True)
 
 
+def pickled(case: Case) -> None:
+    """As torch.save and a spawned process do it."""
+    prompt = case.prompt()
+    sent = pickle.loads(pickle.dumps(case.model))
+    with torch.no_grad():
+        require_equal(sent(prompt).logits, case.model(prompt).logits)
+
+
+def as_a_tuple(case: Case) -> None:
+    """Tokens of int32, an output without names."""
+    prompt = case.prompt()
+    with torch.no_grad():
+        logits, _ = case.model(prompt.int(), return_dict=False)
+    require_equal(logits.log_softmax(-1), case.log_p(prompt))
+
+
+def hidden_states(case: Case) -> None:
+    case.generate(case.prompt(), output_hidden_states=True, return_dict_in_generate=True)
+
+
+def cache_of_transformers(case: Case) -> None:
+    case.generate(case.prompt(), **{dm.CACHE: DynamicCache()})
+
+
 def inputs_embeds(case: Case) -> None:
     case.model(inputs_embeds=torch.zeros(1, 3, 32))
 
@@ -389,6 +415,10 @@ USES: dict[str, tuple[Callable[[Case], None], str]] = {  # and the package that 
     "saved again": (saved_again, ""),
     "resized, saved, loaded": (resized, ""),
     "AutoModel": (auto_model, ""),
+    "pickled": (pickled, ""),
+    "int32, return_dict=False": (as_a_tuple, ""),
+    "output_hidden_states": (hidden_states, ""),
+    "a cache of transformers' own": (cache_of_transformers, ""),
     "inputs_embeds": (inputs_embeds, ""),
     "gradient checkpointing": (gradient_checkpointing, ""),
     "lm-eval, batches and rolling": (lm_eval, "lm_eval"),
