@@ -1597,11 +1597,7 @@ def print_comparison(reference: list[Run], other: list[Run], corpus: "Corpus") -
         if metric.label:
             print_metric(metric, old, new)
 
-    mark = MARKS[-paired(old, new, "nll").sign]
-    for label, value, form in TEXT_ROWS:
-        before = [value(result) for result in old]
-        after = [value(result) for result in new]
-        print_row(label, before, after, form, mark)
+    print_text_rows(old, new)
     test_perplexity = METRICS[0]._replace(label="Test perplexity ↓")
     print_metric(test_perplexity, split_of(reference, "test"), split_of(other, "test"))
     before, after = at_equal_time([reference, other])
@@ -1610,6 +1606,15 @@ def print_comparison(reference: list[Run], other: list[Run], corpus: "Corpus") -
         print_row(label, values_of(reference, key), values_of(other, key), form)
     print(f"{LINE}\n{explanation(config)}")
     print_equal_time(config)
+
+
+def print_text_rows(old: list[dict], new: list[dict]) -> None:
+    """The rows of TEXT_ROWS, marked as the loss is."""
+    mark = MARKS[-paired(old, new, "nll").sign]
+    for label, value, form in TEXT_ROWS:
+        before = [value(result) for result in old]
+        after = [value(result) for result in new]
+        print_row(label, before, after, form, mark)
 
 
 def print_equal_time(config: Config) -> None:
@@ -4165,6 +4170,23 @@ def card_table(columns: dict[str, dict]) -> list[str]:
     return [*lines, "| Test perplexity ↓ | " + " | ".join(cells) + " |"]
 
 
+def exported_settings(model: GPT2WithMemory, controller: dict, vocabulary: int) -> dict:
+    """What config.json of an exported folder says, but for the tokens that end a text."""
+    settings = {
+        "architectures": ["DNCGPT2ForCausalLM"],
+        "auto_map": {
+            "AutoConfig": "dnc_model.DNCGPT2Config",
+            "AutoModel": "dnc_model.DNCGPT2ForCausalLM",  # with its head: there is none without
+            "AutoModelForCausalLM": "dnc_model.DNCGPT2ForCausalLM",
+        },
+        "model_type": "dnc_gpt2",
+        "base": controller | {"vocab_size": vocabulary},
+        "dtype": "float32",
+        "scan": "eager",  # the folder carries no kernels
+    }
+    return settings | {name: getattr(model.config, name) for name in CARRIED_FIELDS}
+
+
 def export_model(trained: Trained, folder: Path, config: Config) -> None:
     """Write weights, configuration, tokenizer, code and model card into a folder. Raises ValueError
     where it cannot be written."""
@@ -4178,19 +4200,7 @@ def export_model(trained: Trained, folder: Path, config: Config) -> None:
     embedding = "controller.wte.weight"
     tokenizer, weights[embedding] = with_end_token(trained.tokenizer, weights[embedding])
     vocabulary = len(weights[embedding])
-    settings = {
-        "architectures": ["DNCGPT2ForCausalLM"],
-        "auto_map": {
-            "AutoConfig": "dnc_model.DNCGPT2Config",
-            "AutoModel": "dnc_model.DNCGPT2ForCausalLM",  # with its head: there is none without
-            "AutoModelForCausalLM": "dnc_model.DNCGPT2ForCausalLM",
-        },
-        "model_type": "dnc_gpt2",
-        "base": json.loads(payload["controller"]) | {"vocab_size": vocabulary},
-        "dtype": "float32",
-        "scan": "eager",  # the folder carries no kernels
-    }
-    settings |= {name: getattr(model.config, name) for name in CARRIED_FIELDS}
+    settings = exported_settings(model, json.loads(payload["controller"]), vocabulary)
     ends = {f"{name}_token_id": tokenizer.eos_token_id for name in ("bos", "eos", "pad")}
 
     # Until all of it is written there is no config.json, without which nothing loads the folder.
