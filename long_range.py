@@ -1164,12 +1164,18 @@ def free_fields(job: Job) -> set[str]:
     return free
 
 
-def load_checkpoint(config: Config, job: Job) -> dict:
-    """Read a finished run. Raises ValueError when it is missing, damaged, renamed, or of other
-    fields or data."""
+def trained_path(config: Config, job: Job) -> Path:
+    """The checkpoint of a job. Raises ValueError when it is not there."""
     path = job.path(config)
     require(path.is_file(), "checkpoint", str(path),
             "there; run: python long_range.py train, with the same fields")
+    return path
+
+
+def load_checkpoint(config: Config, job: Job) -> dict:
+    """Read a finished run. Raises ValueError when it is missing, damaged, renamed, or of other
+    fields or data."""
+    path = trained_path(config, job)
     payload = load_tensors(path, CHECKPOINT_KEYS, "delete it, or set another save_dir")
     free = free_fields(job)
     with reading(path, "delete it, or set another save_dir"):
@@ -1655,8 +1661,9 @@ def read_results(config: Config) -> dict[str, list[dict]]:
 
 
 def identity(config: Config, job: Job) -> str:
-    """sha256 of all that the measurements of a run depend on."""
-    digest = hashlib.sha256(job.path(config).read_bytes())
+    """sha256 of all that the measurements of a run depend on. Raises ValueError where it has not
+    been trained."""
+    digest = hashlib.sha256(trained_path(config, job).read_bytes())
     _, of_data = load_data(config, job.task, "test")
     digest.update(of_data.encode())
     computed_with = f"{hardware()} {torch.__version__} {config.scan}"

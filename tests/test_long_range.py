@@ -1357,6 +1357,17 @@ def test_checkpoint_damaged_or_missing_is_refused(copied):
         path.unlink(missing_ok=True)
 
 
+def test_compare_says_which_further_seed_is_not_trained_and_how_to_train_it(trained, capsys):
+    """As a seed that stands alone does, and nothing is written."""
+    before = files(folder_of(trained))
+    lines = []
+    for seeds in ("7", "0,7"):
+        assert lr.main(["compare", *argv_of(folder_of(trained), seeds=seeds)]) == 2
+        lines.append(error_line(capsys.readouterr().err))
+    assert lines[0] == lines[1] and "_seed7_" in lines[0] and "long_range.py train" in lines[0]
+    assert files(folder_of(trained)) == before
+
+
 # ── What a conclusion hangs on ───────────────────────────────────────────────────────────────────
 @pytest.mark.parametrize("task", ["repeats", "mqar"])
 def test_chance_is_counted_in_training_alone(task, tmp_path):
