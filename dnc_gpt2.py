@@ -3280,20 +3280,20 @@ def embedded_documents() -> dict[str, list[tuple[str, str]]]:
     return splits
 
 
-def folder_texts(folder: str) -> dict[str, list]:
+def folder_texts(folder: str, field: str = "dataset") -> dict[str, list]:
     """Read train.txt, valid.txt and test.txt (UTF-8), each one document, a TextFile if it is large.
-    Raises ValueError naming file and remedy."""
+    Raises ValueError naming file and remedy, and the field that the folder is the value of."""
     texts = {}
     for split in SPLITS:
         path = Path(folder) / f"{split}.txt"
-        require(path.is_file(), "dataset", folder, "a folder with train.txt, valid.txt and "
+        require(path.is_file(), field, folder, "a folder with train.txt, valid.txt and "
                 f"test.txt ({path.name} is missing), or a hub id")
-        document = TextFile(path, folder)
+        document = TextFile(path, folder, field)
         if path.stat().st_size <= WHOLE:
             document = document.text()
         texts[split] = [document]
         some = any(piece.strip() for piece in pieces_of(document))
-        require(some, "dataset", folder, f"text ({path.name} has none)")
+        require(some, field, folder, f"text ({path.name} has none)")
     return texts
 
 
@@ -3404,6 +3404,7 @@ class TextFile:
     """A file of text in UTF-8, whose lines may end in any way."""
     path: Path
     dataset: str  # that it is of, for errors
+    field: str = "dataset"  # which names that one
 
     def text(self) -> str:
         """All of it. Raises ValueError, as pieces does, where it is not UTF-8."""
@@ -3426,8 +3427,9 @@ class TextFile:
         try:
             text = data.decode("utf-8")
         except UnicodeDecodeError as error:
-            raise ValueError(f"dataset = {self.dataset!r}: {self.path.name} is not UTF-8 (at byte "
-                             f"{at + error.start}); convert it, for example with iconv") from None
+            raise ValueError(f"{self.field} = {self.dataset!r}: {self.path.name} is not UTF-8 (at "
+                             f"byte {at + error.start}); convert it, for example with iconv"
+                             ) from None
         return text.replace("\r\n", "\n").replace("\r", "\n")
 
 

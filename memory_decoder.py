@@ -391,7 +391,7 @@ def folder_domain(folder: str) -> dict[str, list[Document]]:
             "auto")
     if all((Path(folder) / f"{split}.txt").is_file() for split in ("train", "valid", "test")):
         return {split: [Document(text, f"{split}.txt") for text in texts]
-                for split, texts in folder_texts(folder).items()}
+                for split, texts in folder_texts(folder, "domain").items()}
     documents = []
     for path in sorted(Path(folder).rglob("*.txt")):
         if not path.is_file():  # a pipe or a device, which may never end

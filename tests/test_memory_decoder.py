@@ -904,6 +904,20 @@ def test_a_folder_of_any_text_files_is_split_and_bad_ones_are_one_line(tmp_path)
     assert len(md.folder_domain(str(one))["train"]) == 28
 
 
+@pytest.mark.parametrize("content, said", [(b"a\xff", "test.txt is not UTF-8 (at byte 1)"),
+                                           (b" \n", "text (test.txt has none)")])
+def test_a_bad_split_of_a_folder_is_named_by_its_field(content, said, checkpoint, text_folder,
+                                                       tmp_path, capsys, monkeypatch):
+    """Also where a file is so large that it is read in pieces."""
+    folder = shutil.copytree(text_folder, tmp_path / "text")
+    (folder / "test.txt").write_bytes(content)
+    for whole in (dnc_gpt2.WHOLE, 0):
+        monkeypatch.setattr(dnc_gpt2, "WHOLE", whole)
+        assert md.main(["build", *argv_of(tmp_path, checkpoint, str(folder))]) == 2
+        line = error_line(capsys.readouterr().err)
+        assert line.startswith(f"error: domain = {str(folder)!r}: ") and said in line
+
+
 # ── Decoder and training ─────────────────────────────────────────────────────────────────────────
 @pytest.mark.parametrize("kind", ["hidden", "tokens"])
 def test_one_token_through_the_half_precision_head_is_close_to_the_whole_one(kind):
