@@ -4535,14 +4535,15 @@ def ending(error: BaseException, sizes: str) -> tuple[str, int]:
 
 
 def run_command(job: Callable[[StopSignal], None], again: list[str], saved: str,
-                sizes: str = "batch_size or seq_len") -> int:
+                sizes: str = "batch_size or seq_len", go_on: str = "continue with") -> int:
     """Run the job of a command -> exit code: 0, 1 diverged, 2 a user's mistake, 128 + signal.
 
     again: the command line that goes on where this one was stopped; saved: what is then on disk;
-    sizes: the fields to make smaller where memory is short. Errors are one line on stderr.
+    sizes: the fields to make smaller where memory is short; go_on: what is said before again.
+    Errors are one line on stderr.
     """
     stop = StopSignal()
-    farewell = f"\nstopped; {saved}; continue with:\n  {launcher()} {shlex.join(again)}\n"
+    farewell = f"\nstopped; {saved}; {go_on}:\n  {launcher()} {shlex.join(again)}\n"
     try:
         with stop.listening(farewell):
             job(stop)
@@ -5793,15 +5794,22 @@ def compare_arms(config: Config, corpus: Corpus, device: torch.device, gpus: int
     report(runs, config, corpus, hardware, stop)
 
 
-def check_commands(config: Config, argv: list[str]) -> None:
+WITHOUT_TRAINING = ("inspect", "export", "generate")  # the fields that ask for something else
+
+
+def asks_for(argv: list[str], *names: str) -> bool:
+    """Whether a command line sets one of these fields."""
+    return not {f"--{name}" for name in names}.isdisjoint(word.partition("=")[0] for word in argv)
+
+
+def check_commands(config: object, argv: list[str],
+                   names: tuple[str, ...] = (*WITHOUT_TRAINING, "resume")) -> None:
     """Raise ValueError where two commands are given, or one with nothing, as an unset variable of a
-    shell gives it: it would start a training."""
-    for name in ("inspect", "export", "generate", "resume"):
-        asked = any(word.partition("=")[0] == f"--{name}" for word in argv)
-        value = getattr(config, name)
-        require_field(config, name, value.strip() != "" or not asked, "not empty; leave it out to "
-                      "train")
-    given = [name for name in ("inspect", "export", "generate", "resume") if getattr(config, name)]
+    shell gives it: it would start a training. names: the fields of a Config that hold commands."""
+    for name in names:
+        is_given = getattr(config, name).strip() != "" or not asks_for(argv, name)
+        require_field(config, name, is_given, "not empty; leave it out to train")
+    given = [name for name in names if getattr(config, name)]
     require(len(given) < 2, given[-1] if given else "", "also given", "alone: one command at a "
             f"time; leave out all but one of {', '.join(given)}")
 
@@ -5823,9 +5831,11 @@ def main(argv: list[str]) -> int:
         else:
             run_comparison(config, preset, stop)
 
-    again = ["dnc_gpt2.py", *argv, "--resume", "auto"]
+    again, said = ["dnc_gpt2.py", *argv], {"saved": "nothing to save", "go_on": "run it again with"}
+    if not asks_for(argv, *WITHOUT_TRAINING):
+        again, said = [*again, "--resume", "auto"], {"saved": "training is saved"}
     with first_rank_speaks():
-        return run_command(job, again, saved="training is saved", sizes=SIZES)
+        return run_command(job, again, sizes=SIZES, **said)
 
 
 if __name__ == "__main__":

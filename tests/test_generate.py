@@ -8,6 +8,7 @@ import json
 import math
 import os
 import re
+import signal
 import subprocess
 import sys
 import warnings
@@ -705,6 +706,17 @@ def test_show_gates_of_a_model_without_gates_is_refused(finished, main, capsys):
     path = next(finished.save_dir.glob("GPT2_Baseline_FINAL*.pt"))
     argv = ["--generate=Ba", f"--checkpoint={path}", "--show_gates=True"]
     assert main(argv) == 2 and "no write gates" in error_line(capsys.readouterr().err)
+
+
+def test_a_stopped_generation_does_not_speak_of_training(finished, main, capsys, monkeypatch):
+    """Nothing was to be saved: --resume auto would start a training."""
+    path = next(finished.save_dir.glob("GPT2_+_DNC_FINAL*.pt"))
+    monkeypatch.setattr(dnc_gpt2, "pick_token", lambda *_: signal.raise_signal(signal.SIGINT))
+    argv = ["--generate", "Ba", f"--checkpoint={path}"]
+    assert main(argv) == 128 + signal.SIGINT
+    said = capsys.readouterr().err.strip().splitlines()
+    assert said[0] == "stopped; nothing to save; run it again with:"
+    assert said[1].endswith(f"dnc_gpt2.py {' '.join(argv)}") and len(said) == 2
 
 
 def test_damaged_newest_checkpoint_is_passed_over(finished, tmp_path, main, capsys):
