@@ -58,7 +58,8 @@ from dnc_gpt2 import (
     # checks
     check_fields, check_memory, controller_parameters, require, require_field,
     # the shell of a command, and its device
-    Diverged, StopSignal, local_device, print_any_character, read_config, run_command,
+    Diverged, StopSignal, asks_for, check_commands, local_device, print_any_character, read_config,
+    run_command,
     # files
     check_file, check_folder, file_sha, growing, load_tensors, locked, read_json, reading,
     save_tensors, write_json, write_text,
@@ -1104,34 +1105,71 @@ def load_memory(model: EDMForCausalLM, path: str | Path) -> EDMGPT2State:
                          ) from None
 
 
+class Stream:
+    """The text of tokens as they come."""
+
+    def __init__(self, tokenizer: object) -> None:
+        self.tokenizer, self.said = tokenizer, []
+        self.begin = self.shown = 0  # said[begin:shown] is what the next piece is decoded behind
+
+    def piece(self, token: int) -> str:
+        """What a token adds to the text; "" within a character of several tokens."""
+        self.said.append(token)
+        text = self.rest()
+        is_part = text.endswith("\ufffd") and len(self.said) - self.shown < 4  # bytes of it
+        if is_part or not text:
+            return ""
+        self.begin, self.shown = self.shown, len(self.said)
+        return text
+
+    def rest(self) -> str:
+        """What was said and is in no piece yet."""
+        before = self.tokenizer.decode(self.said[self.begin : self.shown])
+        return self.tokenizer.decode(self.said[self.begin :])[len(before) :]
+
+
 @torch.no_grad()
 def continue_text(model: EDMForCausalLM, tokenizer: object, prompt: str, config: Config,
-                  state: EDMGPT2State | None = None) -> EDMGPT2State:
-    """Print a continuation, and for each of its tokens the earlier tokens that it recalled most.
-    The prompt is tokenized by line, as the text that the memories were trained on."""
+                  state: EDMGPT2State | None = None, stop: StopSignal | None = None,
+                  keep: Callable[[EDMGPT2State], None] = lambda state: None) -> EDMGPT2State:
+    """Stream a continuation, then print for each of its tokens the earlier tokens that it recalled
+    most. A signal to stop ends it behind a token. keep gets the state of all that was printed, then
+    too. The prompt is tokenized by line, as the text that the memories were trained on."""
     ids = encode_text(tokenizer, prompt)
     require(len(ids) > 0, "generate" if config.generate else "text", prompt,
             "text that the tokenizer knows")
-    state = state or model.init_state(1)
-    draw = torch.Generator().manual_seed(config.seed_list[0])
-    tokens = torch.tensor([ids], device=device())
-    continuation, recalls = [], []
-    for _ in range(config.new_tokens):
-        logits, state, passes = read_logits(model, tokens, state, slice(-1, None))
-        token = pick_token(logits[0, 0].cpu(), config.temperature, draw)
-        continuation.append(token)
-        recalls.append(recalled(passes[-1], state, tokenizer))
-        tokens = torch.tensor([[token]], device=device())
-    _, state, _ = read_tokens(model, tokens, state)
-
     print()
     print_heading(f"{prompt!r} goes on")
-    print(f"{prompt}{tokenizer.decode(continuation)}\n")
-    if any(recalls):
+    tokens = torch.tensor([ids], device=device())
+    read = read_logits(model, tokens, state or model.init_state(1), slice(-1, None))
+    stop = stop or StopSignal()
+    with stop.held():
+        print(prompt, end="", flush=True)
+        recalls, state = write_on(model, tokenizer, read, config, stop)
+        keep(state)
+
+    if any(recall for _, recall in recalls):
         print("  token         recalled (windows back, weight)")
-        for token, recall in zip(continuation, recalls, strict=True):
+        for token, recall in recalls:
             print(f"  {tokenizer.decode([token])!r:<14}{recall}")
     return state
+
+
+def write_on(model: EDMForCausalLM, tokenizer: object, read: tuple, config: Config,
+             stop: StopSignal) -> tuple[list[tuple[int, str]], EDMGPT2State]:
+    """Stream tokens behind what read_logits read, until there are enough or a signal has come ->
+    each with what it recalled, and the state behind the last."""
+    draw = torch.Generator().manual_seed(config.seed_list[0])
+    stream, recalls = Stream(tokenizer), []
+    logits, state, passes = read
+    while len(recalls) < config.new_tokens and not stop.signum:
+        token = pick_token(logits[0, 0].cpu(), config.temperature, draw)
+        recalls.append((token, recalled(passes[-1], state, tokenizer)))
+        print(stream.piece(token), end="", flush=True)
+        tokens = torch.tensor([[token]], device=device())
+        logits, state, passes = read_logits(model, tokens, state, slice(-1, None))
+    print(f"{stream.rest()}\n")
+    return recalls, state
 
 
 def recalled(last: Pass, state: EDMGPT2State, tokenizer: object, count: int = 3) -> str:
@@ -1154,15 +1192,15 @@ def recalled(last: Pass, state: EDMGPT2State, tokenizer: object, count: int = 3)
 
 
 # ══ Main ═════════════════════════════════════════════════════════════════════════════════════════
-def run_generation(config: Config) -> None:
+def run_generation(config: Config, stop: StopSignal) -> None:
     """--generate: continue a prompt with the model in save_dir; one process a memory_file."""
     if not config.memory_file:
-        generate(config)
+        generate(config, stop)
         return
     memory = Path(config.memory_file)
     check_folder(memory.parent, "memory_file")
     with locked(memory.parent, "memory_file", f".{memory.name}.lock"):
-        generate(config)
+        generate(config, stop)
 
 
 def kind_of_folder(folder: Path) -> type[EDMForCausalLM]:
@@ -1189,15 +1227,19 @@ def load_saved(config: Config) -> tuple[EDMForCausalLM, object]:
         return model, Tokenizer.from_file(str(folder / "tokenizer.json"))
 
 
-def generate(config: Config) -> None:
-    """As run_generation."""
+def generate(config: Config, stop: StopSignal) -> None:
+    """As run_generation. What was said until a signal is in memory_file too."""
     model, tokenizer = load_saved(config)
     state = None
     if config.memory_file and Path(config.memory_file).exists():
         state = load_memory(model, config.memory_file)
-    state = continue_text(model, tokenizer, config.generate, config, state)
+
+    def keep(state: EDMGPT2State) -> None:
+        if config.memory_file:
+            save_memory(state, model, config.memory_file)
+
+    continue_text(model, tokenizer, config.generate, config, state, stop, keep)
     if config.memory_file:
-        save_memory(state, model, config.memory_file)
         print(f"\nwrote {config.memory_file}")
 
 
@@ -1391,21 +1433,32 @@ def identity(base: Base, corpus: dnc_gpt2.Corpus, config: Config) -> str:
     return digest.hexdigest()
 
 
+def farewell(argv: list[str]) -> dict:
+    """What a command line says where it is stopped, as run_command takes it."""
+    again = [Path(__file__).name, *argv]
+    if not asks_for(argv, "generate"):
+        again += [] if asks_for(argv, "resume") else ["--resume", "auto"]
+        return {"again": again, "saved": "what was measured, and the training of a base, is saved"}
+    if asks_for(argv, "memory_file"):
+        return {"again": again, "saved": "memory_file holds the text until here",
+                "go_on": "go on behind it with"}
+    return {"again": again, "saved": "nothing to save", "go_on": "run it again with"}
+
+
 def main(argv: list[str]) -> int:
     """Run a command line -> exit code, as run_command gives them."""
 
     def job(stop: StopSignal) -> None:
         config = read_config(Config, argv, __doc__)
+        check_commands(config, argv, ("generate", "resume"))
+        is_file = config.memory_file.strip() != "" or not asks_for(argv, "memory_file")
+        require_field(config, "memory_file", is_file, "a file; leave it out to keep no notebook")
         if config.generate:
-            run_generation(config)
+            run_generation(config, stop)
         else:
             run_comparison(config)
 
-    again = [Path(__file__).name, *argv]
-    if "--resume" not in argv:
-        again += ["--resume", "auto"]
-    return run_command(job, again, saved="what was measured, and the training of a base, is saved",
-                       sizes=SIZES)
+    return run_command(job, sizes=SIZES, **farewell(argv))
 
 
 if __name__ == "__main__":

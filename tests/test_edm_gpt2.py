@@ -8,6 +8,8 @@ import contextlib
 import io
 import json
 import math
+import shutil
+import signal
 from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
@@ -491,6 +493,78 @@ def test_a_stopped_comparison_goes_on_from_what_it_measured(finished, monkeypatc
     assert eg.main(flags(fields)) == 2
     assert str(path) in error_line(capsys.readouterr().err)
     eg.write_json(whole, path)
+
+
+@pytest.fixture
+def copied(finished, tmp_path, monkeypatch) -> dict:
+    """The fields of that run, in a copy of its folder, which may be changed."""
+    shutil.copytree(finished.folder, tmp_path / "run")
+    monkeypatch.chdir(tmp_path / "run")
+    monkeypatch.setenv("HOME", str(tmp_path / "run"))
+    return RUN | {"base": "base", "dataset": "~/te$xt", "max_steps": 2, "eval_rows": 2,
+                  "recall_rows": 2, "topic_rows": 2, "new_tokens": 5}
+
+
+def written() -> dict[Path, bytes]:
+    """What a comparison writes, but for its locks."""
+    paths = [Path("plots/edm_gpt2.json"), *Path("checkpoints/edm_gpt2").iterdir()]
+    return {path: path.read_bytes() for path in paths if path.name[0] != "."}
+
+
+@pytest.mark.parametrize("words", [["--generate", ""], ["--generate= "], ["--resume="]])
+def test_command_with_nothing_is_refused_and_does_not_train(words, copied, capsys):
+    """As `--generate "$TEXT"` gives it where TEXT is not set."""
+    before = written()
+    assert eg.main([*flags(copied), *words]) == 2
+    assert "must be not empty; leave it out to train" in error_line(capsys.readouterr().err)
+    assert eg.main(["--generate", "the sea", "--memory_file", ""]) == 2
+    assert "memory_file = ''" in error_line(capsys.readouterr().err)
+    assert written() == before
+
+
+def test_stream_says_what_decode_says_and_no_half_characters(edm_tokenizer):
+    from tokenizers import Tokenizer, decoders, models
+
+    text = "né € 日 🂡 a"
+    names = [f"<0x{byte:02X}>" for byte in range(256)]
+    fallback = Tokenizer(models.BPE({name: i for i, name in enumerate(names)}, []))
+    fallback.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
+    every = np.random.default_rng(0).permutation(np.repeat(np.arange(97), 5)).tolist()
+    for tokenizer, ids in ((edm_tokenizer, every), (fallback, [*text.encode()])):
+        stream = eg.Stream(tokenizer)
+        pieces = [stream.piece(token) for token in ids]
+        assert "".join(pieces) + stream.rest() == tokenizer.decode(ids)
+        assert "\ufffd" not in "".join(pieces)
+    stream = eg.Stream(fallback)  # of bytes that are no character something is said too
+    assert all("".join(stream.piece(255) for _ in range(8)) for _ in range(9))
+
+
+def test_a_stopped_generation_has_printed_and_kept_what_it_said(copied, edm_tokenizer, capsys,
+                                                                monkeypatch):
+    """Behind the token at which the signal comes; the next turn goes on there."""
+    prompt = len(edm_tokenizer.encode("the sea", add_special_tokens=False).ids)
+    argv = ["--generate", "the sea", "--new_tokens", "3000000"]
+    recalled, said = eg.recalled, []
+
+    def watched(*args):
+        said.append(capsys.readouterr().out)
+        if len(said) % 7 == 0:
+            signal.raise_signal(signal.SIGINT)
+        return recalled(*args)
+
+    monkeypatch.setattr(eg, "recalled", watched)
+    for turn in (1, 2):
+        assert eg.main([*argv, "--memory_file", "notebook.pt"]) == 128 + signal.SIGINT
+        err = capsys.readouterr().err
+        assert "stopped; memory_file holds the text until here; go on behind it with:" in err
+        assert "--memory_file notebook.pt" in err and "--resume" not in err
+        model = em.EDMGPT2ForCausalLM.from_pretrained("checkpoints/edm_gpt2")
+        state = eg.load_memory(model, "notebook.pt")
+        assert int(state.start + state.fill) == turn * (prompt + 7)
+    assert said[0].endswith("the sea") and any(said[1:7])  # as it comes
+    assert eg.main(argv) == 128 + signal.SIGINT
+    err = capsys.readouterr().err
+    assert "stopped; nothing to save; run it again with:" in err and "--resume" not in err
 
 
 def test_generate_goes_on_with_its_notebook(finished, edm_tokenizer, monkeypatch, capsys):
