@@ -19,6 +19,7 @@ import json
 import math
 import os
 import re
+import shlex
 import shutil
 import signal
 import sys
@@ -58,8 +59,8 @@ from dnc_gpt2 import (
     # checks
     check_fields, check_memory, controller_parameters, require, require_field,
     # the shell of a command, and its device
-    Diverged, StopSignal, asks_for, check_commands, local_device, print_any_character, read_config,
-    run_command,
+    Diverged, OtherRun, StopSignal, asks_for, check_commands, local_device, print_any_character,
+    read_config, run_command,
     # files
     check_file, check_folder, file_sha, growing, load_tensors, locked, read_json, reading,
     save_tensors, write_json, write_text,
@@ -159,7 +160,8 @@ class Config:
     log_every_steps: Count = 50  # a row of history in the JSON file
     save_dir: str = "checkpoints/edm_gpt2/"  # the last arm of the first seed
     plot_dir: str = "plots/"  # edm_gpt2.json and edm_gpt2.png
-    resume: Literal["", "auto"] = ""  # auto = keep what edm_gpt2.json has of these settings
+    resume: Literal["", "auto", "anew"] = ""  # auto: keep what edm_gpt2.json has of these settings
+    # | anew: auto, or over another run's files
     # generation
     text: Prompt = "The city was built on"  # continued when training is done
     generate: str = ""  # continue this with the model in save_dir; no training
@@ -1307,10 +1309,9 @@ def train_and_measure(base: Base, corpus: dnc_gpt2.Corpus, config: Config, log: 
                       ) -> None:
     """Train and measure every arm and seed that the log has not yet; the last arm of the first seed
     is saved."""
-    runs = log.runs
     for seed in config.seed_list:
         for arm in config.arm_list:
-            if find_run(runs, arm, seed) is not None:
+            if log.has(arm, seed):
                 print(f"  {arm}, seed {seed}: measured before", flush=True)
                 continue
             model, rows, speed = train_arm(base, corpus, config, arm, seed)
@@ -1318,10 +1319,9 @@ def train_and_measure(base: Base, corpus: dnc_gpt2.Corpus, config: Config, log: 
             if (arm, seed) == (config.arm_list[-1], config.seed_list[0]):
                 save_model(model, base, Path(config.save_dir))
                 log.saved = saved_as(config)
-            log.history += rows
-            runs.append(run | {"training_tokens_per_s": speed})
+            log.add(run | {"training_tokens_per_s": speed}, rows)
             log.write()  # what the next one may not be
-            ppl, of_base = (perplexity(r["valid_loss"]) for r in (run, runs[0]))
+            ppl, of_base = (perplexity(r["valid_loss"]) for r in (run, log.runs[0]))
             print(f"  {arm}, seed {seed}: validation perplexity {ppl:.2f}, base {of_base:.2f}",
                   flush=True)
 
@@ -1349,7 +1349,8 @@ def compare_arms(config: Config) -> None:
 
     log = Measurements.begin(base, corpus, config)
     measure_base(base, corpus, config, log.runs)
-    log.write()
+    if not log.replaces:  # else what is there stays until an arm is measured
+        log.write()
     train_and_measure(base, corpus, config, log)
     print_tables(log.runs, base, corpus, config)
     plot_runs(log.runs, config)
@@ -1372,38 +1373,93 @@ class Measurements:
     runs: list[dict]
     history: list[dict]  # losses of training, a row every log_every_steps
     saved: dict | None  # what save_dir holds, as saved_as() has it
+    replaces: bool = False  # the file has runs that are not kept
+    again: tuple[str, int] | None = None  # of runs the arm and seed to train for save_dir
 
     @classmethod
     def begin(cls, base: Base, corpus: dnc_gpt2.Corpus, config: Config) -> "Measurements":
-        """An empty one; with --resume auto what the file has of the same settings. Raises
-        ValueError where it is damaged."""
+        """An empty one; with --resume what the file has of the same settings. Raises ValueError
+        where it is damaged, or --resume auto would replace another run's files."""
         path = Path(config.plot_dir) / "edm_gpt2.json"
         about = {"base": base.name, "corpus": corpus.name, "config": dataclasses.asdict(config),
                  "identity": identity(base, corpus, config)} | run_facts(device_name(device()))
         log = cls(path, about, [], [], None)
-        if config.resume:
-            remedy = "delete it, or run without --resume"
+        remedy = "delete it, or run without --resume" if config.resume else "it is replaced"
+        try:
             content = read_json(path, remedy)
             with reading(path, remedy):
                 log.take_over(content, config)
+        except ValueError as problem:
+            if config.resume:
+                raise
+            print(f"plot_dir: {problem}", flush=True)
+            log.replaces = True
         return log
 
     def take_over(self, content: dict, config: Config) -> None:
-        """Keep the runs of a file, if they are of the same settings, base and text."""
-        if content.get("about", {}).get("identity") != self.about["identity"]:
-            what = "has another base, text or setting" if content else "is not there"
-            print(f"resume: {self.path} {what}; from the start", flush=True)
-            return
-        runs = content["runs"]
-        in_folder = (config.arm_list[-1], config.seed_list[0])  # which save_dir holds
-        others = [run for run in runs if (run["arm"], run["seed"]) != in_folder]
-        if saved_as(config) == content["saved"]:
-            self.runs, self.saved = runs, content["saved"]
-        else:
-            self.runs = others
-        measured = {(run["arm"], run["seed"]) for run in self.runs}
-        self.history = [row for row in content["history"] if (row["arm"], row["seed"]) in measured]
-        print(f"resume: {len(self.runs)} runs of {self.path}", flush=True)
+        """Keep the runs of a file with --resume, if they are of the same settings, base and text.
+        One line says what will be replaced. Raises OtherRun where --resume auto would do that."""
+        other = self.other_run(content, config)
+        self.replaces = bool(content and (other or not config.resume))
+        if other and config.resume == "auto":
+            raise OtherRun(f"{other} another save_dir and plot_dir, or --resume anew to train and "
+                           "measure over it")
+        if other:
+            print("save_dir, plot_dir: files of the same names are replaced. There is another run: "
+                  f"{other.split(';')[0]}", flush=True)
+        elif not content and config.resume:
+            print(f"resume: {self.path} is not there; from the start", flush=True)
+        elif content and config.resume:
+            self.keep(content, config)
+        elif content:
+            print(f"plot_dir: {self.path} has {len(content['runs'])} runs of these settings, which "
+                  "are replaced (--resume auto keeps them)", flush=True)
+
+    def other_run(self, content: dict, config: Config) -> str:
+        """What the files that are there are of, and what to do, up to an "or"; "" where there are
+        none or they are of these settings, base and text."""
+        if not content:
+            model = Path(config.save_dir) / "model.safetensors"
+            known = f"{model}: of a run that {self.path} does not have; name its plot_dir, or"
+            return known if model.exists() else ""
+        old, this = content["about"], self.about
+        if old.get("identity") == this["identity"]:
+            return ""
+        for name, value in this["config"].items():
+            saved = old["config"].get(name)
+            if name not in FREE and saved != value:
+                known = f"set --{name} {shlex.quote(str(saved))}, or"
+                return (f"{self.path}: was measured with {name} = {saved!r}, this run has "
+                        f"{value!r}; {known if name in old['config'] else 'name'}")
+        named = [f"{about['base']} on {about['corpus']}" for about in (old, this)]
+        if named[0] == named[1]:
+            return f"{self.path}: of other weights of the base or another text; bring those, or"
+        return f"{self.path}: of {named[0]}, this is {named[1]}; name those, or"
+
+    def keep(self, content: dict, config: Config) -> None:
+        """Keep the runs of a file. That of which save_dir is to hold the model, and does not, is
+        trained once more."""
+        self.runs, self.history, self.saved = (content[name] for name in
+                                               ("runs", "history", "saved"))
+        measured = [(run["arm"], run["seed"]) for run in self.runs]
+        if saved_as(config) != self.saved:
+            self.again = (config.arm_list[-1], config.seed_list[0])
+            measured = [which for which in measured if which != self.again]
+            if saved_as(config):
+                arm, seed = self.again
+                print(f"save_dir: its model is replaced when {arm}, seed {seed}, is trained")
+        print(f"resume: {len(measured)} runs of {self.path}", flush=True)
+
+    def has(self, arm: str, seed: int) -> bool:
+        """Whether an arm and seed need not be trained."""
+        return find_run(self.runs, arm, seed) is not None and (arm, seed) != self.again
+
+    def add(self, run: dict, rows: list[dict]) -> None:
+        """Add a run and its training, in place of an older one of the same arm and seed."""
+        this = (run["arm"], run["seed"])
+        self.runs = [old for old in self.runs if (old["arm"], old["seed"]) != this] + [run]
+        kept = [row for row in self.history if (row["arm"], row["seed"]) != this]
+        self.history = kept + rows
 
     def write(self) -> None:
         """Write the file, whole or not at all."""
@@ -1438,7 +1494,8 @@ def farewell(argv: list[str]) -> dict:
     again = [Path(__file__).name, *argv]
     if not asks_for(argv, "generate"):
         again += [] if asks_for(argv, "resume") else ["--resume", "auto"]
-        return {"again": again, "saved": "what was measured, and the training of a base, is saved"}
+        return {"again": again, "saved": "every arm that was measured, and the training of a base, "
+                "is saved"}
     if asks_for(argv, "memory_file"):
         return {"again": again, "saved": "memory_file holds the text until here",
                 "go_on": "go on behind it with"}

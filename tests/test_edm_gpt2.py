@@ -457,16 +457,23 @@ def test_command_with_adapters_prints_and_draws_their_arm(finished, tmp_path, mo
     assert "swapped_loss" not in runs[2] and "swapped_loss" in runs[3]
 
 
-def test_a_stopped_comparison_goes_on_from_what_it_measured(finished, monkeypatch, capsys):
-    """Without its last two arms, as a kill would leave it, the same figures come out; another
-    setting, or a saved model that is not of the run, is measured anew."""
-    monkeypatch.chdir(finished.folder)
-    monkeypatch.setenv("HOME", str(finished.folder))
+@pytest.fixture
+def copied(finished, tmp_path, monkeypatch) -> dict:
+    """The fields of that run, in a copy of its folder, which may be changed."""
+    shutil.copytree(finished.folder, tmp_path / "run")
+    monkeypatch.chdir(tmp_path / "run")
+    monkeypatch.setenv("HOME", str(tmp_path / "run"))
+    return RUN | {"base": "base", "dataset": "~/te$xt", "max_steps": 2, "eval_rows": 2,
+                  "recall_rows": 2, "topic_rows": 2, "new_tokens": 5}
+
+
+def test_a_stopped_comparison_goes_on_from_what_it_measured(copied, capsys):
+    """Without its last two arms, as a kill would leave it, the same figures come out; of a run
+    whose model save_dir does not hold, that is trained again."""
     path = Path("plots/edm_gpt2.json")
     whole = eg.read_json(path, "")
     eg.write_json(whole | {"runs": whole["runs"][:3], "saved": None}, path)
-    fields = RUN | {"base": "base", "dataset": "~/te$xt", "max_steps": 2, "eval_rows": 2,
-                    "recall_rows": 2, "topic_rows": 2, "new_tokens": 5, "resume": "auto"}
+    fields = copied | {"resume": "auto"}
     assert eg.main(flags(fields)) == 0
     assert "resume: 3 runs" in (out := capsys.readouterr().out)
     assert "recurrent, seed 0: measured before" in out
@@ -481,9 +488,10 @@ def test_a_stopped_comparison_goes_on_from_what_it_measured(finished, monkeypatc
     assert eg.main(flags(fields)) == 0
     assert "resume: 5 runs" in capsys.readouterr().out
     assert eg.main(flags(fields | {"seeds": "0,3", "arms": "recurrent"})) == 0
-    assert "resume: 4 runs" in capsys.readouterr().out  # what save_dir holds is of another arm
-    assert eg.main(flags(fields | {"lr": 1e-4, "arms": "recurrent"})) == 0
-    assert "has another base, text or setting; from the start" in capsys.readouterr().out
+    out = capsys.readouterr().out  # what save_dir holds is of another arm
+    assert "resume: 4 runs" in out and "replaced when recurrent, seed 0, is trained" in out
+    runs = eg.read_json(path, "")["runs"]
+    assert len({(run["arm"], run["seed"]) for run in runs}) == len(runs) == 6
 
     for content in ({"about": whole["about"]}, whole | {"runs": [{}]}):
         eg.write_json(content, path)
@@ -492,23 +500,79 @@ def test_a_stopped_comparison_goes_on_from_what_it_measured(finished, monkeypatc
     path.write_bytes(path.read_bytes()[:-40])
     assert eg.main(flags(fields)) == 2
     assert str(path) in error_line(capsys.readouterr().err)
-    eg.write_json(whole, path)
-
-
-@pytest.fixture
-def copied(finished, tmp_path, monkeypatch) -> dict:
-    """The fields of that run, in a copy of its folder, which may be changed."""
-    shutil.copytree(finished.folder, tmp_path / "run")
-    monkeypatch.chdir(tmp_path / "run")
-    monkeypatch.setenv("HOME", str(tmp_path / "run"))
-    return RUN | {"base": "base", "dataset": "~/te$xt", "max_steps": 2, "eval_rows": 2,
-                  "recall_rows": 2, "topic_rows": 2, "new_tokens": 5}
+    assert eg.main(flags(copied | {"arms": "recurrent"})) == 0
+    out = capsys.readouterr().out
+    assert f"plot_dir: {path}: truncated, altered" in out and "; it is replaced\n" in out
 
 
 def written() -> dict[Path, bytes]:
     """What a comparison writes, but for its locks."""
     paths = [Path("plots/edm_gpt2.json"), *Path("checkpoints/edm_gpt2").iterdir()]
     return {path: path.read_bytes() for path in paths if path.name[0] != "."}
+
+
+@pytest.mark.parametrize("changed, said", [
+    ({"max_steps": 3}, ["max_steps = 2", "this run has 3", "set --max_steps 2, or another"]),
+    ({"lr": 1e-4}, ["lr = 0.002", "set --lr 0.002"]),
+    ({"reset_token": "<end>"}, ["reset_token = ''", "set --reset_token ''"]),
+    ({"dataset": "other"}, ["te$xt", "this is base on other", "name those, or another save_dir"]),
+    ({"plot_dir": "elsewhere"}, ["model.safetensors", "elsewhere", "name its plot_dir"])])
+def test_resume_refuses_another_run_and_leaves_what_it_measured(changed, said, copied, capsys):
+    """By the name of the field that differs, before anything is measured; going back keeps all."""
+    shutil.copytree("te$xt", "other")
+    Path("other/train.txt").write_text("the sea and the river\n" * 200)
+    before = written()
+    assert eg.main(flags(copied | changed | {"resume": "auto"})) == 2
+    line = error_line(capsys.readouterr().err)
+    assert all(words in line for words in [*said, "plot_dir", "--resume anew"]), line
+    assert written() == before
+    assert eg.main(flags(copied | {"resume": "auto"})) == 0
+    assert "resume: 5 runs" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("resume", ["", "anew"])
+def test_what_another_run_measured_stays_until_an_arm_is_measured(resume, copied, capsys,
+                                                                  monkeypatch):
+    """One line says that it will be replaced. Then `anew` goes on as auto does."""
+    words = flags(copied | {"max_steps": 3, "arms": "recurrent"})
+    words += ["--resume", resume] if resume else []
+    before = written()
+
+    def stopped(*args):
+        signal.raise_signal(signal.SIGINT)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(eg, "train_arm", stopped)
+        assert eg.main(words) == 128 + signal.SIGINT
+    out, err = capsys.readouterr()
+    assert "files of the same names are replaced. There is another run: " in out
+    assert "max_steps = 2, this run has 3\n" in out and "--resume" in err
+    assert written() == before
+
+    assert eg.main(words) == 0
+    content = eg.read_json(Path("plots/edm_gpt2.json"), "")
+    assert [run["arm"] for run in content["runs"]] == ["base", "full", "recurrent"]
+    capsys.readouterr()
+    assert eg.main([*words, "--resume", "anew"]) == 0
+    assert "resume: 3 runs" in (out := capsys.readouterr().out) and "another run" not in out
+
+
+def test_the_same_run_once_more_says_how_to_keep_what_is_measured(copied, capsys, monkeypatch):
+    before = written()
+    monkeypatch.setattr(eg, "train_arm", lambda *args: signal.raise_signal(signal.SIGTERM))
+    assert eg.main(flags(copied)) == 128 + signal.SIGTERM
+    assert "has 5 runs of these settings, which are replaced (--resume auto keeps them)" in (
+        capsys.readouterr().out)
+    assert written() == before
+
+
+def test_a_model_to_be_trained_again_is_measured_until_then(copied, capsys, monkeypatch):
+    """save_dir lacks it, the measurements do not."""
+    shutil.rmtree("checkpoints/edm_gpt2")
+    monkeypatch.setattr(eg, "train_arm", lambda *args: signal.raise_signal(signal.SIGTERM))
+    assert eg.main(flags(copied | {"resume": "auto"})) == 128 + signal.SIGTERM
+    assert "resume: 4 runs" in capsys.readouterr().out
+    assert len(eg.read_json(Path("plots/edm_gpt2.json"), "")["runs"]) == 5
 
 
 @pytest.mark.parametrize("words", [["--generate", ""], ["--generate= "], ["--resume="]])
