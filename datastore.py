@@ -637,8 +637,8 @@ def write_index(index, path: Path) -> None:
         faiss.write_index(index, faiss.PyCallbackIOWriter(file.write))
 
 
-def build_index(folder: Path, wanted: str, count: int) -> str:
-    """Index the merged keys under a temporary name -> the kind of index.
+def build_index(folder: Path, keys_file: Path, wanted: str, count: int) -> str:
+    """Index the merged keys of a file, under a temporary name -> the kind of index.
 
     Every rank adds its range to a copy of one trained index, and FAISS merges the copies. HNSW
     cannot be merged: the first rank adds all.
@@ -646,7 +646,7 @@ def build_index(folder: Path, wanted: str, count: int) -> str:
     faiss = import_faiss()
     rank, size = rank_and_size()
     kind = choose_index(wanted, count) if rank == 0 else "ivfpq"
-    keys = np.load(folder / f"{KEYS}.part", mmap_mode="r", allow_pickle=False)
+    keys = np.load(keys_file, mmap_mode="r", allow_pickle=False)
     trained = folder / f"{INDEX}.empty"
     if rank == 0:
         write_index(new_index(kind, keys.shape[1], count, sample_keys(keys)), trained)
@@ -701,29 +701,59 @@ def commit_build(job: Build, kind: str) -> None:
             path.unlink()
 
 
-def is_built(job: Build, identity: str) -> bool:
-    """Whether these very keys are there, whole, under this kind of index."""
+def what_is_built(job: Build, identity: str) -> str:
+    """What is there, whole: "all" of it, "keys" without this kind of index, or "" of these keys."""
     old = read_json(job.folder / MANIFEST, "delete it and build again")
-    if old.get("identity") != identity or job.index not in ("auto", old["index"]):
-        return False
+    if old.get("identity") != identity:
+        return ""
+    found = ""
     try:
-        open_datastore(job.folder, read_manifest(job.folder))
+        manifest = read_manifest(job.folder)
+        open_arrays(job.folder, manifest)
+        found = "keys"
+        if job.index in ("auto", manifest["index"]):
+            open_index(job.folder / INDEX, manifest, NPROBE)
+            found = "all"
     except (ValueError, FileNotFoundError) as damage:
         print(f"build: {damage}: building")
-        return False
-    return True
+    return found
+
+
+def index_again(job: Build) -> None:
+    """Build the index of keys that are there. The manifest comes last: with a file of another index
+    it is known as damaged, and indexed again. What was tuned with another index is not kept."""
+    old, path = read_manifest(job.folder), job.folder / INDEX
+    wanted = old["index"] if job.index == "auto" else job.index
+    kind = build_index(job.folder, job.folder / KEYS, wanted, job.count)
+    if rank_and_size()[0]:
+        return
+    print(f"build: index {kind} of them")
+    part = job.folder / f"{INDEX}.part"
+    of_index = {"index": kind, "index_sha256": file_sha(part)}
+    with growing(path):
+        os.replace(part, path)
+    if of_index["index_sha256"] != old["index_sha256"]:
+        same = (*job.describe(), "identity", "keys_sha256", "values_sha256", "states_sha256")
+        kept = {name: old[name] for name in same if name in old}
+        write_json(kept | of_index | {"settings": {}} | job.extra, job.folder / MANIFEST)
+    for shard in job.folder.glob(f"{INDEX}.*of*"):
+        shard.unlink()
 
 
 def build_datastore(job: Build) -> None:
-    """Build the datastore, unless it is there. Of several processes each writes a shard."""
+    """Build the datastore, or its index alone, unless it is there. Of several processes each writes
+    a shard."""
     identity, count, width = identity_hash(job.describe()), job.count, job.base.width
     rank, _ = rank_and_size()
-    there = is_built(job, identity)
+    found = what_is_built(job, identity)
     barrier()  # nobody writes while another still reads
-    if there:
+    if found:
         print(f"build: {job.folder} holds these {count:,} keys already")
         if rank == 0:  # the same text, maybe in other files now, or built before they were kept
             write_sources(job)
+        if found == "keys":
+            index_again(job)
+            barrier()
         return
     if rank == 0:
         print(f"build: {count:,} keys of {width} ({count * width * 2 / 2**20:,.0f} MiB)")
@@ -736,7 +766,7 @@ def build_datastore(job: Build) -> None:
     barrier()
 
     keyed = time.perf_counter()
-    kind = build_index(job.folder, job.index, count)
+    kind = build_index(job.folder, job.folder / f"{KEYS}.part", job.index, count)
     if rank == 0:
         commit_build(job, kind)
         size = (job.folder / INDEX).stat().st_size / 2**20
@@ -861,7 +891,7 @@ def check_manifest(folder: Path, base: Base, manifest: dict) -> None:
     def check(name: str, same: bool, built: object, this: object) -> None:
         if not same:
             raise ValueError(f"{folder / MANIFEST}: was built with {name} {built!r}, this is "
-                             f"{this!r}; name that one, or build again")
+                             f"{this!r}; name that one, or build into another folder")
 
     older = manifest["key"] == "final" and "final" not in manifest
     require(not older, "key", "final", f"of every token, and those in {folder} are of a window's "
@@ -917,16 +947,24 @@ def open_datastore(folder: Path, manifest: dict, nprobe: int = NPROBE, rerank: i
                    most: int = 0) -> Datastore:
     """Map a built datastore. Raises ValueError or FileNotFoundError, one line, where a file is
     missing, of other sizes than the manifest says, or corrupt."""
-    count, remedy = manifest["count"], "build again"
+    keys, values, states = open_arrays(folder, manifest)
     return Datastore(
-        keys=map_array(folder / KEYS, (count, manifest["width"]), "float16",
-                       manifest.get("keys_sha256"), remedy),
-        values=map_array(folder / VALUES, (count,), "int32", manifest.get("values_sha256"), remedy),
+        keys=keys,
+        values=values,
         index=open_index(folder / INDEX, manifest, nprobe),
         kind=manifest["index"],
         rerank=rerank,
         most=most,
-        states=open_states(folder, manifest))
+        states=states)
+
+
+def open_arrays(folder: Path, manifest: dict) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
+    """Map keys, values and states, if any. Raises as open_datastore."""
+    count, remedy = manifest["count"], "build again"
+    keys = map_array(folder / KEYS, (count, manifest["width"]), "float16",
+                     manifest.get("keys_sha256"), remedy)
+    values = map_array(folder / VALUES, (count,), "int32", manifest.get("values_sha256"), remedy)
+    return keys, values, open_states(folder, manifest)
 
 
 def open_states(folder: Path, manifest: dict) -> np.ndarray | None:

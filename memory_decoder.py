@@ -106,6 +106,7 @@ from datastore import (
     Window,
     build_datastore,
     check_manifest,
+    identity_hash,
     import_faiss,
     is_own,
     knn_weights,
@@ -473,12 +474,58 @@ def config_stride(config: Config, base: Base) -> int:
     return min(stride, base.window)
 
 
+# What a datastore is described by, and the fields that it depends on.
+FIELDS_OF = {
+    "base_fingerprint": ("base",),
+    "text_sha256": ("domain", "text_template", "max_keys"),
+    "key": ("key",),
+    "window": ("window",),
+    "stride": ("stride",),
+    "batch_windows": ("batch_windows",),
+    "tail": ("decoder_kind", "arms", "tail_blocks"),
+}
+
+
+def changed_field(config: Config, manifest: dict, described: dict) -> tuple[str, object, object]:
+    """The field in which this run differs from a whole datastore, its value there and here; both
+    are the same where only what it names has changed."""
+    given = {**manifest["config"], "base": manifest["base"]}
+    asked = dataclasses.asdict(config) | {"base": described["base"]}
+    if manifest["domain"] == described["domain"]:  # of a folder, however its path is written
+        given["domain"] = asked["domain"]
+    known = (*FIELDS_OF, None)
+    name = next(name for name in known if name is None or manifest.get(name) != described.get(name))
+    fields = FIELDS_OF.get(name, ("base",))
+    field = next((field for field in fields if given.get(field) != asked[field]), fields[0])
+    return field, given.get(field), asked[field]
+
+
+def check_not_replaced(config: Config, job: Build) -> None:
+    """Raise ValueError where model_dir holds a whole datastore of something else: hours of work,
+    and what was trained on it would no longer fit."""
+    try:
+        manifest = read_manifest(config.folder)
+    except (FileNotFoundError, ValueError):  # nothing is there, or nothing whole
+        return
+    described = job.describe()
+    older = manifest["key"] == "final" and "final" not in manifest  # which can only be replaced
+    if manifest["identity"] == identity_hash(described) or older:
+        return
+    field, old, new = changed_field(config, manifest, described)
+    what = f"was built with {field} = {old!r}, this run has {new!r}; set --{field} {old}, or"
+    if old == new:
+        what = f"was built when {field} {old!r} held something else; bring that back, or name"
+    raise ValueError(f"{config.folder / MANIFEST}: {what} another --model_dir, or delete that "
+                     "folder: it holds a whole datastore")
+
+
 def build(config: Config, base: Base, domain: Domain) -> None:
-    """Build the datastore of the domain's training text. Raises ValueError."""
+    """Build the datastore of the domain's training text. Raises ValueError, also where there is one
+    of something else."""
     count = len(domain.train) - 1
     require(config.knn_k < count, "knn_k", config.knn_k, f"below the keys of the datastore "
             f"({count:,})")
-    build_datastore(Build(
+    job = Build(
         folder=config.folder,
         base=base,
         stream=domain.train,
@@ -489,7 +536,9 @@ def build(config: Config, base: Base, domain: Domain) -> None:
         index=config.index,
         sources=domain.sources,
         extra={"about": run_facts(device_name(base.device)),
-               "config": dataclasses.asdict(config)}))
+               "config": dataclasses.asdict(config)})
+    check_not_replaced(config, job)
+    build_datastore(job)
 
 
 def open_built(config: Config, base: Base, domain: Domain) -> tuple[dict, Datastore]:
@@ -497,8 +546,8 @@ def open_built(config: Config, base: Base, domain: Domain) -> tuple[dict, Datast
     to another base or domain, or FileNotFoundError where nothing was built."""
     manifest = read_manifest(config.folder)
     require(manifest["text_sha256"] == domain.fingerprint, "domain", config.domain, "the text of "
-            f"the datastore ({manifest['domain']}, {manifest['count']:,} keys); name it, or build "
-            "again")
+            f"the datastore ({manifest['domain']}, {manifest['count']:,} keys); name it, with its "
+            "--max_keys, or build into another --model_dir")
     check_manifest(config.folder, base, manifest)
     require(config.knn_k < manifest["count"], "knn_k", config.knn_k, "below the keys of the "
             f"datastore ({manifest['count']:,})")

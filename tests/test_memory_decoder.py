@@ -483,9 +483,11 @@ def test_a_refused_rebuild_leaves_the_sources_of_the_datastore_that_is_there(
     def refuse(*args):
         raise ValueError("refused")
 
+    other = ["build", *argv_of(folder, checkpoint, str(tmp_path / "other"))]
     with monkeypatch.context() as patch:
+        patch.setattr(md, "check_not_replaced", lambda *args: None)
         patch.setattr(ds, "read_keys", refuse)
-        assert md.main(["build", *argv_of(folder, checkpoint, str(tmp_path / "other"))]) == 2
+        assert md.main(other) == 2
     error_line(capsys.readouterr().err)
     assert ds.read_manifest(folder) == ds.read_manifest(made)
     assert ds.read_sources(folder) == before
@@ -493,8 +495,100 @@ def test_a_refused_rebuild_leaves_the_sources_of_the_datastore_that_is_there(
     (folder / ds.SOURCES).unlink()  # as of a version that kept none; its keys are not built again
     assert md.main(["build", *argv_of(folder, checkpoint, text_folder)]) == 0
     assert "holds these" in capsys.readouterr().out and ds.read_sources(folder) == before
-    assert md.main(["build", *argv_of(folder, checkpoint, str(tmp_path / "other"))]) == 0
+    (folder / ds.MANIFEST).unlink()
+    assert md.main(other) == 0
     assert ds.read_sources(folder)[1].name == "01.txt"
+
+
+@pytest.fixture(scope="module")
+def other_text(tmp_path_factory) -> str:
+    return str(write_corpus(tmp_path_factory.mktemp("elsewhere") / "other", 300, 60, 60))
+
+
+@pytest.mark.parametrize("fields, named", [
+    ({"max_keys": 500}, "max_keys = 200000, this run has 500; set --max_keys 200000, or another"),
+    ({"key": "final"}, "key = 'feed_forward', this run has 'final'; set --key feed_forward"),
+    ({"window": 24}, "window = 32, this run has 24; set --window 32"),
+    ({"stride": 8}, "stride = 16, this run has 8; set --stride 16"),
+    ({"batch_windows": 3}, "batch_windows = 2, this run has 3; set --batch_windows 2"),
+    ({"decoder_kind": "tail"}, "decoder_kind = 'hidden', this run has 'tail'"),
+    ({"domain": "other"}, "/text', this run has '{}'; set --domain "), ({}, "held something else")])
+@pytest.mark.parametrize("command", [["build"], []])
+def test_a_whole_datastore_of_something_else_is_not_replaced(
+        command, fields, named, made, checkpoint, text_folder, other_text, tmp_path, monkeypatch,
+        capsys):
+    """Before a key is computed, in one line; what was trained on it stays of use."""
+    if fields.get("domain"):
+        fields = {"domain": other_text}
+    folder = tmp_path / "models"
+    shutil.copytree(made, folder)
+    if not fields:
+        there = shutil.copytree(text_folder, tmp_path / "text")
+        (there / "train.txt").write_text("ba den hul ka " * 300)
+        fields = {"domain": there}
+    before = {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+    argv = argv_of(folder, checkpoint, text_folder, **{"arms": EVERY_ARM} | fields)
+    assert md.main([*command, *argv]) == 2
+    line = error_line(capsys.readouterr().err)
+    assert named.format(fields.get("domain")) in line and str(folder / ds.MANIFEST) in line
+    assert "another --model_dir, or delete that folder" in line
+    assert before == {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+    assert ml.MemoryLM.load(folder).modes() == list(ml.MODES)
+
+
+def test_another_base_does_not_replace_the_datastore_of_the_one_that_is_there(
+        made, checkpoint, text_folder, tmp_path, capsys):
+    payload = torch.load(checkpoint, weights_only=True)
+    payload["model_state_dict"]["controller.wte.weight"][0] += 1
+    dnc_gpt2.save_tensors(payload, tmp_path / "other.pt", "")
+    folder = tmp_path / "models"
+    shutil.copytree(made, folder)
+    assert md.main(["build", *argv_of(folder, tmp_path / "other.pt", text_folder)]) == 2
+    line = error_line(capsys.readouterr().err)
+    assert f"base = {checkpoint!r}, this run has " in line and f"set --base {checkpoint}" in line
+
+
+def test_another_kind_of_index_is_made_of_the_keys_that_are_there(
+        made, checkpoint, text_folder, tmp_path, monkeypatch, capsys):
+    """And once more after a kill between the index and the manifest. What was trained still fits;
+    what was tuned with the other index is tuned again."""
+    folder = tmp_path / "models"
+    shutil.copytree(made, folder)
+    monkeypatch.setattr(ds, "read_keys", None)
+    argv = ["build", *argv_of(folder, checkpoint, text_folder, index="hnsw")]
+
+    def killed(*args):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ds, "write_json", killed)
+        patch.setattr(ds, "write_sources", lambda job: None)
+        with pytest.raises(KeyboardInterrupt):
+            md.main(argv)
+    assert md.main(argv) == 0
+    out = capsys.readouterr().out
+    assert out.count("build: index hnsw of them") == 2 and "holds these" in out
+    manifest, before = ds.read_manifest(folder), ds.read_manifest(made)
+    assert (manifest["index"], manifest["settings"]) == ("hnsw", {})
+    assert manifest["identity"] == before["identity"] and "tuning" not in manifest
+    assert ds.open_datastore(folder, manifest).kind == "hnsw"
+    assert ml.load_trained(folder / ml.DECODER_FILE, manifest)
+    assert (folder / ds.KEYS).read_bytes() == (made / ds.KEYS).read_bytes()
+    built = {path.name for path in folder.iterdir()}
+    assert built == {path.name for path in made.iterdir()}
+    assert md.main(argv) == 0 and "of them" not in capsys.readouterr().out
+
+
+def test_a_damaged_index_alone_is_made_again_and_what_was_tuned_stays(
+        made, checkpoint, text_folder, tmp_path, monkeypatch, capsys):
+    folder = tmp_path / "models"
+    shutil.copytree(made, folder)
+    spoil(folder / ds.INDEX, "flipped")
+    monkeypatch.setattr(ds, "read_keys", None)
+    assert md.main(["build", *argv_of(folder, checkpoint, text_folder, index="auto")]) == 0
+    assert f"{ds.INDEX}" in capsys.readouterr().out
+    assert (folder / ds.INDEX).read_bytes() == (made / ds.INDEX).read_bytes()
+    assert ds.read_manifest(folder) == ds.read_manifest(made)
 
 
 def test_shards_built_by_two_processes_and_merged_equal_one_build(
