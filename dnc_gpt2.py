@@ -1220,7 +1220,7 @@ def weight_entropy(weights: Tensor) -> Tensor:
 MEMORY_STATS = ("nll_without", "kl")
 GATE_STATS = ("gate", "gate_squared", "write_rate", "sparsity", "written")
 STATS = ("nll", "top1", "top5", "confidence", "rank", "pred_entropy", *MEMORY_STATS, *GATE_STATS)
-BIN = 64  # tokens of a row whose statistics are kept as one sum
+BIN = 64  # tokens of a row whose statistics are kept as one sum: finer than the units of `paired`
 
 
 class Metric(NamedTuple):
@@ -1380,7 +1380,7 @@ def evaluate(model: GPT2WithMemory, stream: Tensor, config: Config, stop: "StopS
 
     Returns `metrics` (means over tokens; brief: of the loss alone), `nll` (rows, length) of every
     token, and `sums` (bins, rows, K) of STATS and `counts` (bins, rows) of scored tokens: a bin is
-    BIN tokens of a row, whatever the window, so that arms can be compared.
+    BIN tokens of a row, so that other units of text can be tried without scoring it again.
     """
     inputs, targets = evaluation_rows(stream, config.eval_rows)
     mine = share_of(config.eval_rows)  # no rows where there are more ranks than rows

@@ -3,8 +3,8 @@
 A MemoryLM is loaded once from the folder that memory_decoder.py fills, and only read; what belongs
 to one answer is a Conversation. The decoder stands here and not with its training, because whoever
 chats needs the module and nobody who chats needs the training; mix stands here because it is what
-joins base, decoder and kNN distribution into one model. app.py needs this
-file, datastore.py, packaged.py and dnc_gpt2.py.
+joins base, decoder and kNN distribution into one model. app.py needs this file, datastore.py,
+packaged.py and dnc_gpt2.py.
 
 Read downward; each section uses only what stands above it.
 The memory decoder is Cao et al. 2025, arXiv 2508.09874.
