@@ -380,8 +380,8 @@ def heading_html(lm: MemoryLM) -> str:
 
 def about_html(lm: MemoryLM) -> str:
     """What the visitor should know: what the model is, what was tuned, what is compared."""
-    tuned = ", ".join(f"{name} {lm.settings[name]:.3g}" for name in ("lambda", "tau", "k", "alpha")
-                      if name in lm.settings)
+    names = ("lambda", "decay", "tau", "k", "alpha")
+    tuned = ", ".join(f"{name} {lm.settings[name]:.3g}" for name in names if name in lm.settings)
     missing = ", ".join(MODES[mode] for mode in MODES if mode not in lm.modes())
     lines = []
     if missing:
@@ -402,7 +402,8 @@ def controls(gr, lm: MemoryLM, config: Config) -> list:
         gr.Slider(0, 1, alpha, step=0.01, label="memory decoder (alpha)", elem_id="alpha",
                   info="0 = without it; in modes memory decoder and both"),
         gr.Slider(0, 1, lambda_, step=0.01, label="datastore (lambda)", elem_id="lambda",
-                  info="0 = without it; in modes kNN-LM and both. Both 0: the base, word for word"),
+                  info="0 = without it; less where its nearest passage is far; in modes kNN-LM and "
+                       "both. Both 0: the base, word for word"),
         gr.Slider(0, 2, config.temperature, step=0.05, label="temperature", elem_id="temperature",
                   info="0 = greedy"),
         gr.Slider(0, 200, config.top_k, step=1, label="top-k", elem_id="top_k",

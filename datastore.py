@@ -58,10 +58,11 @@ from packaged import packaged_base
 
 KEYS, VALUES, INDEX = "datastore_keys.npy", "datastore_values.npy", "faiss_index.bin"
 STATES = "datastore_states.npy"  # of a base with a tail: what enters its last blocks
+SCALE = "datastore_scale.npy"  # of the keys, made with the index
 MANIFEST, SOURCES = "manifest.json", "sources.json"
 FLAT_UP_TO = 20_000  # keys: a query that reads them all is soon slower than the model itself
-NPROBE = 32  # lists of ivfpq that a search visits, as shipped
-RERANK = 2  # candidates of ivfpq a neighbour, as shipped
+NPROBE = 256  # lists of ivfpq that a search visits, as shipped
+RERANK = 4  # candidates of ivfpq a neighbour, as shipped
 
 
 def sha(*parts: object) -> str:
@@ -572,6 +573,41 @@ def merge_shards(folder: Path, files: dict[str, tuple[tuple[int, ...], str]]) ->
             whole.flush()
 
 
+# ══ Scale: what makes keys comparable ════════════════════════════════════════════════════════════
+class Scale(NamedTuple):
+    """Mean and spread of every dimension of the stored keys.
+
+    A pretrained base's states are far from the origin, and vary in a few dimensions a hundred times
+    as much as in the others: plain L2 would see those alone, and product quantisation finds a tenth
+    of its neighbours (docs/lab-notes.md, 23).
+    """
+
+    mean: np.ndarray  # (D,) float32
+    factor: np.ndarray  # (D,) float32: one over the standard deviation, 0 where there is none
+
+    @staticmethod
+    def of(keys: np.ndarray) -> "Scale":
+        """Measure keys (n, D), some at a time."""
+        total = np.zeros(keys.shape[1])
+        squares = np.zeros(keys.shape[1])
+        for start in range(0, len(keys), 2**14):
+            block = np.asarray(keys[start : start + 2**14], dtype=np.float64)
+            total += block.sum(0)
+            squares += (block**2).sum(0)
+        mean = total / len(keys)
+        variance = squares / len(keys) - mean**2
+        varies = variance > 1e-12 * (1 + mean**2)
+        factor = np.where(varies, 1 / np.sqrt(np.where(varies, variance, 1)), 0)
+        return Scale(mean.astype(np.float32), factor.astype(np.float32))
+
+    def unit(self, x: np.ndarray) -> np.ndarray:
+        """Standardise keys or queries (m, D) and divide each by its length -> float32 (m, D); what
+        has none stays zero."""
+        z = (np.asarray(x, dtype=np.float32) - self.mean) * self.factor
+        length = np.linalg.norm(z, axis=1, keepdims=True)
+        return z / np.maximum(length, 1e-12)
+
+
 # ══ Index: candidates from FAISS ═════════════════════════════════════════════════════════════════
 def import_faiss():
     """Import faiss, on as many threads as torch has. Only the datastore needs it."""
@@ -616,17 +652,17 @@ def new_index(kind: str, width: int, count: int, sample: np.ndarray):
     return index
 
 
-def sample_keys(keys: np.ndarray, most: int = 100_000) -> np.ndarray:
-    """Return evenly spaced keys in float32, to train an index on."""
+def sample_keys(keys: np.ndarray, scale: Scale, most: int = 100_000) -> np.ndarray:
+    """Return evenly spaced keys as an index holds them, to train one on."""
     step = max(1, math.ceil(len(keys) / most))
-    return np.asarray(keys[::step], dtype=np.float32)
+    return scale.unit(keys[::step])
 
 
-def add_keys(index, keys: np.ndarray, begin: int, end: int) -> None:
+def add_keys(index, keys: np.ndarray, scale: Scale, begin: int, end: int) -> None:
     """Add keys begin .. end - 1 to an index."""
     for start in range(begin, end, 2**14):
         block = keys[start : min(start + 2**14, end)]
-        index.add(np.asarray(block, dtype=np.float32))
+        index.add(scale.unit(block))
 
 
 def write_index(index, path: Path) -> None:
@@ -637,8 +673,17 @@ def write_index(index, path: Path) -> None:
         faiss.write_index(index, faiss.PyCallbackIOWriter(file.write))
 
 
+def write_scale(keys: np.ndarray, path: Path) -> Scale:
+    """Measure the scale of keys and write it."""
+    scale = Scale.of(keys)
+    with growing(path), open(path, "wb") as file:
+        np.save(file, np.stack(scale))
+    return scale
+
+
 def build_index(folder: Path, keys_file: Path, wanted: str, count: int) -> str:
-    """Index the merged keys of a file, under a temporary name -> the kind of index.
+    """Index the merged keys of a file by their scale, both under temporary names -> the kind of
+    index.
 
     Every rank adds its range to a copy of one trained index, and FAISS merges the copies. HNSW
     cannot be merged: the first rank adds all.
@@ -647,16 +692,18 @@ def build_index(folder: Path, keys_file: Path, wanted: str, count: int) -> str:
     rank, size = rank_and_size()
     kind = choose_index(wanted, count) if rank == 0 else "ivfpq"
     keys = np.load(keys_file, mmap_mode="r", allow_pickle=False)
-    trained = folder / f"{INDEX}.empty"
+    trained, measured = folder / f"{INDEX}.empty", folder / f"{SCALE}.part"
     if rank == 0:
-        write_index(new_index(kind, keys.shape[1], count, sample_keys(keys)), trained)
+        scale = write_scale(keys, measured)
+        write_index(new_index(kind, keys.shape[1], count, sample_keys(keys, scale)), trained)
     barrier()
 
     index = faiss.read_index(str(trained))
+    scale = Scale(*np.load(measured, allow_pickle=False))
     if isinstance(index, faiss.IndexHNSW):
-        add_keys(index, keys, 0, count if rank == 0 else 0)
+        add_keys(index, keys, scale, 0, count if rank == 0 else 0)
     else:
-        add_keys(index, keys, *share_of(count))
+        add_keys(index, keys, scale, *share_of(count))
     if rank:
         write_index(index, shard_path(folder, INDEX, rank))
     barrier()
@@ -682,7 +729,7 @@ def commit_build(job: Build, kind: str) -> None:
     (job.folder / MANIFEST).unlink(missing_ok=True)
     (job.folder / STATES).unlink(missing_ok=True)
     files = array_files(job.count, job.base.width, job.base.tap.tail)
-    for name in (*files, INDEX):
+    for name in (*files, INDEX, SCALE):
         with growing(job.folder / name) as path:
             os.replace(job.folder / f"{name}.part", path)
     write_sources(job)
@@ -690,6 +737,7 @@ def commit_build(job: Build, kind: str) -> None:
     manifest = description | {
         "identity": identity_hash(description), "index": kind,
         "index_sha256": file_sha(job.folder / INDEX),
+        "scale_sha256": file_sha(job.folder / SCALE),
         "keys_sha256": file_sha(job.folder / KEYS),
         "values_sha256": file_sha(job.folder / VALUES),
         "settings": {}} | job.extra
@@ -712,7 +760,7 @@ def what_is_built(job: Build, identity: str) -> str:
         open_arrays(job.folder, manifest)
         found = "keys"
         if job.index in ("auto", manifest["index"]):
-            open_index(job.folder / INDEX, manifest, NPROBE)
+            open_index(job.folder, manifest, NPROBE)
             found = "all"
     except (ValueError, FileNotFoundError) as damage:
         print(f"build: {damage}: building")
@@ -722,17 +770,19 @@ def what_is_built(job: Build, identity: str) -> str:
 def index_again(job: Build) -> None:
     """Build the index of keys that are there. The manifest comes last: with a file of another index
     it is known as damaged, and indexed again. What was tuned with another index is not kept."""
-    old, path = read_manifest(job.folder), job.folder / INDEX
+    old = read_manifest(job.folder)
     wanted = old["index"] if job.index == "auto" else job.index
     kind = build_index(job.folder, job.folder / KEYS, wanted, job.count)
     if rank_and_size()[0]:
         return
     print(f"build: index {kind} of them")
-    part = job.folder / f"{INDEX}.part"
-    of_index = {"index": kind, "index_sha256": file_sha(part)}
-    with growing(path):
-        os.replace(part, path)
-    if of_index["index_sha256"] != old["index_sha256"]:
+    of_index = {"index": kind}
+    for name, field in ((INDEX, "index_sha256"), (SCALE, "scale_sha256")):
+        part = job.folder / f"{name}.part"
+        of_index[field] = file_sha(part)
+        with growing(job.folder / name) as path:
+            os.replace(part, path)
+    if any(old.get(field) != value for field, value in of_index.items()):
         same = (*job.describe(), "identity", "keys_sha256", "values_sha256", "states_sha256")
         kept = {name: old[name] for name in same if name in old}
         write_json(kept | of_index | {"settings": {}} | job.extra, job.folder / MANIFEST)
@@ -781,8 +831,9 @@ class Datastore(NamedTuple):
 
     keys: np.ndarray  # (n, D) float16, memory-mapped
     values: np.ndarray  # (n,) int32, memory-mapped: the token that followed
-    index: object
+    index: object  # of the keys as `scale` makes them
     kind: str  # flat | ivfpq | hnsw
+    scale: Scale
     rerank: int = RERANK
     most: int = 0  # a search for fewer neighbours considers as many candidates as one for so many
     states: np.ndarray | None = None  # (n, D) float16, memory-mapped, of a base with a tail
@@ -791,11 +842,12 @@ class Datastore(NamedTuple):
                ) -> tuple[np.ndarray, np.ndarray]:
         """Find the k nearest keys of queries (Q, D) -> distances (Q, k) and ids (Q, k).
 
-        A distance is squared L2 in float32 of the float16 keys. Neighbours are sorted here (an
-        index promises no order), ties to the lowest id; inf and -1 stand where fewer were found.
-        `exclude` (Q,) holds each query's own id, which is left out.
+        A distance is 2 (1 - cos), from 0 to 4, of the standardised float16 keys: squared L2 of what
+        the index holds. Neighbours are sorted here (an index promises no order), ties to the lowest
+        id; inf and -1 stand where fewer were found. `exclude` (Q,) holds each query's own id, which
+        is left out.
         """
-        queries = np.ascontiguousarray(queries, dtype=np.float32)
+        queries = self.scale.unit(queries)
         wanted = max(k, self.most) * (self.rerank if self.kind == "ivfpq" else 1) + 8
         if exclude is not None:
             wanted += 1
@@ -843,15 +895,38 @@ class Datastore(NamedTuple):
         return distances, ids
 
     def distances(self, queries: np.ndarray, ids: np.ndarray) -> np.ndarray:
-        """Return the squared L2 distances (q, c) of queries (q, D) from the keys of ids (q, c); inf
-        for an id of -1."""
+        """Return the distances (q, c) of unit queries (q, D) from the keys of ids (q, c); inf for
+        an id of -1."""
         at = torch.from_numpy(np.maximum(ids, 0)).view(-1)
         keys = torch.from_numpy(self.keys).index_select(0, at).float()  # (q*c, D)
         keys = keys.view(*ids.shape, -1)  # (q, c, D)
-        apart = keys.sub_(torch.from_numpy(queries).unsqueeze(1))
-        distances = torch.linalg.vector_norm(apart, dim=-1).square_().numpy()  # (q, c)
+        keys.sub_(torch.from_numpy(self.scale.mean))
+        keys.mul_(torch.from_numpy(self.scale.factor))
+        length = torch.linalg.vector_norm(keys, dim=-1).clamp_min_(1e-12)  # (q, c)
+        cosine = keys.mul_(torch.from_numpy(queries).unsqueeze(1)).sum(-1).div_(length)
+        distances = cosine.mul_(-2).add_(2).clamp_min_(0).numpy()  # (q, c)
         distances[ids < 0] = np.inf
         return distances
+
+    def exact(self, queries: np.ndarray, k: int) -> np.ndarray:
+        """The ids (Q, k) of the k nearest keys of queries (Q, D) by looking at all, in any order:
+        what an index is measured by."""
+        queries = torch.from_numpy(self.scale.unit(queries))
+        best = torch.full((len(queries), k), -math.inf)
+        ids = torch.full((len(queries), k), -1, dtype=torch.int64)
+        for start in range(0, len(self.keys), 2**14):
+            block = torch.from_numpy(self.scale.unit(self.keys[start : start + 2**14]))
+            cosine = torch.cat([best, queries @ block.T], dim=1)
+            numbers = torch.arange(start, start + len(block)).expand(len(queries), -1)
+            best, at = cosine.topk(k, dim=1)
+            ids = torch.cat([ids, numbers], dim=1).gather(1, at)
+        return ids.numpy()
+
+    def recall(self, queries: np.ndarray, k: int) -> float:
+        """The share of the k nearest keys of queries (Q, D) that a search finds."""
+        found, true = self.search(queries, k)[1], self.exact(queries, k)
+        hits = [len(np.intersect1d(a, b)) for a, b in zip(found, true, strict=True)]
+        return float(np.mean(hits)) / k
 
 
 # ══ Opening what was built ═══════════════════════════════════════════════════════════════════════
@@ -930,17 +1005,27 @@ def read_index(path: Path, kind: str, nprobe: int = NPROBE):
     return index
 
 
-def open_index(path: Path, manifest: dict, nprobe: int):
-    """Open the index that a manifest describes. Raises FileNotFoundError, or ValueError where it is
-    corrupt or another."""
+def read_scale(path: Path, width: int, digest: str) -> Scale:
+    """Read the scale of a datastore. Raises ValueError or FileNotFoundError."""
+    mean, factor = map_array(path, (2, width), "float32", digest, "build again")
+    return Scale(mean, factor)
+
+
+def open_index(folder: Path, manifest: dict, nprobe: int) -> tuple[object, Scale]:
+    """Open the index that a manifest describes, and the scale that it holds keys by. Raises
+    FileNotFoundError, or ValueError where one is corrupt or another."""
+    path = folder / INDEX
     if not path.is_file():
         raise FileNotFoundError(f"{path}: is not there; build again")
+    require("scale_sha256" in manifest, "file", str(path), "of standardised keys (an older version "
+            "made it of the keys as they are, and found few of the nearest); run python "
+            "memory_decoder.py build, which keeps the keys")
     require(file_sha(path) == manifest["index_sha256"], "file", str(path), "the index that was "
             "built (it is corrupt, or of another build); build again")
     index = read_index(path, manifest["index"], nprobe)
     require((index.ntotal, index.d) == (manifest["count"], manifest["width"]), "file", str(path),
             "of as many keys as the manifest says; build again")
-    return index
+    return index, read_scale(folder / SCALE, manifest["width"], manifest["scale_sha256"])
 
 
 def open_datastore(folder: Path, manifest: dict, nprobe: int = NPROBE, rerank: int = RERANK,
@@ -948,11 +1033,13 @@ def open_datastore(folder: Path, manifest: dict, nprobe: int = NPROBE, rerank: i
     """Map a built datastore. Raises ValueError or FileNotFoundError, one line, where a file is
     missing, of other sizes than the manifest says, or corrupt."""
     keys, values, states = open_arrays(folder, manifest)
+    index, scale = open_index(folder, manifest, nprobe)
     return Datastore(
         keys=keys,
         values=values,
-        index=open_index(folder / INDEX, manifest, nprobe),
+        index=index,
         kind=manifest["index"],
+        scale=scale,
         rerank=rerank,
         most=most,
         states=states)
@@ -989,6 +1076,14 @@ def read_sources(folder: Path) -> list[Source]:
 
 
 # ══ The kNN distribution ═════════════════════════════════════════════════════════════════════════
+def knn_share(nearest, lambda_: float, decay: float):
+    """Return what part of the prediction the neighbours get, lambda exp(-decay d), by the distance
+    d of the nearest, an array or a tensor (…): a state that was never met is no reason to believe
+    them. decay 0 is kNN-LM, one share everywhere."""
+    exp = torch.exp if isinstance(nearest, torch.Tensor) else np.exp
+    return lambda_ * exp(-decay * nearest)
+
+
 def knn_weights(distances: torch.Tensor, tau: float) -> torch.Tensor:
     """Weigh neighbours (…, k) by softmax(-d / tau); one that was not found (inf) weighs 0."""
     return torch.nan_to_num((-distances / tau).softmax(-1))

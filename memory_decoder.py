@@ -109,6 +109,7 @@ from datastore import (
     identity_hash,
     import_faiss,
     is_own,
+    knn_share,
     knn_weights,
     load_base,
     map_array,
@@ -118,6 +119,7 @@ from datastore import (
     plan_windows,
     rank_and_size,
     read_group,
+    read_keys,
     read_manifest,
     sha,
     used,
@@ -171,7 +173,7 @@ class Config:
     seed: Seed = 0  # weights and order of the decoders' training
     # reading
     window: WindowTokens = 1024  # tokens that the base sees at once; at most its positions
-    stride: Whole = 0  # new tokens of a window, 0 = window / 2; the rest was read before
+    stride: Whole = 0  # new tokens of a window, 0 = 3/4 of it; the rest was read before
     batch_windows: Count = 4  # windows of one forward pass
     # datastore
     key: Literal["feed_forward", "final"] = "feed_forward"  # its last input, or the final state
@@ -179,7 +181,7 @@ class Config:
     index: Literal["auto", "flat", "ivfpq", "hnsw"] = "auto"  # auto: by size
     nprobe: Count = NPROBE  # lists of ivfpq that a search visits
     rerank: Count = RERANK  # candidates of ivfpq a neighbour; the distances of all are then exact
-    knn_k: Count = 128  # most neighbours; tuned among it, its 4th and its 16th part
+    knn_k: Count = 512  # most neighbours; tuned among it, its 4th and its 16th part
     # decoder
     decoder_kind: Literal["auto", "hidden", "tokens", "tail"] = "auto"  # yours: hidden; else tail
     tail_blocks: Count = 4  # of kind tail: at most so many last blocks of the base, trained on
@@ -189,13 +191,13 @@ class Config:
     decoder_reach: Count = 256  # tokens of a training row; all but a tail attend to no more
     decoder_lr: Positive = 4e-3  # peak rate of AdamW
     num_epochs: Count = 1  # passes over the training positions
-    train_tokens: Whole = 200_000  # training positions of decoders and fine-tuning, 0 = all keys
+    train_tokens: Whole = 100_000  # training positions of decoders and fine-tuning, 0 = all keys
     batch_tokens: Count = 1024  # of a training step; small: docs/lab-notes.md, 12
-    beta: float | Literal["auto"] = "auto"  # share of KL(p_knn || p_dec); auto: tail 0.1, else 0.5
+    beta: float | Literal["auto"] = "auto"  # share of KL(p_knn || p_dec); auto: as tuned for kNN-LM
     target_width: Count = 64  # M, heaviest tokens of a kNN target that are kept
     arms: str = "auto"  # beside decoder_kind; auto: text, beside a base of yours 3 more (settled)
-    finetune_lrs: str = "1e-4,3e-4"  # of the fine-tuned base, and of a tail: the better is kept
-    lora_lrs: str = "3e-4,1e-3"  # of arm lora: adapters on every projection of the base
+    finetune_lrs: str = "auto"  # of the fine-tuned base and a tail, such as 1e-4,3e-4: best is kept
+    lora_lrs: str = "1e-3"  # likewise of arm lora: adapters on every projection of the base
     lora_rank: Count = 16  # of those adapters
     # mixing
     mixing: Literal["probability", "logits"] = "probability"  # of base and decoder
@@ -241,9 +243,10 @@ class Config:
                       f"divisible by decoder_heads ({heads})")
         arms = set(self.arm_list) - {"auto"}
         require_field(self, "arms", arms <= ARM_FILES.keys(), "auto, or of " + ", ".join(ARM_FILES))
-        for name in ("finetune_lrs", "lora_lrs"):
-            require_field(self, name, are_rates(getattr(self, name)),
-                          "rates above 0, separated by commas")
+        require_field(self, "finetune_lrs", self.finetune_lrs == "auto" or
+                      are_rates(self.finetune_lrs), "auto, or rates above 0, separated by commas")
+        require_field(self, "lora_lrs", are_rates(self.lora_lrs),
+                      "rates above 0, separated by commas")
         if "lora" in arms:
             import_peft()
 
@@ -269,15 +272,12 @@ def settled(config: Config, base: str) -> Config:
     """The Config with what auto means for a base: one that dnc_gpt2.py trained is small enough that
     everything can be trained beside it; of a pretrained one the last blocks are trained on."""
     own = is_own(base)
-    kind, arms = ("hidden", "tokens,text,distilled,finetuned") if own else ("tail", "text")
-    if config.decoder_kind != "auto":
-        kind = config.decoder_kind
-    if config.arms != "auto":
-        arms = config.arms
-    beta = config.beta
-    if beta == "auto":  # measured: docs/lab-notes.md, 14
-        beta = 0.1 if kind == "tail" else 0.5
-    return dataclasses.replace(config, decoder_kind=kind, arms=arms, beta=beta)
+    auto = {"decoder_kind": "tail", "arms": "text", "finetune_lrs": "3e-4"}
+    if own:
+        auto = {"decoder_kind": "hidden", "arms": "tokens,text,distilled,finetuned",
+                "finetune_lrs": "1e-4,3e-4"}
+    chosen = {name: value for name, value in auto.items() if getattr(config, name) == "auto"}
+    return dataclasses.replace(config, **chosen)
 
 
 # ══ Base and domain: three splits of one token stream ════════════════════════════════════════════
@@ -470,7 +470,7 @@ def load_domain(config: Config, base: Base) -> Domain:
 # ══ Build ════════════════════════════════════════════════════════════════════════════════════════
 def config_stride(config: Config, base: Base) -> int:
     """Return the tokens between two windows of a base."""
-    stride = config.stride or max(1, base.window // 2)
+    stride = config.stride or max(1, 3 * base.window // 4)
     return min(stride, base.window)
 
 
@@ -489,8 +489,9 @@ FIELDS_OF = {
 def changed_field(config: Config, manifest: dict, described: dict) -> tuple[str, object, object]:
     """The field in which this run differs from a whole datastore, its value there and here; both
     are the same where only what it names has changed."""
-    given = {**manifest["config"], "base": manifest["base"]}
-    asked = dataclasses.asdict(config) | {"base": described["base"]}
+    said = ("base", "stride")  # as they came out, where auto or 0 was given
+    given = manifest["config"] | {name: manifest.get(name) for name in said}
+    asked = dataclasses.asdict(config) | {name: described[name] for name in said}
     if manifest["domain"] == described["domain"]:  # of a folder, however its path is written
         given["domain"] = asked["domain"]
     known = (*FIELDS_OF, None)
@@ -583,7 +584,8 @@ class Scores(NamedTuple):
 
     log_p: dict[str, np.ndarray]  # bases: (n,) log-probability
     mixed: dict[str, np.ndarray]  # decoders: (A, n) log-probability of base + decoder by alpha
-    knn: np.ndarray  # (K, U, n) probability under p_knn by k and tau
+    knn: dict[str, np.ndarray]  # what bases look up: (K, U, n) probability under p_knn, k and tau
+    near: dict[str, np.ndarray]  # bases: (n,) distance of the nearest key
 
 
 def first_tokens(stream: torch.Tensor, limit: int) -> torch.Tensor:
@@ -597,8 +599,9 @@ def perplexity(log_p: np.ndarray) -> float:
 
 
 def knn_columns(store: Datastore, queries: np.ndarray, targets: np.ndarray, grid: Grid
-                ) -> np.ndarray:
-    """Return p_knn of the targets (Q,) of queries (Q, D) for every k and tau (K, U, Q)."""
+                ) -> tuple[np.ndarray, np.ndarray]:
+    """Return p_knn of the targets (Q,) of queries (Q, D) for every k and tau (K, U, Q), and the
+    distance of the nearest key (Q,)."""
     distances, ids = store.search(queries, max(grid.ks))
     hit = (store.values[np.maximum(ids, 0)] == targets[:, None]) & (ids >= 0)
     hit = torch.from_numpy(hit)  # (Q, k)
@@ -607,7 +610,13 @@ def knn_columns(store: Datastore, queries: np.ndarray, targets: np.ndarray, grid
     for k in grid.ks:
         weights = [knn_weights(near[:, :k], tau) for tau in grid.taus]
         columns.append([(w * hit[:, :k]).sum(1).numpy() for w in weights])
-    return np.array(columns)
+    return np.array(columns), nearest_of(distances)
+
+
+def nearest_of(distances: np.ndarray) -> np.ndarray:
+    """The distance of the nearest of sorted neighbours (Q, k) -> (Q,); the farthest that there is
+    where none was found."""
+    return np.minimum(distances[:, 0], 4)
 
 
 def taken(log_p: torch.Tensor, at: torch.Tensor) -> torch.Tensor:
@@ -635,6 +644,17 @@ def decoder_log_p(decoder: nn.Module, inputs: torch.Tensor, ids: torch.Tensor,
     return used(out, group).log_softmax(-1)
 
 
+def look_up(store: Datastore | None, queries: dict[str, np.ndarray], targets: np.ndarray,
+            grid: Grid) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+    """Return what the queries (m, D) of every base find of the targets (m,), as Scores has it;
+    nothing without a datastore."""
+    knn, near = {}, {}
+    if store is not None:
+        for arm, of_base in queries.items():
+            knn[arm], near[arm] = knn_columns(store, of_base, targets, grid)
+    return knn, near
+
+
 def score_group(config: Config, base: Base, stream: torch.Tensor, group: list[Window],
                 systems: Systems, grid: Grid) -> Scores:
     """Score the positions that one group of windows is read for."""
@@ -651,16 +671,14 @@ def score_group(config: Config, base: Base, stream: torch.Tensor, group: list[Wi
         log_memory = decoder_log_p(decoder, inputs, ids.to(base.device), group)
         mixed[arm] = mixed_columns(log_base, log_memory, at, grid.alphas, config.mixing)
 
+    looked_up = {"base": keys}
     for arm, tuned in systems.bases.items():
-        _, _, logits = read_group(tuned, stream, group)
+        _, looked_up[arm], logits = read_group(tuned, stream, group)
         log_tuned = logits.log_softmax(-1)  # (m, V)
         log_p[arm] = taken(log_tuned, at).cpu().numpy()
 
-    knn = np.zeros((0, 0, len(targets)))
-    if systems.store is not None:
-        queries = used(keys, group).cpu().numpy()
-        knn = knn_columns(systems.store, queries, targets.numpy(), grid)
-    return Scores(log_p, mixed, knn)
+    queries = {arm: used(keys, group).cpu().numpy() for arm, keys in looked_up.items()}
+    return Scores(log_p, mixed, *look_up(systems.store, queries, targets.numpy(), grid))
 
 
 @torch.no_grad()
@@ -681,20 +699,22 @@ def score(config: Config, base: Base, stream: torch.Tensor, limit: int, systems:
         return {name: np.concatenate([column[name] for column in columns], axis=-1)
                 for name in columns[0]}
 
-    knn = np.concatenate([part.knn for part in parts], axis=-1)
-    return Scores(joined("log_p"), joined("mixed"), knn)
+    return Scores(*map(joined, Scores._fields))
 
 
-def add_knn(log_p: np.ndarray, p_knn: np.ndarray, share: float) -> np.ndarray:
-    """Return log((1 - share) p + share p_knn), share in [0, 1)."""
-    if share == 0:
+def add_knn(log_p: np.ndarray, p_knn: np.ndarray, near: np.ndarray, lambda_: float, decay: float
+            ) -> np.ndarray:
+    """Return log((1 - share) p + share p_knn) (n,), share = knn_share(near, lambda, decay)."""
+    if lambda_ == 0:
         return log_p
-    with np.errstate(divide="ignore"):
-        return np.logaddexp(log_p + math.log1p(-share), np.log(p_knn) + math.log(share))
+    share = knn_share(near.astype(np.float64), lambda_, decay)
+    p = np.exp(log_p)
+    return np.log((1 - share) * p + share * p_knn)
 
 
 # ══ Tuning of the kNN distribution, on validation ════════════════════════════════════════════════
 SHARES = tuple(i / 20 for i in range(20))  # of lambda and alpha: 0, 0.05 … 0.95
+DECAYS = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)  # of the share; distances are from 0 to 4
 TAUS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0)  # as parts of the mean distance of a neighbour
 
 
@@ -709,20 +729,32 @@ def knn_grid(store: Datastore, most: int) -> Grid:
     return Grid(taus=taus, ks=sorted(ks))
 
 
+def best_shares(log_p: np.ndarray, p_knn: np.ndarray, near: np.ndarray) -> np.ndarray:
+    """Return the perplexity of log p (n,) and p_knn (n,) mixed, by decay and lambda
+    (decays, shares)."""
+    surface = np.empty((len(DECAYS), len(SHARES)))
+    for row, decay in enumerate(DECAYS):
+        for column, lambda_ in enumerate(SHARES):
+            surface[row, column] = perplexity(add_knn(log_p, p_knn, near, lambda_, decay))
+    return surface
+
+
 def knn_surface(scores: Scores) -> np.ndarray:
-    """Return the perplexity of base + kNN by k, tau and lambda (K, U, shares)."""
+    """Return the perplexity of base + kNN by k, tau, decay and lambda (K, U, decays, shares)."""
     log_base = scores.log_p["base"]
+    near = scores.near["base"]
+
     surface = []
-    for by_tau in scores.knn:
-        rows = [[perplexity(add_knn(log_base, p_knn, share)) for share in SHARES]
-                for p_knn in by_tau]
-        surface.append(rows)
+    for by_tau in scores.knn["base"]:
+        surface.append([best_shares(log_base, p_knn, near) for p_knn in by_tau])
     return np.array(surface)
 
 
 def print_surface(surface: np.ndarray, grid: Grid, settings: dict, tokens: int) -> None:
-    """Print the perplexities (K, U, shares) at the k that was chosen, and the settings."""
-    chosen = surface[grid.ks.index(settings["k"])]  # (U, shares)
+    """Print the perplexities (K, U, decays, shares) at the k and decay that were chosen, the
+    settings, and what one share everywhere would have had."""
+    at_decay = surface[:, :, DECAYS.index(settings["decay"])]  # (K, U, shares)
+    chosen = at_decay[grid.ks.index(settings["k"])]  # (U, shares)
     print(f"\n  kNN-LM, validation perplexity ({tokens:,} tokens); base alone "
           f"{chosen[0, 0]:,.2f}")
     taus = "".join(f"{tau:>9g}" for tau in grid.taus)
@@ -731,10 +763,11 @@ def print_surface(surface: np.ndarray, grid: Grid, settings: dict, tokens: int) 
         values = "".join(f"{ppl:>9,.2f}" for ppl in by_tau)
         print(f"  λ {share:.2f}{values}")
 
-    lowest = surface.min(axis=(1, 2))  # (K,)
+    lowest = surface.min(axis=(1, 2, 3))  # (K,)
     by_k = [f"{k}: {ppl:,.2f}" for k, ppl in zip(grid.ks, lowest, strict=True)]
-    print(f"  chosen: lambda {settings['lambda']}, tau {settings['tau']:g}, k {settings['k']}: "
-          f"{surface.min():,.2f} (best by k: {', '.join(by_k)})\n")
+    print(f"  chosen: lambda {settings['lambda']}, decay {settings['decay']:g}, tau "
+          f"{settings['tau']:g}, k {settings['k']}: {surface.min():,.2f} (best by k: "
+          f"{', '.join(by_k)}; best with one share everywhere: {surface[:, :, 0].min():,.2f})\n")
 
 
 def valid_sha(domain: Domain, limit: int) -> str:
@@ -742,27 +775,48 @@ def valid_sha(domain: Domain, limit: int) -> str:
     return sha(first_tokens(domain.valid, limit).numpy().tobytes())
 
 
+@torch.no_grad()
+def measure_recall(config: Config, base: Base, domain: Domain, store: Datastore) -> float:
+    """Return, and print, how many of the nearest keys the search finds, of 256 tokens of validation
+    or fewer."""
+    stream = first_tokens(domain.valid, min(config.tune_tokens or base.window, base.window))
+    (group,) = plan_windows(len(stream) - 1, base.window, base.window, 1)
+    keys, _ = read_keys(base, stream, group)
+    step = max(1, len(keys) // 256)  # between queries
+    queries = keys[::step].cpu().numpy()
+
+    recall = store.recall(queries, config.knn_k)
+    advice = ""
+    if recall < 0.9:
+        advice = "; raise --nprobe or --rerank, or build with --index flat"
+    print(f"search ({store.kind}): finds {recall:.1%} of the {config.knn_k} nearest keys{advice}",
+          flush=True)
+    return recall
+
+
 def tune_knn(config: Config, base: Base, domain: Domain, store: Datastore, manifest: dict) -> None:
-    """Choose lambda, tau and k by validation perplexity of base + kNN; into the manifest, with the
-    whole surface. What was tuned on the same datastore, text and grid stays."""
+    """Choose lambda, decay, tau and k by validation perplexity of base + kNN; into the manifest,
+    with the surface at that decay. What was tuned on the same datastore, text and grid stays."""
     text = valid_sha(domain, config.tune_tokens)
     stride = config_stride(config, base)
     tuned = sha(manifest["identity"], manifest["index_sha256"], config.knn_k, config.tune_tokens,
-                config.rerank, config.nprobe, stride, text)
+                config.rerank, config.nprobe, stride, text, DECAYS)
     if manifest["settings"].get("tuned") == tuned:
         return
+    recall = measure_recall(config, base, domain, store)
     grid = knn_grid(store, config.knn_k)
     scores = score(config, base, domain.valid, config.tune_tokens, Systems(store=store), grid,
                    label="kNN on validation")
     surface = knn_surface(scores)
-    i, j, m = np.unravel_index(surface.argmin(), surface.shape)
-    settings = {"tuned": tuned, "lambda": SHARES[m], "tau": grid.taus[j], "k": grid.ks[i],
-                "stride": stride}
+    i, j, r, m = np.unravel_index(surface.argmin(), surface.shape)
+    settings = {"tuned": tuned, "lambda": SHARES[m], "decay": DECAYS[r], "tau": grid.taus[j],
+                "k": grid.ks[i], "stride": stride, "one_share": float(surface[:, :, 0].min()),
+                "recall": recall}
     settings |= {name: getattr(config, name) for name in SEARCHED_WITH}
     print_surface(surface, grid, settings, tokens=len(scores.log_p["base"]))
     manifest["settings"] = settings
     manifest["tuning"] = {"taus": grid.taus, "ks": grid.ks, "lambdas": list(SHARES),
-                          "surface": surface.tolist()}
+                          "surface": surface[:, :, r].tolist()}
     save_manifest(config, manifest)
 
 
@@ -792,64 +846,79 @@ def sparse_kl(tokens: torch.Tensor, p: torch.Tensor, log_q: torch.Tensor) -> tor
     return (torch.xlogy(p, p) - p * log_q.gather(1, tokens)).sum(1)
 
 
-def compute_targets(store: Datastore, settings: dict, tokens: np.ndarray, weights: np.ndarray
-                    ) -> None:
-    """Fill tokens and weights (count, M) with the sparse targets of the first keys, each found
-    without itself."""
+class Targets(NamedTuple):
+    """The kNN distribution of the first positions, each found without itself, mapped from disk."""
+
+    tokens: np.ndarray  # (count, M) int32, the heaviest
+    weights: np.ndarray  # (count, M) float16, their probabilities
+    near: np.ndarray  # (count,) float32, distance of the nearest key
+
+    @staticmethod
+    def files(count: int, width: int) -> dict[str, tuple[tuple[int, ...], str]]:
+        """The file of each -> shape and dtype."""
+        return {
+            "targets_tokens.npy": ((count, width), "int32"),
+            "targets_weights.npy": ((count, width), "float16"),
+            "targets_near.npy": ((count,), "float32"),
+        }
+
+
+def compute_targets(store: Datastore, settings: dict, targets: Targets) -> None:
+    """Fill targets."""
     from tqdm import tqdm
 
-    count = len(tokens)
+    count, width = targets.tokens.shape
     with tqdm(total=count, desc="targets", unit="key") as bar:
         for start in range(0, count, 1024):
             own = np.arange(start, min(start + 1024, count))
             distances, ids = store.search(store.keys[own], settings["k"], exclude=own)
             values = torch.from_numpy(store.values[np.maximum(ids, 0)])
             heaviest, p = sparse_targets(torch.from_numpy(distances), values, settings["tau"],
-                                         tokens.shape[1])
-            tokens[own] = heaviest.numpy()
-            weights[own] = p.numpy()
+                                         width)
+            targets.tokens[own] = heaviest.numpy()
+            targets.weights[own] = p.numpy()
+            targets.near[own] = nearest_of(distances)
             bar.update(len(own))
 
 
-def write_targets(config: Config, store: Datastore, manifest: dict, count: int
-                  ) -> tuple[np.ndarray, np.ndarray]:
-    """Return the sparse kNN targets of the first `count` keys, mapped from disk: tokens (count, M)
-    int32 and probabilities (count, M) float16. They are made once for a tau and k."""
+def write_targets(config: Config, store: Datastore, manifest: dict, count: int) -> Targets:
+    """Return the sparse kNN targets of the first `count` keys. They are made once for a tau and
+    k."""
     settings = manifest["settings"]
     width = min(config.target_width, settings["k"])
     made = sha(manifest["identity"], manifest["index_sha256"], settings["tau"], settings["k"],
                width, config.rerank, config.nprobe, config.knn_k)
-    paths = [config.folder / "targets_tokens.npy", config.folder / "targets_weights.npy"]
     try:
-        return map_targets(paths, manifest.get("targets", {}), made, count, width)
+        return map_targets(config.folder, manifest.get("targets", {}), made, count, width)
     except (ValueError, FileNotFoundError):  # missing, altered, too few or of other settings
-        parts = [path.with_name(path.name + ".part") for path in paths]
-        tokens = open_part(parts[0], (count, width), "int32")
-        weights = open_part(parts[1], (count, width), "float16")
-        compute_targets(store, settings, tokens, weights)
-        for array, part, path in zip((tokens, weights), parts, paths, strict=True):
+        files = Targets.files(count, width)
+        parts = {name: open_part(config.folder / f"{name}.part", shape, dtype)
+                 for name, (shape, dtype) in files.items()}
+        compute_targets(store, settings, Targets(*parts.values()))
+        digests = []
+        for name, part in parts.items():
+            path = config.folder / name
             with growing(path):
-                array.flush()
-                os.replace(part, path)
-        digests = [file_sha(path) for path in paths]
+                part.flush()
+                os.replace(config.folder / f"{name}.part", path)
+            digests.append(file_sha(path))
         manifest["targets"] = {"made": made, "count": count, "sha256": digests}
         save_manifest(config, manifest)
-        return map_targets(paths, manifest["targets"], made, count, width)
+        return map_targets(config.folder, manifest["targets"], made, count, width)
 
 
-def map_targets(paths: list[Path], made_of: dict, made: str, count: int, width: int
-                ) -> tuple[np.ndarray, np.ndarray]:
+def map_targets(folder: Path, made_of: dict, made: str, count: int, width: int) -> Targets:
     """Map targets that are on disk. Raises ValueError or FileNotFoundError where there are none of
     these settings, or not what the manifest says."""
-    with reading(paths[0], "train again"):
-        whole = made_of["count"]
-        if made_of["made"] != made or whole < count:
+    with reading(folder / MANIFEST, "train again"):
+        whole, digests = made_of["count"], made_of["sha256"]
+        files = Targets.files(whole, width)
+        if made_of["made"] != made or whole < count or len(digests) != len(files):
             raise ValueError("of other settings")
-        digests = made_of.get("sha256", [None, None])  # older ones have none
     arrays = []
-    for path, dtype, digest in zip(paths, ("int32", "float16"), digests, strict=True):
-        arrays.append(map_array(path, (whole, width), dtype, digest, "train again"))
-    return arrays[0], arrays[1]
+    for (name, (shape, dtype)), digest in zip(files.items(), digests, strict=True):
+        arrays.append(map_array(folder / name, shape, dtype, digest, "train again"))
+    return Targets(*arrays)
 
 
 # ══ Training: one loop for the decoders, the plain distillation and the fine-tuned base ══════════
@@ -929,13 +998,12 @@ def new_decoder(config: Config, base: Base, kind: str) -> Decoder | TailDecoder:
     return decoder.to(base.device)
 
 
-def knn_divergence(targets: tuple[np.ndarray, np.ndarray], at: np.ndarray, log_q: torch.Tensor
-                   ) -> torch.Tensor:
-    """Return KL(p_knn || decoder), the mean over positions at (B, T); log q is (B*T, V)."""
+def knn_divergence(targets: Targets, at: np.ndarray, log_q: torch.Tensor) -> torch.Tensor:
+    """Return KL(p_knn || decoder) at positions at (B, T) -> (B*T,); log q is (B*T, V)."""
     rows, device = at.ravel(), log_q.device
-    tokens = torch.from_numpy(targets[0][rows]).to(device).long()  # (B*T, M)
-    p = torch.from_numpy(targets[1][rows]).to(device).float()  # (B*T, M)
-    return sparse_kl(tokens, normalised(p), log_q).mean()
+    tokens = torch.from_numpy(targets.tokens[rows]).to(device).long()  # (B*T, M)
+    p = torch.from_numpy(targets.weights[rows]).to(device).float()  # (B*T, M)
+    return sparse_kl(tokens, normalised(p), log_q)
 
 
 def logits_of(base: Base, model: nn.Module, ids: torch.Tensor) -> torch.Tensor:
@@ -947,10 +1015,27 @@ def logits_of(base: Base, model: nn.Module, ids: torch.Tensor) -> torch.Tensor:
     return out.logits[:, len(prefix) :].float()
 
 
+class Teacher(NamedTuple):
+    """What a decoder is to imitate, and how much at each position; the text has the rest."""
+
+    targets: Targets
+    share: np.ndarray  # (count,) float32, beta
+
+
+def make_teacher(config: Config, settings: dict, targets: Targets) -> Teacher:
+    """Give the neighbours the share that beta says; auto is what tuning gave them at their
+    distance."""
+    if config.beta == "auto":
+        share = knn_share(targets.near, settings["lambda"], settings["decay"])
+    else:
+        share = np.full(len(targets.near), config.beta)
+    return Teacher(targets, share.astype(np.float32))
+
+
 def base_divergence(base: Base, ids: torch.Tensor, log_q: torch.Tensor) -> torch.Tensor:
-    """Return KL(p_base || decoder), the mean over tokens ids (B, T); log q is (B*T, V)."""
+    """Return KL(p_base || decoder) of tokens ids (B, T) -> (B*T,); log q is (B*T, V)."""
     log_p = logits_of(base, base.model, ids).flatten(0, 1).log_softmax(-1)  # (B*T, V)
-    return (log_p.exp() * (log_p - log_q)).sum(-1).mean()
+    return (log_p.exp() * (log_p - log_q)).sum(-1)
 
 
 def training_positions(config: Config, most: int) -> int:
@@ -968,15 +1053,31 @@ def read_rows(stream: torch.Tensor, starts: np.ndarray, window: int, device: tor
     return at, ids, next_ids
 
 
+def imitation_loss(base: Base, arm: str, teacher: Teacher, at: np.ndarray, ids: torch.Tensor,
+                   next_ids: torch.Tensor, log_q: torch.Tensor) -> tuple[torch.Tensor, str]:
+    """beta KL(teacher || decoder) + (1 - beta) CE of log q (B*T, V), the mean over positions at and
+    tokens ids (B, T) and those that follow (B*T,), and what is shown of it. Of the base as a
+    teacher beta is the same everywhere: distances are of the datastore."""
+    ce = F.nll_loss(log_q, next_ids, reduction="none")  # (B*T,)
+    if arm == "text":
+        return ce.mean(), f"CE {ce.mean().item():.3f}"
+    if arm == "distilled":
+        kl, beta = base_divergence(base, ids, log_q), float(teacher.share.mean())
+    else:
+        kl = knn_divergence(teacher.targets, at, log_q)  # (B*T,)
+        beta = torch.from_numpy(teacher.share[at.ravel()]).to(base.device)  # (B*T,)
+    loss = beta * kl + (1 - beta) * ce
+    return loss.mean(), f"KL {kl.mean().item():.3f} CE {ce.mean().item():.3f}"
+
+
 def train_decoder(config: Config, base: Base, domain: Domain, store: Datastore, arm: str,
-                  targets: tuple[np.ndarray, np.ndarray], lr: float) -> Decoder | TailDecoder:
+                  teacher: Teacher, lr: float) -> Decoder | TailDecoder:
     """Train beta KL(teacher || decoder) + (1 - beta) CE; the teacher is the kNN distribution.
 
     Controls in which the datastore has no part: arm text has no teacher (beta 0), in arm distilled
     it is the base itself. What the datastore adds is the difference to them.
     """
     kind = kind_of(config, arm)
-    beta = 0.0 if arm == "text" else config.beta
     decoder = new_decoder(config, base, kind)
     stored = store.states if kind == "tail" else store.keys
     count = training_positions(config, len(stored))
@@ -987,10 +1088,7 @@ def train_decoder(config: Config, base: Base, domain: Domain, store: Datastore, 
         at, ids, next_ids = read_rows(domain.train, starts, window, base.device)
         inputs = torch.from_numpy(stored[at]).to(base.device).float()  # (B, T, D)
         log_q = decoder(inputs, ids).flatten(0, 1).log_softmax(-1)  # (B*T, V)
-        ce = F.nll_loss(log_q, next_ids)
-        kl = (base_divergence(base, ids, log_q) if arm == "distilled" else
-              knn_divergence(targets, at, log_q))
-        return beta * kl + (1 - beta) * ce, f"KL {kl.item():.3f} CE {ce.item():.3f}"
+        return imitation_loss(base, arm, teacher, at, ids, next_ids, log_q)
 
     steps = batches(config, count, window)
     optimize(decoder, lr, steps, loss_of, f"decoder {arm}", RATE_FIELDS[kind])
@@ -1006,14 +1104,14 @@ def kind_of(config: Config, arm: str) -> str:
 
 
 def best_decoder(config: Config, base: Base, domain: Domain, store: Datastore, arm: str,
-                 targets: tuple[np.ndarray, np.ndarray]) -> Decoder | TailDecoder:
+                 teacher: Teacher) -> Decoder | TailDecoder:
     """Train a decoder. A tail, which starts from trained weights, is trained at every rate of
     fine-tuning, and the one whose mixture with the base is better on validation is kept."""
     if kind_of(config, arm) != "tail":
-        return train_decoder(config, base, domain, store, arm, targets, config.decoder_lr)
+        return train_decoder(config, base, domain, store, arm, teacher, config.decoder_lr)
     best, kept = math.inf, None
     for lr in config.rates():
-        decoder = train_decoder(config, base, domain, store, arm, targets, lr)
+        decoder = train_decoder(config, base, domain, store, arm, teacher, lr)
         if len(config.rates()) == 1:
             return decoder
         scores = score(config, base, domain.valid, config.tune_tokens, Systems({arm: decoder}),
@@ -1118,13 +1216,14 @@ def training_of(config: Config, arm: str, chosen: dict) -> dict:
         names += [RATE_FIELDS[kind_of(config, arm)], "decoder_reach"]
     if arm == "lora":
         names.append("lora_rank")
-    elif arm not in ("finetuned", "text"):  # has a teacher
-        names.append("beta")
-
     teacher = {}
+    if arm in RATE_FIELDS or arm == "distilled":  # has a teacher
+        names.append("beta")
+        if config.beta == "auto":
+            teacher = {"lambda": chosen["lambda"], "decay": chosen["decay"]}
     if arm in RATE_FIELDS:  # the neighbours
         names.append("target_width")
-        teacher = {"tau": chosen["tau"], "k": chosen["k"]}
+        teacher |= {"tau": chosen["tau"], "k": chosen["k"]}
     return {name: getattr(config, name) for name in names} | teacher
 
 
@@ -1133,6 +1232,7 @@ def train(config: Config, base: Base, domain: Domain) -> None:
     manifest, store = open_built(config, base, domain)
     tune_knn(config, base, domain, store, manifest)
     targets = write_targets(config, store, manifest, training_positions(config, len(store.keys)))
+    teacher = make_teacher(config, manifest["settings"], targets)
     manifest["settings"].pop("alpha", None)  # of decoders that are gone
     save_manifest(config, manifest)
     for arm in config.arm_list:
@@ -1141,7 +1241,7 @@ def train(config: Config, base: Base, domain: Domain) -> None:
         if arm in TUNED:
             payload = best_tuned(config, base, domain, arm)
         else:
-            decoder = best_decoder(config, base, domain, store, arm, targets)
+            decoder = best_decoder(config, base, domain, store, arm, teacher)
             kind = decoder.kind
             payload = {"sizes": decoder.sizes, "model_state_dict": decoder.state_dict()}
             print(f"decoder {arm}: {decoder_size(decoder):,} parameters")
@@ -1163,16 +1263,19 @@ NAMES = {
     **{arm: name for arm, (_, name) in TUNED.items()},
     "text": "decoder (text alone)",
     "both_text": "text alone and kNN-LM",
+    **{f"both_{arm}": f"{name} and kNN-LM" for arm, (_, name) in TUNED.items()},
     "distilled": "plain distillation",
 }
 
 
 def searching(config: Config) -> dict[str, str]:
     """The systems that a decoder and a search of the datastore make together, and their decoders:
-    beside `both` the same with the decoder that has never seen a neighbour, its control."""
+    beside `both` the same with the decoder that has never seen a neighbour, its control, and with a
+    base that was trained on, which looks up with its own states."""
     systems = {"both": config.decoder_kind}
-    if "text" in config.arm_list:
-        systems["both_text"] = "text"
+    for arm in ("text", *TUNED):
+        if arm in config.arm_list:
+            systems[f"both_{arm}"] = arm
     return systems
 
 
@@ -1236,32 +1339,42 @@ def tune(config: Config, base: Base, domain: Domain) -> None:
     shares = [*SHARES, 1.0] if config.alpha == "auto" else [config.alpha]
     grid = Grid(taus=[chosen["tau"]], ks=[chosen["k"]], alphas=shares)
     scores = score(config, base, domain.valid, config.tune_tokens, systems, grid, "validation")
-    chosen |= tuned_settings(config, scores, shares, chosen["lambda"])
+    chosen |= tuned_settings(config, scores, shares, chosen)
     chosen["valid_sha256"] = valid_sha(domain, config.tune_tokens)
     save_manifest(config, manifest)
     both = chosen["both"]
     print(f"  chosen on {chosen['valid_tokens']:,} tokens of validation: alpha "
-          f"{chosen['alpha']:g}; both: alpha {both['alpha']:g}, lambda {both['lambda']:g}")
+          f"{chosen['alpha']:g}; both: alpha {both['alpha']:g}, lambda {both['lambda']:g}, decay "
+          f"{both['decay']:g}")
 
 
-def tuned_settings(config: Config, scores: Scores, shares: list[float], lambda_: float) -> dict:
-    """Choose alpha of every decoder by perplexity, and alpha and lambda of a decoder and a search
-    together -> the settings, with the perplexity of every system."""
-    log_base, p_knn = scores.log_p["base"], scores.knn[0, 0]
+def searched_parts(scores: Scores, arm: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return what a search is added to for an arm: log p (A, n) by alpha, of a base (1, n); and
+    p_knn (n,) and the distance of the nearest key (n,)."""
+    if arm in scores.mixed:
+        return scores.mixed[arm], scores.knn["base"][0, 0], scores.near["base"]
+    return scores.log_p[arm][None], scores.knn[arm][0, 0], scores.near[arm]
+
+
+def tuned_settings(config: Config, scores: Scores, shares: list[float], knn: dict) -> dict:
+    """Choose alpha of every decoder by perplexity, and alpha, lambda and decay of a decoder and a
+    search together -> the settings, with the perplexity of every system. `knn` has lambda and decay
+    of the search alone."""
     ppl = {name: perplexity(log_p) for name, log_p in scores.log_p.items()}
-    ppl["knn"] = perplexity(add_knn(log_base, p_knn, lambda_))
+    (log_base,), *found = searched_parts(scores, "base")
+    ppl["knn"] = perplexity(add_knn(log_base, *found, knn["lambda"], knn["decay"]))
     alphas = {}
     for arm, mixed in scores.mixed.items():
         alphas[arm], ppl[arm] = choose_alpha(arm, mixed, shares)
 
     together = {}
     for system, arm in searching(config).items():
-        surface = []  # (A, shares)
-        for log_p in scores.mixed[arm]:
-            surface.append([perplexity(add_knn(log_p, p_knn, share)) for share in SHARES])
-        i, j = np.unravel_index(np.argmin(surface), np.shape(surface))
-        ppl[system] = surface[i][j]
-        together[system] = {"alpha": shares[i], "lambda": SHARES[j]}
+        mixed, *found = searched_parts(scores, arm)
+        surface = np.array([best_shares(log_p, *found) for log_p in mixed])  # (A, decays, shares)
+        i, r, m = np.unravel_index(surface.argmin(), surface.shape)
+        ppl[system] = float(surface.min())
+        alpha = None if arm in TUNED else shares[i]
+        together[system] = {"alpha": alpha, "lambda": SHARES[m], "decay": DECAYS[r]}
     return {
         "alpha": alphas[config.decoder_kind],
         "alphas": alphas,
@@ -1285,12 +1398,39 @@ def choose_alpha(arm: str, mixed: np.ndarray, shares: list[float]) -> tuple[floa
 
 
 # ══ Evaluation: test once, latency, table, picture ═══════════════════════════════════════════════
+PASSAGE = 8  # tokens in a row that the datastore's text has too: a passage that it repeats
+
+
+def passage_hashes(tokens: np.ndarray) -> np.ndarray:
+    """A number for every passage of a stream (n,), by its tokens -> uint64 (n - PASSAGE + 1,)."""
+    count = max(0, len(tokens) - PASSAGE + 1)
+    hashes = np.zeros(count, dtype=np.uint64)
+    for i in range(PASSAGE):  # a polynomial modulo 2**64
+        part = tokens[i : i + count].astype(np.uint64)
+        hashes = hashes * np.uint64(0x9E3779B97F4A7C15)
+        hashes += part + np.uint64(1)
+    return hashes
+
+
+def repeated_tokens(tokens: np.ndarray, stored: np.ndarray) -> np.ndarray:
+    """Whether each token of a stream (n,) stands in a passage that is in the stored text word for
+    word -> bool (n,). Domains repeat themselves, and a datastore then copies."""
+    known = passage_hashes(stored)
+    found = np.isin(passage_hashes(tokens), known)
+    repeated = np.zeros(len(tokens), dtype=bool)
+    for i in range(PASSAGE):
+        repeated[i : i + len(found)] |= found
+    return repeated
+
+
 def settings_of(system: str, chosen: dict) -> dict:
-    """Return alpha, lambda, tau and k that were chosen for a system, None where it has none."""
-    settings = {"alpha": chosen["alphas"].get(system), "lambda": None, "tau": None, "k": None}
-    is_both = system in ("both", "both_text")
+    """Return alpha, lambda, decay, tau and k that were chosen for a system, None where it has
+    none."""
+    searched = ("lambda", "decay", "tau", "k")
+    settings = {"alpha": chosen["alphas"].get(system)} | dict.fromkeys(searched)
+    is_both = system.startswith("both")
     if system == "knn" or is_both:
-        settings |= {"lambda": chosen["lambda"], "tau": chosen["tau"], "k": chosen["k"]}
+        settings |= {name: chosen[name] for name in searched}
     if is_both:
         settings |= chosen[system]
     return settings
@@ -1303,11 +1443,11 @@ def answering_systems(config: Config, base: Base, systems: Systems, chosen: dict
     answering = {"base": (lm, "base"), "knn": (lm, "knn")}
     for arm, decoder in systems.decoders.items():
         answering[arm] = (dataclasses.replace(lm, decoder=decoder), "decoder")
-    for system, arm in searching(config).items():
-        with_decoder, _ = answering[arm]
-        answering[system] = (with_decoder, "both")
     for arm, tuned in systems.bases.items():
         answering[arm] = (dataclasses.replace(lm, base=tuned), "base")
+    for system, arm in searching(config).items():
+        alone, _ = answering[arm]
+        answering[system] = (alone, "knn" if arm in TUNED else "both")
     return answering
 
 
@@ -1321,13 +1461,13 @@ def latency(config: Config, base: Base, systems: Systems, chosen: dict, prompt: 
     for turn in range(config.latency_rounds + 1):
         for system, (lm, mode) in answering.items():
             settings = settings_of(system, chosen)
-            alpha, lambda_ = settings["alpha"] or 0, settings["lambda"] or 0
+            shares = [settings[name] or 0 for name in ("alpha", "lambda", "decay")]
             conversation = Conversation(lm, mode)
             reading = conversation.feed(prompt)
 
             began = time.perf_counter()
             for _ in range(config.latency_tokens):
-                log_p, _ = distribution(lm, mode, alpha, lambda_, reading)
+                log_p, _ = distribution(lm, mode, *shares, reading)
                 reading = conversation.feed([int(log_p.argmax())])
             if turn > 0:  # the first warms up
                 times[system].append(1e3 * (time.perf_counter() - began) / config.latency_tokens)
@@ -1338,7 +1478,7 @@ def check_tuned(config: Config, manifest: dict, systems: Systems, domain: Domain
     """Raise ValueError where the settings are not those of these systems, or were not tuned on this
     text; older ones do not say on which."""
     chosen = manifest["settings"]
-    is_tuned = "alpha" in chosen and chosen["mixing"] == config.mixing
+    is_tuned = {"alpha", "decay"} <= chosen.keys() and chosen["mixing"] == config.mixing
     is_whole = systems.decoders.keys() <= chosen.get("alphas", {}).keys()
     is_whole &= searching(config).keys() <= chosen.keys()
     require(is_tuned and is_whole, "settings", manifest["domain"], "tuned for these systems: run "
@@ -1373,23 +1513,27 @@ def score_test(config: Config, base: Base, domain: Domain, systems: Systems, cho
                ) -> dict[str, np.ndarray]:
     """Score test once, with what was chosen on validation -> log-probabilities (n,) by system."""
     alphas, together = chosen["alphas"], searching(config)
-    shares = sorted({*alphas.values(), *(chosen[system]["alpha"] for system in together)})
+    of_both = {chosen[system]["alpha"] for system in together}
+    shares = sorted({*alphas.values(), *of_both} - {None})
     grid = Grid(taus=[chosen["tau"]], ks=[chosen["k"]], alphas=shares)
     scores = score(config, base, domain.test, config.eval_tokens, systems, grid, "test")
-    p_knn = scores.knn[0, 0]
 
     log_p = dict(scores.log_p)
-    log_p["knn"] = add_knn(log_p["base"], p_knn, chosen["lambda"])
+    (log_base,), *found = searched_parts(scores, "base")
+    log_p["knn"] = add_knn(log_base, *found, chosen["lambda"], chosen["decay"])
     for arm, mixed in scores.mixed.items():
         at = shares.index(alphas[arm])
         log_p[arm] = mixed[at]
     for system, arm in together.items():
-        at = shares.index(chosen[system]["alpha"])
-        log_p[system] = add_knn(scores.mixed[arm][at], p_knn, chosen[system]["lambda"])
+        tuned = chosen[system]
+        at = 0 if arm in TUNED else shares.index(tuned["alpha"])
+        mixed, *found = searched_parts(scores, arm)
+        log_p[system] = add_knn(mixed[at], *found, tuned["lambda"], tuned["decay"])
     return log_p
 
 
-def evaluation_facts(config: Config, base: Base, domain: Domain, systems: Systems) -> dict:
+def evaluation_facts(config: Config, base: Base, domain: Domain, systems: Systems, recall: float
+                     ) -> dict:
     """What evaluation.json says of an evaluation. What the arms were trained with stands in its
     config, and not what this command would train with."""
     fields = dataclasses.asdict(config)
@@ -1400,10 +1544,30 @@ def evaluation_facts(config: Config, base: Base, domain: Domain, systems: System
         "domain": domain.name,
         "keys": len(systems.store.keys),
         "index": systems.store.kind,
+        "recall": recall,
         "mixing": config.mixing,
         "config": fields,
         "trained_with": systems.trained_with,
     }
+
+
+def table_rows(log_p: dict[str, np.ndarray], is_new: np.ndarray, chosen: dict,
+               times: dict[str, list[float]]) -> dict[str, dict]:
+    """The row of every system, from log-probabilities (n,) of test, of which those that is_new
+    (n,) marks stand in no passage that the datastore has."""
+    rows = {}
+    for system, name in NAMES.items():
+        of_system = log_p.get(system)
+        if of_system is not None:
+            rows[system] = {
+                "system": name,
+                **settings_of(system, chosen),
+                "valid_ppl": chosen["valid_ppl"].get(system),
+                "test_ppl": perplexity(of_system),
+                "new_ppl": perplexity(of_system[is_new]) if is_new.any() else None,
+                "ms_per_token": statistics.median(times[system]) if times else None,
+            }
+    return rows
 
 
 def evaluate(config: Config, base: Base, domain: Domain) -> None:
@@ -1419,19 +1583,13 @@ def evaluate(config: Config, base: Base, domain: Domain) -> None:
         prompt = domain.test[: min(32, base.window // 2)].tolist()
         times = latency(config, base, systems, chosen, prompt)
 
-    rows = {}
-    for system, name in NAMES.items():
-        if system in log_p:
-            rows[system] = {
-                "system": name,
-                **settings_of(system, chosen),
-                "valid_ppl": chosen["valid_ppl"].get(system),
-                "test_ppl": perplexity(log_p[system]),
-                "ms_per_token": statistics.median(times[system]) if times else None,
-            }
-    about = evaluation_facts(config, base, domain, systems)
+    scored = first_tokens(domain.test, config.eval_tokens)[1:].numpy()
+    is_new = ~repeated_tokens(scored, domain.train.numpy())
+    rows = table_rows(log_p, is_new, chosen, times)
+    about = evaluation_facts(config, base, domain, systems, chosen["recall"])
     about["valid_tokens"] = chosen["valid_tokens"]
-    about["test_tokens"] = len(log_p["base"])
+    about["test_tokens"] = len(is_new)
+    about["new_tokens"] = int(is_new.sum())
     write_json({"about": about, "rows": list(rows.values())}, config.folder / "evaluation.json")
     print_table(rows, about)
     plot(config, rows, manifest, about)
@@ -1441,11 +1599,13 @@ def evaluate(config: Config, base: Base, domain: Domain) -> None:
 COLUMNS = (
     ("alpha", "alpha", 6, "g"),
     ("lambda", "lambda", 7, "g"),
+    ("decay", "decay", 6, "g"),
     ("tau", "tau", 8, "g"),
     ("k", "k", 5, "d"),
     ("valid_ppl", "valid", 9, ",.2f"),
     ("test_ppl", "test", 9, ",.2f"),
     ("change", "Δ test", 8, "+.1%"),
+    ("new_ppl", "new", 9, ",.2f"),
     ("ms_per_token", "ms", 7, ",.2f"),
 )
 
@@ -1454,7 +1614,8 @@ def print_table(rows: dict[str, dict], about: dict) -> None:
     """Print the comparison, each system against the base."""
     print()
     print_heading(f"What does memory add?   {about['domain']}")
-    print(f"  {Path(about['base']).name}; {about['keys']:,} keys ({about['index']}); "
+    print(f"  {Path(about['base']).name}; {about['keys']:,} keys ({about['index']}, "
+          f"recall {about['recall']:.2f}); "
           f"{about['test_tokens']:,} tokens of test\n")
     labels = "".join(f"{label:>{width}}" for _, label, width, _ in COLUMNS)
     print(f"  {'system':<24}{labels}\n{LINE}")
@@ -1464,6 +1625,9 @@ def print_table(rows: dict[str, dict], about: dict) -> None:
         print(f"  {row['system']:<24}{cells}")
     print(LINE)
     print_gains(rows)
+    new = about["new_tokens"] / about["test_tokens"]
+    print(f"  new: without the {1 - new:.0%} of test tokens that stand among {PASSAGE} in a row "
+          "which the datastore has too")
     print("  settings chosen on validation, test scored once with them; ms a generated token")
 
 

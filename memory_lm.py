@@ -49,6 +49,7 @@ from datastore import (
     cache_argument,
     check_manifest,
     knn_probabilities,
+    knn_share,
     knn_weights,
     load_base,
     open_datastore,
@@ -368,6 +369,8 @@ def check_settings(settings: dict) -> None:
     shares = (settings["alpha"], settings["lambda"], both["alpha"], both["lambda"])
     if not all(0 <= share <= 1 for share in shares) or not 0 < settings["tau"] < math.inf:
         raise ValueError("shares out of range")
+    if not all(0 <= decay < math.inf for decay in (settings["decay"], both["decay"])):
+        raise ValueError("decay out of range")
     if not 1 <= settings["k"] < 2**31 or settings.get("mixing") not in ("probability", "logits"):
         raise ValueError("no number of neighbours, or no mixing")
     for name in SEARCHED_WITH:
@@ -384,7 +387,7 @@ class MemoryLM:
     base: Base
     decoder: Decoder | TailDecoder | None
     datastore: Datastore | None
-    settings: dict  # tuned: alpha, lambda, tau, k, both: alpha and lambda; SEARCHED_WITH
+    settings: dict  # tuned: alpha, lambda, decay, tau, k, both: its first three; SEARCHED_WITH
     mixing: str = "probability"
     sources: tuple[Source, ...] = ()  # of the datastore's documents, in order
 
@@ -443,6 +446,11 @@ class MemoryLM:
                   "both": (both.get("alpha", 0), both.get("lambda", 0))}
         alpha, lambda_ = shares[mode]
         return float(alpha), float(lambda_)
+
+    def decay(self, mode: str) -> float:
+        """How fast the share of the datastore falls with distance, as tuned for a mode."""
+        of_mode = self.settings.get("both", {}) if mode == "both" else self.settings
+        return float(of_mode.get("decay", 0))
 
     def modes(self) -> list[str]:
         """Return the modes that it can answer in."""
@@ -520,11 +528,11 @@ def nearest(lm: MemoryLM, query: torch.Tensor) -> Near:
     return Near(torch.from_numpy(distances[0][there]), ids, values)
 
 
-def distribution(lm: MemoryLM, mode: str, alpha: float, lambda_: float, reading: Reading
-                 ) -> tuple[torch.Tensor, Near | None]:
+def distribution(lm: MemoryLM, mode: str, alpha: float, lambda_: float, decay: float,
+                 reading: Reading) -> tuple[torch.Tensor, Near | None]:
     """Mix log p (V,) of the next token: the decoder by alpha in modes decoder and both, then the
-    kNN distribution by lambda in modes knn and both. Also return what was found in the datastore
-    (None where nothing was searched)."""
+    kNN distribution by knn_share of lambda and decay in modes knn and both. Also return what was
+    found in the datastore (None where nothing was searched)."""
     log_p, near = reading.log_base, None
     if mode in ("decoder", "both"):
         log_p = mix(log_p, reading.log_decoder, alpha, lm.mixing)
@@ -532,7 +540,10 @@ def distribution(lm: MemoryLM, mode: str, alpha: float, lambda_: float, reading:
         near = nearest(lm, reading.query)
         p = knn_probabilities(near.distances[None], near.values[None], lm.settings["tau"],
                               len(log_p))[0]
-        log_p = mix(log_p, p.log().to(log_p.device), lambda_)
+        share = 0.0
+        if len(near.ids) > 0:
+            share = float(knn_share(near.distances[0], lambda_, decay))
+        log_p = mix(log_p, p.log().to(log_p.device), share)
     return log_p, near
 
 
@@ -542,7 +553,7 @@ class Sampling(NamedTuple):
 
     mode: str  # base | knn | decoder | both
     alpha: float  # share of the decoder, in modes decoder and both; 0 = none
-    lambda_: float  # share of the kNN distribution, in modes knn and both; 0 = none
+    lambda_: float  # share of the kNN distribution at distance 0, in modes knn and both; 0 = none
     temperature: float  # 0 = greedy
     top_k: int  # 0 = all
     max_new_tokens: int = 200
@@ -721,7 +732,7 @@ def steps_of(lm: MemoryLM, ids: list[int], sampling: Sampling) -> Iterator[Step]
     for number in range(1, sampling.max_new_tokens + 1):
         reading = conversation.feed(fed)
         log_p, near = distribution(lm, sampling.mode, sampling.alpha, sampling.lambda_,
-                                   reading)
+                                   lm.decay(sampling.mode), reading)
         noise = -torch.empty(len(log_p)).exponential_(generator=draw).log().to(log_p.device)
         token = choose(log_p, noise, sampling)
         base_token = choose(reading.log_base, noise, sampling)

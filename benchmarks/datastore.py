@@ -5,9 +5,9 @@
     python benchmarks/datastore.py --keys trained_models/datastore_keys.npy --json datastore.json
     python benchmarks/datastore.py --tiny                 a check of seconds, for CI
 
-What is measured is what memory_decoder.py runs, of datastore.py: new_index, add_keys, read_index,
-Datastore.search, whose candidates come from the index and whose distances are computed again from
-the float16 keys.
+What is measured is what memory_decoder.py runs, of datastore.py: Scale, new_index, add_keys,
+read_index, Datastore.search, whose candidates come from the index and whose distances are computed
+again from the float16 keys.
 Random keys lie around centres, one for a thousand keys, in 32 of their dimensions, with a little
 noise in all: keys that are equally far from each other have no neighbours to find, and hidden
 states are not so. Queries are drawn as the keys are; with --keys, the real test, they are stored
@@ -15,8 +15,9 @@ keys evenly spaced, each without itself.
 How to read it: `build s` trains the index, where it is trained, and adds the keys; `MiB` is the
 file, which is opened memory-mapped (flat, ivfpq) or read (hnsw), beside `keys MiB` in their own
 memory-mapped file; `one ms` is a query alone, as in a chat, the median; `batch ms` a query among
-256, as in evaluation; recall@k is the share of the k nearest keys, by brute force over the same
-float16 keys, that are found. Timings of a busy machine mean nothing.
+256, as in evaluation; recall@k is the share of the k nearest standardised
+keys, by brute force over the same float16 keys, that are found. Timings of a busy machine mean
+nothing.
 """
 
 from __future__ import annotations
@@ -40,6 +41,7 @@ from datastore import (
     NPROBE,
     RERANK,
     Datastore,
+    Scale,
     add_keys,
     import_faiss,
     new_index,
@@ -80,14 +82,15 @@ def random_keys(count: int, width: int, queries: int, folder: Path
     return keys, some(queries)
 
 
-def true_neighbours(keys: np.ndarray, queries: np.ndarray, k: int, own: np.ndarray | None
-                    ) -> np.ndarray:
-    """Find the nearest ids (Q, k) by brute force: squared distances in float32, not by FAISS."""
+def true_neighbours(keys: np.ndarray, scale: Scale, queries: np.ndarray, k: int,
+                    own: np.ndarray | None) -> np.ndarray:
+    """Find the nearest ids (Q, k) by brute force: squared distances of unit vectors in float32, not
+    by FAISS."""
     nearest = []
-    for i, query in enumerate(torch.from_numpy(queries)):
+    for i, query in enumerate(torch.from_numpy(scale.unit(queries))):
         parts = []
         for start in range(0, len(keys), 8192):
-            block = torch.from_numpy(np.asarray(keys[start : start + 8192])).float()
+            block = torch.from_numpy(scale.unit(keys[start : start + 8192]))
             parts.append((block - query).square_().sum(1))
         distances = torch.cat(parts)  # (n,)
         if own is not None:
@@ -120,15 +123,17 @@ def measure(kind: str, keys: np.ndarray, queries: np.ndarray, own: np.ndarray | 
             true: np.ndarray, args: argparse.Namespace) -> dict:
     """Build an index, write it, open it again, search it -> one row."""
     began = time.perf_counter()
-    index = new_index(kind, keys.shape[1], len(keys), sample_keys(keys))
-    add_keys(index, keys, 0, len(keys))
+    scale = Scale.of(keys)
+    index = new_index(kind, keys.shape[1], len(keys), sample_keys(keys, scale))
+    add_keys(index, keys, scale, 0, len(keys))
     build = time.perf_counter() - began
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / INDEX
         write_index(index, path)
         size = path.stat().st_size
         values = np.zeros(len(keys), np.int32)
-        store = Datastore(keys, values, read_index(path, kind, args.nprobe), kind, args.rerank)
+        index = read_index(path, kind, args.nprobe)
+        store = Datastore(keys, values, index, kind, scale, args.rerank)
         ids, batch, single = time_search(store, queries, own, args.k)
     hits = [len(np.intersect1d(a, b)) for a, b in zip(ids, true, strict=True)]
     return {
@@ -154,7 +159,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
                         help="of flat, ivfpq, hnsw; default: all")
     parser.add_argument("--count", type=number(1000), default=100_000, help="default: 100,000")
     parser.add_argument("--width", type=number(2), default=768, help="default: 768")
-    parser.add_argument("--k", type=number(1), default=128, help="neighbours; default: 128")
+    parser.add_argument("--k", type=number(1), default=512, help="neighbours; default: 512")
     parser.add_argument("--queries", type=number(1), default=256, help="default: 256")
     parser.add_argument("--nprobe", type=number(1), default=NPROBE,
                         help=f"of ivfpq; default: {NPROBE}")
@@ -192,7 +197,7 @@ def run_benchmark(args: argparse.Namespace, report: dict, folder: Path) -> None:
         keys, queries = random_keys(args.count, args.width, args.queries, folder)
     if args.k >= len(keys):
         raise ValueError(f"--k {args.k}: must be below the {len(keys):,} keys")
-    true = true_neighbours(keys, queries, args.k, own)
+    true = true_neighbours(keys, Scale.of(keys), queries, args.k, own)
     for kind in args.index:
         report["rows"].append(measure(kind, keys, queries, own, true, args))
         write_json(report, args.json)

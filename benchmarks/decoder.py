@@ -44,6 +44,7 @@ from datastore import (
     Base,
     Datastore,
     KeyTap,
+    Scale,
     add_keys,
     new_index,
     sample_keys,
@@ -64,11 +65,12 @@ def random_base(args: argparse.Namespace, device: torch.device) -> Base:
 def random_store(args: argparse.Namespace, base: Base, folder: Path) -> Datastore:
     """Make an ivfpq datastore of random keys."""
     keys, _ = random_keys(args.keys, base.width, 1, folder)
-    index = new_index("ivfpq", base.width, len(keys), sample_keys(keys))
-    add_keys(index, keys, 0, len(keys))
+    scale = Scale.of(keys)
+    index = new_index("ivfpq", base.width, len(keys), sample_keys(keys, scale))
+    add_keys(index, keys, scale, 0, len(keys))
     index.nprobe = min(NPROBE, index.nlist)
     values = torch.randint(0, base.vocab, (len(keys),), dtype=torch.int32).numpy()
-    return Datastore(keys, values, index, "ivfpq")
+    return Datastore(keys, values, index, "ivfpq", scale)
 
 
 def measure(args: argparse.Namespace, device: torch.device, folder: Path) -> list[dict]:
@@ -79,9 +81,10 @@ def measure(args: argparse.Namespace, device: torch.device, folder: Path) -> lis
     decoders = {kind: new_decoder(config, base, kind).ready() for kind in ("hidden", "tokens")}
     tuned = {
         "lambda": 0.3,
-        "tau": 10.0,
+        "decay": 0.0,
+        "tau": 0.1,
         "k": min(Config.knn_k, args.keys // 2),
-        "both": {"alpha": 0.9, "lambda": 0.3},
+        "both": {"alpha": 0.9, "lambda": 0.3, "decay": 0.0},
         "alphas": {"hidden": 0.9, "tokens": 0.9},
     }
     systems = Systems(decoders=decoders, store=random_store(args, base, folder))

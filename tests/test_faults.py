@@ -495,9 +495,8 @@ def kinds(done, base, tokenizer_folder) -> Callable[[str], Kind]:
         return ds.open_datastore(folder, manifest)
 
     def targets(folder: Path, manifest: dict) -> object:
-        paths = [folder / "targets_tokens.npy", folder / "targets_weights.npy"]
         made = manifest["targets"]
-        return memory_decoder.map_targets(paths, made, made["made"], made["count"], made_width)
+        return memory_decoder.map_targets(folder, made, made["made"], made["count"], made_width)
 
     def trained(name: str) -> Callable[[], Kind]:
         return in_decoder(name, lambda folder, manifest: memory_lm.load_trained(

@@ -13,6 +13,7 @@ import contextlib
 import copy
 import dataclasses
 import gc
+import itertools
 import json
 import math
 import resource
@@ -119,9 +120,15 @@ def domain(config, lm) -> md.Domain:
 
 
 @pytest.fixture(scope="module")
-def targets(made) -> tuple[np.ndarray, np.ndarray]:
+def targets(made) -> md.Targets:
     """The sparse kNN targets on disk."""
-    return np.load(made / "targets_tokens.npy"), np.load(made / "targets_weights.npy")
+    return md.Targets(*(np.load(made / name) for name in md.Targets.files(0, 0)))
+
+
+@pytest.fixture(scope="module")
+def teacher(config, made, targets) -> md.Teacher:
+    """The neighbours, at the share that beta says."""
+    return md.make_teacher(config, ds.read_manifest(made)["settings"], targets)
 
 
 # ── Search and the kNN distribution ──────────────────────────────────────────────────────────────
@@ -135,17 +142,21 @@ def clustered(n: int, width: int, seed: int = 0) -> np.ndarray:
 
 def store_of(keys: np.ndarray, kind: str) -> ds.Datastore:
     """A datastore of keys; their values are of 11 kinds."""
-    index = ds.new_index(kind, keys.shape[1], len(keys), keys.astype(np.float32))
-    ds.add_keys(index, keys, 0, len(keys))
+    scale = ds.Scale.of(keys)
+    index = ds.new_index(kind, keys.shape[1], len(keys), scale.unit(keys))
+    ds.add_keys(index, keys, scale, 0, len(keys))
     if kind == "ivfpq":
         index.nprobe = 16
-    return ds.Datastore(keys, np.arange(len(keys), dtype=np.int32) % 11, index, kind, 4)
+    return ds.Datastore(keys, np.arange(len(keys), dtype=np.int32) % 11, index, kind, scale, 4)
 
 
 def brute_force(keys: np.ndarray, queries: np.ndarray, k: int, exclude=None):
-    """Distances (Q, k) and ids (Q, k) in float64, ties to the lowest id."""
-    apart = queries[:, None].astype(np.float64) - keys[None].astype(np.float64)
-    distances = (apart**2).sum(-1)
+    """Distances 2 (1 - cos) of standardised keys (Q, k), and ids (Q, k), in float64, ties to the
+    lowest id."""
+    keys, queries = keys.astype(np.float64), queries.astype(np.float64)
+    standard = [(x - keys.mean(0)) / keys.std(0) for x in (queries, keys)]
+    units = [x / np.linalg.norm(x, axis=1, keepdims=True) for x in standard]
+    distances = 2 * (1 - np.einsum("qd,nd->qn", *units))
     if exclude is not None:
         distances[np.arange(len(queries)), exclude] = np.inf
     ids = np.argsort(distances, axis=1, kind="stable")[:, :k]
@@ -165,8 +176,8 @@ def test_knn_probabilities_equal_brute_force_in_float64():
     distances, ids = store.search(queries, 13)
     true_distances, true_ids = brute_force(keys, queries, 13)
     assert (ids == true_ids).all()
-    np.testing.assert_allclose(distances, true_distances, rtol=1e-5)
-    for tau in (0.3, 5.0, 200.0):
+    np.testing.assert_allclose(distances, true_distances, rtol=1e-5, atol=1e-6)
+    for tau in (0.03, 0.5, 20.0):
         expected = np.zeros((37, 11))
         np.add.at(expected, (np.arange(37)[:, None], store.values[true_ids]),
                   votes(true_distances, tau))
@@ -174,6 +185,33 @@ def test_knn_probabilities_equal_brute_force_in_float64():
         p = ds.knn_probabilities(torch.from_numpy(distances), values, tau, 11)
         np.testing.assert_allclose(p.numpy(), expected, atol=2e-5)
         np.testing.assert_allclose(p.sum(1).numpy(), 1, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["flat", "ivfpq", "hnsw"])
+def test_keys_that_vary_in_a_few_dimensions_alone_are_found(kind):
+    """As a pretrained base's do: two dimensions far from the origin, with most of the variance."""
+    keys, queries = clustered(4000, 32).astype(np.float32), clustered(64, 32, seed=3)
+    outlying = np.zeros(32)
+    outlying[[3, 17]] = 300
+    spread = np.where(outlying > 0, 100, 1)
+    keys, queries = ((x * spread + outlying).astype(np.float16) for x in (keys, queries))
+    store = store_of(keys, kind)
+    assert store.recall(queries, 10) > 0.95
+    true = brute_force(keys, queries, 10)[1]
+    assert (np.sort(store.exact(queries, 10)) == np.sort(true)).all()
+    assert store._replace(index=store_of(keys[::-1].copy(), kind).index).recall(queries, 10) < 0.5
+
+
+def test_a_dimension_that_never_varies_and_a_key_at_the_mean_count_for_nothing():
+    keys = clustered(200, 8)
+    keys[:, 2] = 7
+    scale = ds.Scale.of(keys)
+    assert scale.factor[2] == 0 and np.isfinite(scale.unit(keys)).all()
+    np.testing.assert_allclose(np.linalg.norm(scale.unit(keys), axis=1), 1, rtol=1e-6)
+    assert (scale.unit(scale.mean[None]) == 0).all()
+    store = ds.Datastore(keys, np.zeros(200, np.int32), None, "flat", scale)
+    apart = store.distances(scale.unit(scale.mean[None]), np.array([[0, 5]]))
+    np.testing.assert_allclose(apart, 2)  # no direction: as far as at right angles
 
 
 @pytest.mark.parametrize("kind, least", [("flat", 1.0), ("ivfpq", 0.95), ("hnsw", 0.95)])
@@ -189,7 +227,7 @@ def test_each_index_recalls_and_leaves_out_the_query_itself_but_not_its_duplicat
     own = np.array([77, 1234, 5])
     distances, ids = store.search(keys[own], 6, exclude=own)
     assert not (ids == own[:, None]).any()
-    assert ids[:2, 0].tolist() == [1234, 77] and distances[:2, 0].tolist() == [0, 0]
+    assert ids[:2, 0].tolist() == [1234, 77] and np.abs(distances[:2, 0]).max() < 1e-6
     distances, ids = store.search(keys[own], 6)
     assert ids[:, 0].tolist() == [77, 77, 5]  # a tie goes to the lowest id
 
@@ -203,7 +241,7 @@ def test_neighbours_are_sorted_whatever_the_index_gives_and_missing_ones_weigh_n
             missing = np.full(4, -1)
             return None, np.tile(np.concatenate([some, missing]), (len(queries), 1))
 
-    store = ds.Datastore(keys, np.zeros(50, np.int32), Shuffled(), "flat")
+    store = ds.Datastore(keys, np.zeros(50, np.int32), Shuffled(), "flat", ds.Scale.of(keys))
     distances, ids = store.search(keys[:3].astype(np.float32), 50)
     assert (np.diff(distances[:, :46]) >= 0).all()
     assert (ids[:, 46:] == -1).all() and np.isinf(distances[:, 46:]).all()
@@ -237,7 +275,8 @@ def test_targets_on_disk_are_the_knn_distribution_without_the_own_position(targe
     store, k = lm.datastore, lm.settings["k"]
     distances, ids = brute_force(store.keys, store.keys[at], k, exclude=at)
     weights = votes(distances, lm.settings["tau"])
-    tokens, p = targets
+    tokens, p, near = targets
+    np.testing.assert_allclose(near[at], distances[:, 0], atol=1e-5)
     for row, position in enumerate(at):
         expected = np.bincount(store.values[ids[row]], weights[row], lm.base.vocab)
         dense = np.bincount(tokens[position], p[position].astype(float), lm.base.vocab)
@@ -262,10 +301,10 @@ def test_mixture_sums_to_one_and_its_ends_are_exact(alpha, mixing):
 @pytest.mark.parametrize("mode", ml.MODES)
 def test_every_mode_sums_to_one_and_shares_of_0_are_the_base_bit_for_bit(lm, domain, mode):
     reading = ml.Conversation(lm, mode).feed(domain.test[:20].tolist())
-    mixed, _ = ml.distribution(lm, mode, 0.4, 0.4, reading)
+    mixed, _ = ml.distribution(lm, mode, 0.4, 0.4, 0.5, reading)
     assert mixed.exp().sum().item() == pytest.approx(1, abs=1e-5)
     alone = ml.Conversation(lm, "base").feed(domain.test[:20].tolist()).log_base
-    assert torch.equal(ml.distribution(lm, mode, 0.0, 0.0, reading)[0], alone)
+    assert torch.equal(ml.distribution(lm, mode, 0.0, 0.0, 0.5, reading)[0], alone)
 
 
 # ── Reading, keys, scoring ───────────────────────────────────────────────────────────────────────
@@ -394,8 +433,8 @@ def test_keys_that_are_not_one_a_token_are_refused(lm):
 
 
 def naive_scores(lm, stream: torch.Tensor, mixing: str) -> np.ndarray:
-    """base, base + decoder at alpha 0.3 and p_knn of 5 neighbours at tau 2 of every token (n, 3),
-    position after position in float64."""
+    """base, base + decoder at alpha 0.3, p_knn of 5 neighbours at tau 0.2, and the distance of the
+    nearest, of every token (n, 4), position after position in float64."""
     rows = []
     for [window] in ds.plan_windows(len(stream) - 1, 32, 16, 1):
         logits, keys = lm.base.forward(stream[None, window.start : window.end])
@@ -407,8 +446,8 @@ def naive_scores(lm, stream: torch.Tensor, mixing: str) -> np.ndarray:
             if mixing == "logits":
                 mixed = (0.7 * log_p[at] + 0.3 * log_q[at]).log_softmax(-1)
             distances, near = brute_force(lm.datastore.keys, keys[0, at, None].numpy(), 5)
-            p_knn = votes(distances, 2.0)[lm.datastore.values[near] == int(target)].sum()
-            rows.append([float(log_p[at, target]), float(mixed[target]), p_knn])
+            p_knn = votes(distances, 0.2)[lm.datastore.values[near] == int(target)].sum()
+            rows.append([float(log_p[at, target]), float(mixed[target]), p_knn, distances[0, 0]])
     return np.array(rows)
 
 
@@ -416,12 +455,13 @@ def naive_scores(lm, stream: torch.Tensor, mixing: str) -> np.ndarray:
 def test_score_equals_a_naive_loop_over_positions(config, lm, domain, mixing):
     config, stream = dataclasses.replace(config, mixing=mixing), domain.valid[:90]
     systems = md.Systems({"hidden": lm.decoder}, store=lm.datastore)
-    grid = md.Grid(taus=[2.0], ks=[5], alphas=[0.0, 0.3])
+    grid = md.Grid(taus=[0.2], ks=[5], alphas=[0.0, 0.3])
     scores = md.score(config, lm.base, stream, 0, systems, grid)
     expected = naive_scores(lm, stream, mixing)
     np.testing.assert_allclose(scores.log_p["base"], expected[:, 0], atol=1e-4)
     np.testing.assert_allclose(scores.mixed["hidden"][1], expected[:, 1], atol=1e-4)
-    np.testing.assert_allclose(scores.knn[0, 0], expected[:, 2], atol=1e-4)
+    np.testing.assert_allclose(scores.knn["base"][0, 0], expected[:, 2], atol=1e-4)
+    np.testing.assert_allclose(scores.near["base"], expected[:, 3], atol=1e-4)
     assert (scores.mixed["hidden"][0] == scores.log_p["base"]).all()
 
 
@@ -466,8 +506,9 @@ def test_a_killed_build_resumes_with_the_same_bytes_and_not_that_of_another_text
     groups = ds.plan_windows(len(part), 32, 16, 2)
     assert len(calls) == len(groups) - 6
     built = {path.name: path for path in tmp_path.iterdir()}
-    assert built.keys() - {".lock"} == {ds.KEYS, ds.VALUES, ds.INDEX, ds.MANIFEST, ds.SOURCES}
-    for name in (ds.KEYS, ds.VALUES, ds.INDEX):
+    assert built.keys() - {".lock"} == {ds.KEYS, ds.VALUES, ds.INDEX, ds.SCALE, ds.MANIFEST,
+                                        ds.SOURCES}
+    for name in (ds.KEYS, ds.VALUES, ds.INDEX, ds.SCALE):
         assert built[name].read_bytes() == (made / name).read_bytes()
 
 
@@ -606,7 +647,8 @@ def test_shards_built_by_two_processes_and_merged_equal_one_build(
     merged = ds.read_index(tmp_path / ds.INDEX, "ivfpq")
     assert merged.ntotal == len(keys)
     whole.nprobe = merged.nprobe = 4
-    one, two = (ds.Datastore(keys, keys[:, 0], index, "ivfpq").search(keys[::40], 5)[1]
+    scale = ds.Scale(*np.load(tmp_path / ds.SCALE))
+    one, two = (ds.Datastore(keys, keys[:, 0], index, "ivfpq", scale).search(keys[::40], 5)[1]
                 for index in (whole, merged))
     assert np.mean(one == two) > 0.97
 
@@ -697,7 +739,7 @@ def naive_log_p(lm: ml.MemoryLM, mode: str, ids: list[int], alpha: float, lambda
     inputs = ml.inputs_of(lm.decoder, keys, lm.base.states)
     log_q = lm.decoder(inputs, torch.tensor([ids]))[0, -1].log_softmax(-1)
     reading = ml.Reading(logits[0, -1].log_softmax(-1), keys[0, -1], log_q)
-    return ml.distribution(lm, mode, alpha, lambda_, reading)[0]
+    return ml.distribution(lm, mode, alpha, lambda_, lm.decay(mode), reading)[0]
 
 
 @pytest.mark.parametrize("kind", ["hidden", "tail"])
@@ -1079,11 +1121,19 @@ def test_a_decoder_of_tokens_serves_another_base_with_its_tokenizer_and_one_of_s
         ml.load_decoder(made / "decoder_tokens.pt", lm.base, other | {"tokenizer_sha256": "x"})
 
 
-def test_training_lowers_the_loss_of_every_arm(config, lm, domain, targets):
+def test_beta_is_one_share_or_that_of_the_neighbours_at_their_distance(config, made, targets):
+    chosen = {"lambda": 0.8, "decay": 1.5}
+    fixed = md.make_teacher(dataclasses.replace(config, beta=0.25), chosen, targets)
+    assert (fixed.share == 0.25).all() and len(fixed.share) == len(targets.near)
+    falling = md.make_teacher(dataclasses.replace(config, beta="auto"), chosen, targets)
+    np.testing.assert_allclose(falling.share, 0.8 * np.exp(-1.5 * targets.near), rtol=1e-6)
+
+
+def test_training_lowers_the_loss_of_every_arm(config, lm, domain, teacher):
     config = dataclasses.replace(config, num_epochs=6)
     for arm in ("hidden", "tokens", "text", "distilled"):
         start = md.new_decoder(config, lm.base, "tokens" if arm == "tokens" else "hidden")
-        end = md.train_decoder(config, lm.base, domain, lm.datastore, arm, targets, 3e-3)
+        end = md.train_decoder(config, lm.base, domain, lm.datastore, arm, teacher, 3e-3)
         systems = md.Systems({"start": start, "end": end})
         scores = md.score(config, lm.base, domain.train, 300, systems, md.Grid(alphas=[1.0]))
         before, after = (md.perplexity(scores.mixed[name]) for name in ("start", "end"))
@@ -1091,12 +1141,13 @@ def test_training_lowers_the_loss_of_every_arm(config, lm, domain, targets):
 
 
 def test_the_datastore_has_no_part_in_the_controls_and_has_one_in_the_decoder(
-        config, lm, domain, targets):
-    others = (targets[0][::-1].copy(), targets[1][::-1].copy())
+        config, lm, domain, teacher):
+    turned = md.Targets(*(array[::-1].copy() for array in teacher.targets))
+    others = teacher._replace(targets=turned)
     for arm in ("text", "distilled", "hidden"):
         one, two = (
             md.train_decoder(config, lm.base, domain, lm.datastore, arm, x, 4e-3).state_dict()
-            for x in (targets, others))
+            for x in (teacher, others))
         assert all(torch.equal(one[name], two[name]) for name in one) == (arm != "hidden"), arm
 
 
@@ -1107,12 +1158,12 @@ def test_the_base_as_a_teacher_reads_behind_its_prefix(tmp_path, tokenizer_folde
     stream = torch.randint(0, 200, (24,), generator=torch.Generator().manual_seed(0))
     group = [ds.Window(0, 0, 12), ds.Window(12, 12, 24)]
     ids, _, logits = ds.read_group(base, stream, group)
-    assert abs(md.base_divergence(base, ids, logits.log_softmax(-1)).item()) < 1e-6
+    assert md.base_divergence(base, ids, logits.log_softmax(-1)).abs().max() < 1e-6
 
 
-def test_training_that_diverges_names_the_rate(config, lm, domain, targets):
+def test_training_that_diverges_names_the_rate(config, lm, domain, teacher):
     with pytest.raises(dnc_gpt2.Diverged, match="decoder hidden diverged .* decoder_lr below"):
-        md.train_decoder(config, lm.base, domain, lm.datastore, "hidden", targets, 1e30)
+        md.train_decoder(config, lm.base, domain, lm.datastore, "hidden", teacher, 1e30)
 
 
 @pytest.mark.parametrize("kind", ["Llama", "Mistral", "Qwen2", "Gemma2", "GPT2"])
@@ -1191,10 +1242,12 @@ def test_a_tail_that_does_not_begin_as_the_base_is_refused(tmp_path, tokenizer_f
 def test_auto_trains_a_tail_of_a_pretrained_base_and_everything_beside_ones_own():
     of_folder = md.settled(md.Config(), "smollm2")
     assert of_folder.arm_list == ["tail", "text"] and of_folder.tail == 4
-    assert (of_folder.beta, md.settled(md.Config(beta=0.3), "smollm2").beta) == (0.1, 0.3)
+    assert (of_folder.beta, md.settled(md.Config(beta=0.3), "smollm2").beta) == ("auto", 0.3)
+    assert of_folder.rates() == [3e-4]
     own = md.settled(md.Config(), "checkpoints/GPT2_Baseline_FINAL_step600.pt")
     assert own.arm_list == ["hidden", "tokens", "text", "distilled", "finetuned"] and own.tail == 0
-    assert own.beta == 0.5
+    assert own.beta == "auto" and own.rates() == [1e-4, 3e-4]
+    assert md.settled(md.Config(finetune_lrs="1e-3"), "smollm2").rates() == [1e-3]
     asked = md.settled(md.Config(decoder_kind="tokens", arms=""), "smollm2")
     assert asked.arm_list == ["tokens"]
 
@@ -1240,19 +1293,30 @@ def test_a_tail_keeps_its_blocks_alone_and_learns(tail_lm):
 
 def test_the_decoder_of_text_alone_is_tuned_with_the_search_too(config):
     """Its share and that of the neighbours are the best of the grid, as the imitating decoder's."""
-    config = dataclasses.replace(config, decoder_kind="hidden", arms="text")
+    config = dataclasses.replace(config, decoder_kind="hidden", arms="text,lora")
     draw, shares, n = np.random.default_rng(0), [0.0, 0.5, 1.0], 60
     mixed = {arm: np.log(draw.random((3, n))) for arm in ("hidden", "text")}
-    scores = md.Scores({"base": np.log(draw.random(n))}, mixed, draw.random((1, 1, n)))
-    settings = md.tuned_settings(config, scores, shares, lambda_=0.1)
+    log_p = {name: np.log(draw.random(n)) for name in ("base", "lora")}
+    knn, near = ({name: most * draw.random(shape) for name in log_p}
+                 for most, shape in ((1, (1, 1, n)), (4, n)))
+    scores = md.Scores(log_p, mixed, knn, near)
+    alone = {"lambda": 0.1, "decay": 0.5, "tau": 1, "k": 2}
+    settings = md.tuned_settings(config, scores, shares, alone)
     for system, arm in (("both", "hidden"), ("both_text", "text")):
-        ppl = {(alpha, share): md.perplexity(md.add_knn(mixed[arm][i], scores.knn[0, 0], share))
-               for i, alpha in enumerate(shares) for share in md.SHARES}
+        ppl = {}
+        for i, alpha in enumerate(shares):
+            for share, decay in itertools.product(md.SHARES, md.DECAYS):
+                log_p = md.add_knn(mixed[arm][i], knn["base"][0, 0], near["base"], share, decay)
+                ppl[alpha, share, decay] = md.perplexity(log_p)
         best = min(ppl, key=ppl.get)
-        assert (settings[system]["alpha"], settings[system]["lambda"]) == best
+        names = ("alpha", "lambda", "decay")
+        assert tuple(settings[system][name] for name in names) == best
         assert settings["valid_ppl"][system] == pytest.approx(ppl[best])
-        of_row = md.settings_of(system, settings | {"lambda": 0.1, "tau": 1, "k": 2})
-        assert (of_row["alpha"], of_row["lambda"]) == best
+        of_row = md.settings_of(system, settings | alone)
+        assert tuple(of_row[name] for name in names) == best
+    best = md.best_shares(scores.log_p["lora"], knn["lora"][0, 0], near["lora"])
+    assert settings["valid_ppl"]["both_lora"] == pytest.approx(best.min())
+    assert settings["both_lora"]["alpha"] is None, "a base has no share beside itself"
     alone = md.searching(dataclasses.replace(config, arms="distilled"))
     assert alone == {"both": "hidden"}
 
@@ -1288,7 +1352,7 @@ def test_words_of_passages_do_not_run_together_whatever_the_tokenizer_strips(lm)
         decoders.Strip(" ", 1, 0)])
     base = dataclasses.replace(lm.base, tokenizer=SimpleNamespace(backend_tokenizer=tokenizer))
     values = np.array([1, 2, 3, 4, 1, 5, 6, 7, 8], dtype=np.int32)
-    store = ds.Datastore(np.zeros((9, 2), np.float16), values, None, "flat")
+    store = ds.Datastore(np.zeros((9, 2), np.float16), values, None, "flat", None)
     old = ml.MemoryLM("", base, None, store, {"tau": 1}, sources=(ds.Source(0, "none.txt", 0),))
     whole = "the old bridge over the riveré."
     for at, word in enumerate("the| old| bridge| over| the| river||é|.".split("|")):
@@ -1403,8 +1467,8 @@ def test_arms_of_two_trainings_are_not_compared(made, config, lm, domain, tmp_pa
 def test_evaluation_reports_what_the_arms_were_trained_with(made, config, lm, domain):
     other = dataclasses.replace(config, beta=0.9, train_tokens=77, eval_tokens=55)
     _, systems = md.load_systems(other, lm.base, domain)
-    about = md.evaluation_facts(other, lm.base, domain, systems)
-    assert about["config"]["beta"] == config.beta == 0.5
+    about = md.evaluation_facts(other, lm.base, domain, systems, recall=0.97)
+    assert about["config"]["beta"] == config.beta == "auto"
     assert about["config"]["train_tokens"] == config.train_tokens
     assert about["config"]["eval_tokens"] == 55
     chosen = ds.read_manifest(made)["settings"]
@@ -1510,8 +1574,9 @@ def test_command_prints_its_table_before_it_draws(tmp_path, save_dir, capsys):
 
 
 # ── What a conclusion hangs on: splits, signs, settings ──────────────────────────────────────────
-CHOSEN = {"alphas": {"hidden": 0.2, "text": 0.6}, "alpha": 0.2, "lambda": 0.1, "tau": 2.0, "k": 5,
-          "both": {"alpha": 0.4, "lambda": 0.3}, "both_text": {"alpha": 0.8, "lambda": 0.5}}
+CHOSEN = {"alphas": {"hidden": 0.2, "text": 0.6}, "alpha": 0.2, "lambda": 0.1, "decay": 0.0,
+          "tau": 2.0, "k": 5, "both": {"alpha": 0.4, "lambda": 0.3, "decay": 2.0},
+          "both_text": {"alpha": 0.8, "lambda": 0.5, "decay": 1.0}}
 
 
 def test_test_is_scored_once_each_system_with_the_settings_chosen_for_it(monkeypatch):
@@ -1520,14 +1585,14 @@ def test_test_is_scored_once_each_system_with_the_settings_chosen_for_it(monkeyp
     valid, test = torch.arange(9), torch.arange(9) + 100
     domain = md.Domain("", valid, valid, test, fingerprint="", sources=[])
     draw, seen = np.random.default_rng(0), []
-    base, knn, memory = draw.random(7), draw.random(7), dict(hidden=draw.random(7),
-                                                              text=draw.random(7))
+    base, knn, near = draw.random(7), draw.random(7), 4 * draw.random(7)
+    memory = dict(hidden=draw.random(7), text=draw.random(7))
 
     def score(config, model, stream, limit, systems, grid, label):
         seen.append((stream, limit, grid.taus, grid.ks))
         mixed = {arm: np.log([(1 - alpha) * base + alpha * p for alpha in grid.alphas])
                  for arm, p in memory.items()}
-        return md.Scores({"base": np.log(base)}, mixed, knn[None, None])
+        return md.Scores({"base": np.log(base)}, mixed, {"base": knn[None, None]}, {"base": near})
 
     monkeypatch.setattr(md, "score", score)
     found = md.score_test(config, None, domain, md.Systems(), CHOSEN)
@@ -1536,18 +1601,39 @@ def test_test_is_scored_once_each_system_with_the_settings_chosen_for_it(monkeyp
     for arm, alpha in CHOSEN["alphas"].items():
         wanted[arm] = (1 - alpha) * base + alpha * memory[arm]
     for system, arm in (("both", "hidden"), ("both_text", "text")):
-        alpha, share = CHOSEN[system].values()
+        alpha, share, decay = CHOSEN[system].values()
+        share = share * np.exp(-decay * near)
         wanted[system] = (1 - share) * ((1 - alpha) * base + alpha * memory[arm]) + share * knn
     assert found.keys() == wanted.keys()
     for system, p in wanted.items():
         np.testing.assert_allclose(np.exp(found[system]), p, err_msg=system)
 
 
-@pytest.mark.parametrize("share", [0.0, 0.25, 0.95])
-def test_a_mixture_with_neighbours_is_one_of_probabilities(share):
-    p, knn = np.array([0.5, 1e-9, 0.2]), np.array([0.0, 0.5, 1.0])
-    mixed = md.add_knn(np.log(p), knn, share)
+@pytest.mark.parametrize("decay", [0.0, 0.5, 6.0])
+@pytest.mark.parametrize("lambda_", [0.0, 0.25, 0.95])
+def test_a_mixture_with_neighbours_is_one_of_probabilities_by_their_distance(lambda_, decay):
+    p, knn, near = np.array([0.5, 1e-9, 0.2]), np.array([0.0, 0.5, 1.0]), np.array([0.0, 0.3, 4.0])
+    mixed = md.add_knn(np.log(p), knn, near, lambda_, decay)
+    share = lambda_ * np.exp(-decay * near)
     np.testing.assert_allclose(np.exp(mixed), (1 - share) * p + share * knn)
+    alone = ds.knn_share(torch.from_numpy(near), lambda_, decay)
+    np.testing.assert_allclose(alone.numpy(), share)
+
+
+def test_repeated_tokens_are_those_of_passages_that_the_stored_text_has():
+    draw = np.random.default_rng(0)
+    stored, tokens = draw.integers(0, 9, 400), draw.integers(0, 9, 300)
+    tokens[50:60] = stored[100:110]  # 10 in a row
+    tokens[80:87] = stored[200:207]  # 7
+    tokens[292:] = stored[:8]  # at both ends
+    expected = np.zeros(300, dtype=bool)
+    passages = {tuple(stored[i : i + md.PASSAGE]) for i in range(400 - md.PASSAGE + 1)}
+    for i in range(300 - md.PASSAGE + 1):
+        if tuple(tokens[i : i + md.PASSAGE]) in passages:
+            expected[i : i + md.PASSAGE] = True
+    assert expected[50:60].all() and expected[292:].all() and not expected[80:87].all()
+    assert (md.repeated_tokens(tokens, stored) == expected).all()
+    assert not md.repeated_tokens(tokens[:5], stored).any()  # shorter than a passage
 
 
 def test_an_arm_says_all_that_its_training_depends_on():
@@ -1562,22 +1648,26 @@ def test_an_arm_says_all_that_its_training_depends_on():
         "lora": common | {"lora_lrs", "lora_rank"},
     }
     for arm, names in wanted.items():
-        fields = md.training_of(config, arm, {"tau": 1.5, "k": 4})
+        chosen = {"tau": 1.5, "k": 4, "lambda": 0.5, "decay": 2.0}
+        fields = md.training_of(dataclasses.replace(config, beta=0.5), arm, chosen)
         assert fields.keys() == names and fields["seed"] == 3, arm
+        shared = {"lambda", "decay"} if "beta" in names else set()  # which auto takes them from
+        assert md.training_of(config, arm, chosen).keys() == names | shared, arm
 
 
 def system_row(name: str, ppl: float) -> dict:
-    return {"system": name, "alpha": None, "lambda": None, "tau": None, "k": None,
-            "valid_ppl": ppl, "test_ppl": ppl, "ms_per_token": None}
+    return {"system": name, "alpha": None, "lambda": None, "decay": None, "tau": None, "k": None,
+            "valid_ppl": ppl, "test_ppl": ppl, "new_ppl": ppl, "ms_per_token": None}
 
 
 def test_table_says_the_change_from_the_base_and_the_share_of_the_gain(capsys):
     rows = {name: system_row(md.NAMES[name], ppl)
             for name, ppl in (("base", 20.0), ("knn", 16.0), ("hidden", 17.0))}
-    about = {"domain": "d", "base": "b", "keys": 1, "index": "flat", "test_tokens": 9}
+    about = {"domain": "d", "base": "b", "keys": 1, "index": "flat", "recall": 1.0,
+             "test_tokens": 9, "new_tokens": 3}
     md.print_table(rows, about)
     out = capsys.readouterr().out
-    changes = {line[2:26].strip(): line.split()[-2] for line in out.splitlines()
+    changes = {line[2:26].strip(): line.split()[-3] for line in out.splitlines()
                if line.endswith("—")}
     assert changes == {"base": "+0.0%", "kNN-LM": "-20.0%", "memory decoder (hidden)": "-15.0%"}
     assert "memory decoder (hidden): 75% of the gain of kNN-LM\n" in out
@@ -1589,10 +1679,11 @@ def test_temperatures_are_parts_of_the_mean_distance_of_another_key():
     import datastore as ds
 
     keys = np.random.default_rng(0).standard_normal((40, 4)).astype(np.float16)
-    index = faiss.IndexFlatL2(4)
-    index.add(keys.astype(np.float32))
-    store = ds.Datastore(keys, np.zeros(40, dtype=np.int32), index, "flat")
-    apart = ((keys[:, None].astype(float) - keys[None].astype(float)) ** 2).sum(-1)
+    index, measured = faiss.IndexFlatL2(4), ds.Scale.of(keys)
+    index.add(measured.unit(keys))
+    store = ds.Datastore(keys, np.zeros(40, dtype=np.int32), index, "flat", measured)
+    unit = measured.unit(keys).astype(float)
+    apart = ((unit[:, None] - unit[None]) ** 2).sum(-1)
     np.fill_diagonal(apart, np.inf)
     scale = np.sort(apart, axis=1)[:, :4].mean()
     grid = md.knn_grid(store, 4)
