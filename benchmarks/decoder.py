@@ -9,7 +9,7 @@ Conversation and distribution of memory_lm.py with their caches, by `latency` of
 One user, greedy, behind a prompt of --prompt tokens; the systems take turns of --tokens tokens in
 one process, medians over --rounds turns count.
 How to read it: `of base` is ms/token over that of the base alone, the median over turns. kNN and
-`both` search an ivfpq index of --keys keys, with exact re-ranking, 128 neighbours, 32 lists.
+`both` search an ivfpq index of --keys keys, with exact re-ranking, as shipped.
 """
 
 from __future__ import annotations
