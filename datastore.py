@@ -596,16 +596,19 @@ class Scale(NamedTuple):
             squares += (block**2).sum(0)
         mean = total / len(keys)
         variance = squares / len(keys) - mean**2
-        varies = variance > 1e-12 * (1 + mean**2)
+        varies = variance > 1e-12 + 2.0**-22 * mean**2  # by more than float16 rounds
         factor = np.where(varies, 1 / np.sqrt(np.where(varies, variance, 1)), 0)
         return Scale(mean.astype(np.float32), factor.astype(np.float32))
 
     def unit(self, x: np.ndarray) -> np.ndarray:
         """Standardise keys or queries (m, D) and divide each by its length -> float32 (m, D); what
         has none stays zero."""
-        z = (np.asarray(x, dtype=np.float32) - self.mean) * self.factor
+        z = np.array(x, dtype=np.float32)
+        z -= self.mean
+        z *= self.factor
         length = np.linalg.norm(z, axis=1, keepdims=True)
-        return z / np.maximum(length, 1e-12)
+        z /= np.maximum(length, 1e-12)
+        return z
 
 
 # ══ Index: candidates from FAISS ═════════════════════════════════════════════════════════════════
@@ -676,7 +679,7 @@ def write_index(index, path: Path) -> None:
 def write_scale(keys: np.ndarray, path: Path) -> Scale:
     """Measure the scale of keys and write it."""
     scale = Scale.of(keys)
-    with growing(path), open(path, "wb") as file:
+    with whole_file(path) as temporary, open(temporary, "wb") as file:
         np.save(file, np.stack(scale))
     return scale
 
@@ -775,7 +778,7 @@ def index_again(job: Build) -> None:
     kind = build_index(job.folder, job.folder / KEYS, wanted, job.count)
     if rank_and_size()[0]:
         return
-    print(f"build: index {kind} of them")
+    print(f"build: index {kind} of them; train and tune again")
     of_index = {"index": kind}
     for name, field in ((INDEX, "index_sha256"), (SCALE, "scale_sha256")):
         part = job.folder / f"{name}.part"
@@ -960,6 +963,15 @@ def read_manifest(folder: Path) -> dict:
     return manifest
 
 
+def check_version(folder: Path, manifest: dict) -> None:
+    """Raise ValueError where an index is of keys that are not standardised."""
+    stride = manifest.get("stride")
+    require("scale_sha256" in manifest, "file", str(folder / INDEX), "of standardised keys (an "
+            "older version made it of the keys as they are, and found few of the nearest); run "
+            "python memory_decoder.py as that was built, with "
+            f"--stride {stride}: the keys are kept")
+
+
 def check_manifest(folder: Path, base: Base, manifest: dict) -> None:
     """Raise ValueError where a datastore was built by another base, or read in another way."""
 
@@ -1017,9 +1029,7 @@ def open_index(folder: Path, manifest: dict, nprobe: int) -> tuple[object, Scale
     path = folder / INDEX
     if not path.is_file():
         raise FileNotFoundError(f"{path}: is not there; build again")
-    require("scale_sha256" in manifest, "file", str(path), "of standardised keys (an older version "
-            "made it of the keys as they are, and found few of the nearest); run python "
-            "memory_decoder.py build, which keeps the keys")
+    check_version(folder, manifest)
     require(file_sha(path) == manifest["index_sha256"], "file", str(path), "the index that was "
             "built (it is corrupt, or of another build); build again")
     index = read_index(path, manifest["index"], nprobe)
@@ -1076,12 +1086,13 @@ def read_sources(folder: Path) -> list[Source]:
 
 
 # ══ The kNN distribution ═════════════════════════════════════════════════════════════════════════
-def knn_share(nearest, lambda_: float, decay: float):
+def knn_share(nearest: np.ndarray, lambda_: float, decay: float) -> np.ndarray:
     """Return what part of the prediction the neighbours get, lambda exp(-decay d), by the distance
-    d of the nearest, an array or a tensor (…): a state that was never met is no reason to believe
-    them. decay 0 is kNN-LM, one share everywhere."""
-    exp = torch.exp if isinstance(nearest, torch.Tensor) else np.exp
-    return lambda_ * exp(-decay * nearest)
+    d of the nearest (…): a state that was never met is no reason to believe them. None where none
+    was found (inf). decay 0 is kNN-LM, one share everywhere."""
+    found = np.isfinite(nearest)
+    near = np.where(found, nearest, 0)
+    return np.where(found, lambda_ * np.exp(-decay * near), 0)
 
 
 def knn_weights(distances: torch.Tensor, tau: float) -> torch.Tensor:

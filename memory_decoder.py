@@ -73,7 +73,6 @@ from dnc_gpt2 import (
     train_baseline,
     write_json,
     # what a reader is told
-    LINE,
     PALETTE,
     cell,
     dark_figure,
@@ -155,6 +154,7 @@ ARM_FILES = {
 }
 # Arms that are the base itself, trained on: the field of their rates, and what they are called.
 TUNED = {"finetuned": ("finetune_lrs", "fine-tuned base"), "lora": ("lora_lrs", "base with LoRA")}
+DISTANCE = "cosine of standardised keys"  # by which neighbours are found that decoders imitate
 WindowTokens = Annotated[int, Bound("8 or more", lambda x: x >= 8)]
 
 
@@ -610,13 +610,7 @@ def knn_columns(store: Datastore, queries: np.ndarray, targets: np.ndarray, grid
     for k in grid.ks:
         weights = [knn_weights(near[:, :k], tau) for tau in grid.taus]
         columns.append([(w * hit[:, :k]).sum(1).numpy() for w in weights])
-    return np.array(columns), nearest_of(distances)
-
-
-def nearest_of(distances: np.ndarray) -> np.ndarray:
-    """The distance of the nearest of sorted neighbours (Q, k) -> (Q,); the farthest that there is
-    where none was found."""
-    return np.minimum(distances[:, 0], 4)
+    return np.array(columns), distances[:, 0]
 
 
 def taken(log_p: torch.Tensor, at: torch.Tensor) -> torch.Tensor:
@@ -708,7 +702,7 @@ def add_knn(log_p: np.ndarray, p_knn: np.ndarray, near: np.ndarray, lambda_: flo
     if lambda_ == 0:
         return log_p
     share = knn_share(near.astype(np.float64), lambda_, decay)
-    p = np.exp(log_p)
+    p = np.exp(log_p.astype(np.float64))
     return np.log((1 - share) * p + share * p_knn)
 
 
@@ -777,18 +771,21 @@ def valid_sha(domain: Domain, limit: int) -> str:
 
 @torch.no_grad()
 def measure_recall(config: Config, base: Base, domain: Domain, store: Datastore) -> float:
-    """Return, and print, how many of the nearest keys the search finds, of 256 tokens of validation
-    or fewer."""
-    stream = first_tokens(domain.valid, min(config.tune_tokens or base.window, base.window))
-    (group,) = plan_windows(len(stream) - 1, base.window, base.window, 1)
-    keys, _ = read_keys(base, stream, group)
-    step = max(1, len(keys) // 256)  # between queries
+    """Return, and print, how many of the nearest keys the search finds, of at most 256 tokens of
+    validation in four places."""
+    stream = first_tokens(domain.valid, config.tune_tokens)
+    length = min(256, base.window, len(stream) - 1)
+    starts = np.linspace(0, len(stream) - 1 - length, 4).astype(int)
+    places = [Window(start, start, start + length) for start in starts.tolist()]
+    keys, _ = read_keys(base, stream, places)
+    step = math.ceil(len(keys) / 256)
     queries = keys[::step].cpu().numpy()
 
     recall = store.recall(queries, config.knn_k)
     advice = ""
     if recall < 0.9:
-        advice = "; raise --nprobe or --rerank, or build with --index flat"
+        search = "raise --nprobe or --rerank, or " if store.kind == "ivfpq" else ""
+        advice = f"; {search}build with --index flat"
     print(f"search ({store.kind}): finds {recall:.1%} of the {config.knn_k} nearest keys{advice}",
           flush=True)
     return recall
@@ -877,7 +874,7 @@ def compute_targets(store: Datastore, settings: dict, targets: Targets) -> None:
                                          width)
             targets.tokens[own] = heaviest.numpy()
             targets.weights[own] = p.numpy()
-            targets.near[own] = nearest_of(distances)
+            targets.near[own] = distances[:, 0]
             bar.update(len(own))
 
 
@@ -917,7 +914,8 @@ def map_targets(folder: Path, made_of: dict, made: str, count: int, width: int) 
             raise ValueError("of other settings")
     arrays = []
     for (name, (shape, dtype)), digest in zip(files.items(), digests, strict=True):
-        arrays.append(map_array(folder / name, shape, dtype, digest, "train again"))
+        array = map_array(folder / name, shape, dtype, digest, "train again")
+        arrays.append(array[:count])
     return Targets(*arrays)
 
 
@@ -1074,8 +1072,8 @@ def train_decoder(config: Config, base: Base, domain: Domain, store: Datastore, 
                   teacher: Teacher, lr: float) -> Decoder | TailDecoder:
     """Train beta KL(teacher || decoder) + (1 - beta) CE; the teacher is the kNN distribution.
 
-    Controls in which the datastore has no part: arm text has no teacher (beta 0), in arm distilled
-    it is the base itself. What the datastore adds is the difference to them.
+    Controls which see no neighbour: arm text has no teacher (beta 0), in arm distilled it is the
+    base itself, at the mean of beta. What the datastore adds is the difference to them.
     """
     kind = kind_of(config, arm)
     decoder = new_decoder(config, base, kind)
@@ -1223,7 +1221,7 @@ def training_of(config: Config, arm: str, chosen: dict) -> dict:
             teacher = {"lambda": chosen["lambda"], "decay": chosen["decay"]}
     if arm in RATE_FIELDS:  # the neighbours
         names.append("target_width")
-        teacher |= {"tau": chosen["tau"], "k": chosen["k"]}
+        teacher |= {"tau": chosen["tau"], "k": chosen["k"], "distance": DISTANCE}
     return {name: getattr(config, name) for name in names} | teacher
 
 
@@ -1233,6 +1231,7 @@ def train(config: Config, base: Base, domain: Domain) -> None:
     tune_knn(config, base, domain, store, manifest)
     targets = write_targets(config, store, manifest, training_positions(config, len(store.keys)))
     teacher = make_teacher(config, manifest["settings"], targets)
+    print(f"beta: {teacher.share.mean():.2f} on average")
     manifest["settings"].pop("alpha", None)  # of decoders that are gone
     save_manifest(config, manifest)
     for arm in config.arm_list:
@@ -1263,7 +1262,8 @@ NAMES = {
     **{arm: name for arm, (_, name) in TUNED.items()},
     "text": "decoder (text alone)",
     "both_text": "text alone and kNN-LM",
-    **{f"both_{arm}": f"{name} and kNN-LM" for arm, (_, name) in TUNED.items()},
+    "both_lora": "LoRA and kNN-LM",
+    "both_finetuned": "fine-tuned and kNN-LM",
     "distilled": "plain distillation",
 }
 
@@ -1297,6 +1297,9 @@ def load_systems(config: Config, base: Base, domain: Domain) -> tuple[dict, Syst
             systems.decoders[arm] = decoder
         with reading(path, "train again"):
             fields = dict(payload.get("trained_with", {}))
+        require(arm not in RATE_FIELDS or fields.get("distance") == DISTANCE, "file", str(path),
+                "an imitation of the neighbours that are found now (an older version found others);"
+                " train again")
         if fields and arm in systems.decoders:
             fields |= shape_of(systems.decoders[arm])
         systems.trained_with[arm] = fields
@@ -1332,7 +1335,8 @@ def joint_training(config: Config, systems: Systems) -> dict:
 
 
 def tune(config: Config, base: Base, domain: Domain) -> None:
-    """Choose lambda, tau, k, and alpha of every decoder, on validation alone; into the manifest."""
+    """Choose lambda, decay, tau, k, and alpha of every decoder, on validation alone; into the
+    manifest."""
     manifest, systems = load_systems(config, base, domain)
     tune_knn(config, base, domain, systems.store, manifest)
     chosen = manifest["settings"]
@@ -1481,6 +1485,7 @@ def check_tuned(config: Config, manifest: dict, systems: Systems, domain: Domain
     is_tuned = {"alpha", "decay"} <= chosen.keys() and chosen["mixing"] == config.mixing
     is_whole = systems.decoders.keys() <= chosen.get("alphas", {}).keys()
     is_whole &= searching(config).keys() <= chosen.keys()
+    is_whole &= systems.bases.keys() <= chosen.get("valid_ppl", {}).keys()
     require(is_tuned and is_whole, "settings", manifest["domain"], "tuned for these systems: run "
             "python memory_decoder.py tune")
     alpha = chosen["alpha"] if config.alpha == "auto" else config.alpha
@@ -1618,12 +1623,13 @@ def print_table(rows: dict[str, dict], about: dict) -> None:
           f"recall {about['recall']:.2f}); "
           f"{about['test_tokens']:,} tokens of test\n")
     labels = "".join(f"{label:>{width}}" for _, label, width, _ in COLUMNS)
-    print(f"  {'system':<24}{labels}\n{LINE}")
+    line = "  " + "─" * (24 + len(labels))
+    print(f"  {'system':<24}{labels}\n{line}")
     for row in rows.values():
         row = row | {"change": row["test_ppl"] / rows["base"]["test_ppl"] - 1}
         cells = "".join(cell(row[key], form, width) for key, _, width, form in COLUMNS)
         print(f"  {row['system']:<24}{cells}")
-    print(LINE)
+    print(line)
     print_gains(rows)
     new = about["new_tokens"] / about["test_tokens"]
     print(f"  new: without the {1 - new:.0%} of test tokens that stand among {PASSAGE} in a row "
@@ -1659,7 +1665,8 @@ def draw_surface(axes, manifest: dict) -> None:
     row, column = np.unravel_index(surface.argmin(), surface.shape)
     axes.plot(column, row, marker="*", ms=16, color=PALETTE[2])
     axes.set(xlabel="tau", ylabel="lambda")
-    axes.set_title(f"kNN-LM, validation perplexity, k = {k} (★ {low:,.2f})")
+    decay = manifest["settings"]["decay"]
+    axes.set_title(f"kNN-LM, validation perplexity, k {k}, decay {decay:g} (★ {low:,.2f})")
 
 
 def draw_bars(axes, rows: dict[str, dict], tokens: int) -> None:

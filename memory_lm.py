@@ -48,6 +48,7 @@ from datastore import (
     blocks_of,
     cache_argument,
     check_manifest,
+    check_version,
     knn_probabilities,
     knn_share,
     knn_weights,
@@ -415,6 +416,7 @@ class MemoryLM:
         folder = Path(folder)
         manifest = read_manifest(folder)
         settings = manifest["settings"]
+        check_version(folder, manifest)
         if "alpha" not in settings:
             raise FileNotFoundError(f"{folder / MANIFEST}: holds no tuned settings; make them with "
                                     "python memory_decoder.py train, then tune")
@@ -542,7 +544,8 @@ def distribution(lm: MemoryLM, mode: str, alpha: float, lambda_: float, decay: f
                               len(log_p))[0]
         share = 0.0
         if len(near.ids) > 0:
-            share = float(knn_share(near.distances[0], lambda_, decay))
+            nearest_of_all = near.distances[0].numpy()
+            share = float(knn_share(nearest_of_all, lambda_, decay))
         log_p = mix(log_p, p.log().to(log_p.device), share)
     return log_p, near
 

@@ -539,7 +539,9 @@ def kinds(done, base, tokenizer_folder) -> Callable[[str], Kind]:
         "keys": in_decoder(ds.KEYS, open_all),
         "values": in_decoder(ds.VALUES, open_all),
         "index": in_decoder(ds.INDEX, open_all),
+        "scale": in_decoder(ds.SCALE, open_all),
         "targets": in_decoder("targets_weights.npy", targets),
+        "distances": in_decoder("targets_near.npy", targets),
         "decoder": trained(memory_lm.DECODER_FILE),
         "fine-tuned base": trained("base_finetuned.pt"),
         "EDM weights": lambda: in_edm("model.safetensors"),
@@ -553,9 +555,9 @@ def kinds(done, base, tokenizer_folder) -> Callable[[str], Kind]:
     return lambda name: table[name]()
 
 
-NAMES = ("checkpoint", "tokenizer", "text", "manifest", "keys", "values", "index", "targets",
-         "decoder", "fine-tuned base", "EDM weights", "EDM configuration", "EDM digests",
-         "long-range data", "long-range run")
+NAMES = ("checkpoint", "tokenizer", "text", "manifest", "keys", "values", "index", "scale",
+         "targets", "distances", "decoder", "fine-tuned base", "EDM weights", "EDM configuration",
+         "EDM digests", "long-range data", "long-range run")
 
 
 def by_file(short: tuple[str, ...] = ("checkpoint", "tokenizer", "text")):

@@ -98,9 +98,10 @@ def config(made, checkpoint, text_folder) -> md.Config:
 
 @pytest.fixture(scope="module")
 def lm(made) -> ml.MemoryLM:
-    """The model, its alpha and lambda well inside (0, 1) whatever was tuned."""
+    """The model, its alpha and lambda well inside (0, 1) whatever was tuned, and two decays."""
     loaded = ml.MemoryLM.load(made)
-    settings = loaded.settings | {"lambda": 0.3, "both": {"alpha": 0.4, "lambda": 0.3}}
+    both = {"alpha": 0.4, "lambda": 0.3, "decay": 0.7}
+    settings = loaded.settings | {"lambda": 0.3, "decay": 1.5, "both": both}
     return dataclasses.replace(loaded, settings=settings)
 
 
@@ -453,8 +454,14 @@ def naive_scores(lm, stream: torch.Tensor, mixing: str) -> np.ndarray:
 
 @pytest.mark.parametrize("mixing", ["probability", "logits"])
 def test_score_equals_a_naive_loop_over_positions(config, lm, domain, mixing):
+    """Also of a base that was trained on, which looks up with its own states."""
     config, stream = dataclasses.replace(config, mixing=mixing), domain.valid[:90]
-    systems = md.Systems({"hidden": lm.decoder}, store=lm.datastore)
+    path = md.arm_path(config, "finetuned")
+    payload = ml.load_trained(path, ds.read_manifest(config.folder), "finetuned")
+    for weight in payload["model_state_dict"].values():
+        weight += 0.05 * torch.randn(weight.shape, generator=torch.Generator().manual_seed(0))
+    tuned = md.tuned_of(payload, path, lm.base, "finetuned")
+    systems = md.Systems({"hidden": lm.decoder}, {"finetuned": tuned}, lm.datastore)
     grid = md.Grid(taus=[0.2], ks=[5], alphas=[0.0, 0.3])
     scores = md.score(config, lm.base, stream, 0, systems, grid)
     expected = naive_scores(lm, stream, mixing)
@@ -462,6 +469,11 @@ def test_score_equals_a_naive_loop_over_positions(config, lm, domain, mixing):
     np.testing.assert_allclose(scores.mixed["hidden"][1], expected[:, 1], atol=1e-4)
     np.testing.assert_allclose(scores.knn["base"][0, 0], expected[:, 2], atol=1e-4)
     np.testing.assert_allclose(scores.near["base"], expected[:, 3], atol=1e-4)
+    of_tuned = naive_scores(dataclasses.replace(lm, base=tuned), stream, mixing)
+    np.testing.assert_allclose(scores.log_p["finetuned"], of_tuned[:, 0], atol=1e-4)
+    np.testing.assert_allclose(scores.knn["finetuned"][0, 0], of_tuned[:, 2], atol=1e-4)
+    np.testing.assert_allclose(scores.near["finetuned"], of_tuned[:, 3], atol=1e-4)
+    assert np.abs(of_tuned - expected).max() > 0.1
     assert (scores.mixed["hidden"][0] == scores.log_p["base"]).all()
 
 
@@ -1306,17 +1318,20 @@ def test_the_decoder_of_text_alone_is_tuned_with_the_search_too(config):
         ppl = {}
         for i, alpha in enumerate(shares):
             for share, decay in itertools.product(md.SHARES, md.DECAYS):
-                log_p = md.add_knn(mixed[arm][i], knn["base"][0, 0], near["base"], share, decay)
-                ppl[alpha, share, decay] = md.perplexity(log_p)
+                added = md.add_knn(mixed[arm][i], knn["base"][0, 0], near["base"], share, decay)
+                ppl[alpha, share, decay] = md.perplexity(added)
         best = min(ppl, key=ppl.get)
         names = ("alpha", "lambda", "decay")
         assert tuple(settings[system][name] for name in names) == best
         assert settings["valid_ppl"][system] == pytest.approx(ppl[best])
         of_row = md.settings_of(system, settings | alone)
         assert tuple(of_row[name] for name in names) == best
-    best = md.best_shares(scores.log_p["lora"], knn["lora"][0, 0], near["lora"])
-    assert settings["valid_ppl"]["both_lora"] == pytest.approx(best.min())
-    assert settings["both_lora"]["alpha"] is None, "a base has no share beside itself"
+    ppl = {(share, decay): md.perplexity(md.add_knn(log_p["lora"], knn["lora"][0, 0], near["lora"],
+                                                    share, decay))
+           for share, decay in itertools.product(md.SHARES, md.DECAYS)}
+    best = min(ppl, key=ppl.get)
+    assert settings["valid_ppl"]["both_lora"] == pytest.approx(ppl[best])
+    assert tuple(settings["both_lora"].values()) == (None, *best), "no share beside itself"
     alone = md.searching(dataclasses.replace(config, arms="distilled"))
     assert alone == {"both": "hidden"}
 
@@ -1461,7 +1476,46 @@ def test_arms_of_two_trainings_are_not_compared(made, config, lm, domain, tmp_pa
     decoder = torch.load(folder / md.DECODER_FILE, weights_only=True)
     del decoder["trained_with"], payload["trained_with"]  # both as of an older version
     dnc_gpt2.save_tensors(decoder, folder / md.DECODER_FILE)
-    assert load().trained_with == {"hidden": {}, "text": {}}
+    with pytest.raises(ValueError, match=f"{md.DECODER_FILE}.*neighbours .* found now.*again"):
+        load()
+    dnc_gpt2.save_tensors(decoder | {"trained_with": fields | {"distance": "L2"}},
+                          folder / md.DECODER_FILE)
+    with pytest.raises(ValueError, match=f"{md.DECODER_FILE}.*neighbours .* found now.*again"):
+        load()
+
+
+def test_settings_of_a_base_that_was_trained_on_since_are_refused(made, config, lm, domain):
+    config = dataclasses.replace(config, arms="lora")
+    manifest, systems = md.load_systems(config, lm.base, domain)
+    md.check_tuned(config, manifest, systems, domain)
+    del manifest["settings"]["valid_ppl"]["lora"]  # tuned without it; both_lora is of before
+    assert "both_lora" in manifest["settings"]
+    with pytest.raises(ValueError, match="settings .* memory_decoder.py tune"):
+        md.check_tuned(config, manifest, systems, domain)
+
+
+@pytest.mark.parametrize("command", ["train", "tune", "evaluate"])
+def test_an_index_of_keys_as_they_are_is_refused_and_built_again(
+        command, made, checkpoint, text_folder, tmp_path, capsys):
+    """As versions before 2026-11-29 left it."""
+    folder = tmp_path / "models"
+    shutil.copytree(made, folder)
+    manifest = json.loads((folder / ds.MANIFEST).read_text())
+    del manifest["scale_sha256"], manifest["sha256"], manifest["settings"]["decay"]
+    (folder / ds.MANIFEST).write_text(json.dumps(manifest))
+    (folder / ds.SCALE).unlink()
+    argv = argv_of(folder, checkpoint, text_folder, arms="")
+    assert md.main([command, *argv]) == 2
+    line = error_line(capsys.readouterr().err)
+    with pytest.raises(ValueError) as caught:
+        ml.MemoryLM.load(folder)
+    for said in (line, str(caught.value)):
+        assert "--stride 16: the keys are kept" in said and ds.INDEX in said
+    keys = (folder / ds.KEYS).stat().st_mtime_ns
+    assert md.main(["build", *argv]) == 0 and (folder / ds.KEYS).stat().st_mtime_ns == keys
+    assert "train and tune again" in capsys.readouterr().out
+    assert (folder / ds.SCALE).read_bytes() == (made / ds.SCALE).read_bytes()
+    assert md.main([command, *argv]) == {"train": 0, "tune": 0, "evaluate": 2}[command]
 
 
 def test_evaluation_reports_what_the_arms_were_trained_with(made, config, lm, domain):
@@ -1576,28 +1630,34 @@ def test_command_prints_its_table_before_it_draws(tmp_path, save_dir, capsys):
 # ── What a conclusion hangs on: splits, signs, settings ──────────────────────────────────────────
 CHOSEN = {"alphas": {"hidden": 0.2, "text": 0.6}, "alpha": 0.2, "lambda": 0.1, "decay": 0.0,
           "tau": 2.0, "k": 5, "both": {"alpha": 0.4, "lambda": 0.3, "decay": 2.0},
-          "both_text": {"alpha": 0.8, "lambda": 0.5, "decay": 1.0}}
+          "both_text": {"alpha": 0.8, "lambda": 0.5, "decay": 1.0},
+          "both_lora": {"alpha": None, "lambda": 0.7, "decay": 0.5}}
 
 
 def test_test_is_scored_once_each_system_with_the_settings_chosen_for_it(monkeypatch):
     """Mixtures of probabilities, in plain arithmetic."""
-    config = md.Config(decoder_kind="hidden", arms="text", eval_tokens=7)
+    config = md.Config(decoder_kind="hidden", arms="text,lora", eval_tokens=7)
     valid, test = torch.arange(9), torch.arange(9) + 100
     domain = md.Domain("", valid, valid, test, fingerprint="", sources=[])
     draw, seen = np.random.default_rng(0), []
     base, knn, near = draw.random(7), draw.random(7), 4 * draw.random(7)
     memory = dict(hidden=draw.random(7), text=draw.random(7))
+    lora, knn_of_lora, near_of_lora = draw.random(7), draw.random(7), 4 * draw.random(7)
 
     def score(config, model, stream, limit, systems, grid, label):
         seen.append((stream, limit, grid.taus, grid.ks))
         mixed = {arm: np.log([(1 - alpha) * base + alpha * p for alpha in grid.alphas])
                  for arm, p in memory.items()}
-        return md.Scores({"base": np.log(base)}, mixed, {"base": knn[None, None]}, {"base": near})
+        return md.Scores({"base": np.log(base), "lora": np.log(lora)}, mixed,
+                         {"base": knn[None, None], "lora": knn_of_lora[None, None]},
+                         {"base": near, "lora": near_of_lora})
 
     monkeypatch.setattr(md, "score", score)
     found = md.score_test(config, None, domain, md.Systems(), CHOSEN)
     assert seen == [(test, 7, [2.0], [5])] and seen[0][0] is test
-    wanted = {"base": base, "knn": 0.9 * base + 0.1 * knn}
+    share = 0.7 * np.exp(-0.5 * near_of_lora)
+    wanted = {"base": base, "knn": 0.9 * base + 0.1 * knn, "lora": lora,
+              "both_lora": (1 - share) * lora + share * knn_of_lora}
     for arm, alpha in CHOSEN["alphas"].items():
         wanted[arm] = (1 - alpha) * base + alpha * memory[arm]
     for system, arm in (("both", "hidden"), ("both_text", "text")):
@@ -1616,8 +1676,43 @@ def test_a_mixture_with_neighbours_is_one_of_probabilities_by_their_distance(lam
     mixed = md.add_knn(np.log(p), knn, near, lambda_, decay)
     share = lambda_ * np.exp(-decay * near)
     np.testing.assert_allclose(np.exp(mixed), (1 - share) * p + share * knn)
-    alone = ds.knn_share(torch.from_numpy(near), lambda_, decay)
-    np.testing.assert_allclose(alone.numpy(), share)
+    assert np.isfinite(md.add_knn(np.float32([-110]), np.zeros(1), near[:1], lambda_, decay))
+    nowhere = ds.knn_share(np.array([np.inf]), lambda_, decay)
+    assert nowhere == 0, "where no neighbour is found the base says all"
+
+
+def test_the_page_gives_neighbours_the_share_that_was_tuned_for_its_mode(lm, domain):
+    """As the table does, from the same reading."""
+    ids = domain.test[:20].tolist()
+    for mode in ("knn", "both"):
+        reading = ml.Conversation(lm, mode).feed(ids)
+        alpha, lambda_ = lm.tuned(mode)
+        mixed, near = ml.distribution(lm, mode, alpha, lambda_, lm.decay(mode), reading)
+        log_p = reading.log_base
+        if mode == "both":
+            log_p = ml.mix(log_p, reading.log_decoder, alpha)
+        p_knn = np.zeros(lm.base.vocab)
+        votes_of = ds.knn_weights(near.distances, lm.settings["tau"]).numpy()
+        np.add.at(p_knn, near.values.numpy(), votes_of)
+        nearest = np.full(lm.base.vocab, float(near.distances[0]))
+        decay = {"knn": 1.5, "both": 0.7}[mode]
+        expected = md.add_knn(log_p.numpy(), p_knn, nearest, lambda_, decay)
+        np.testing.assert_allclose(mixed.numpy(), expected, atol=1e-4)
+        other = ml.distribution(lm, mode, alpha, lambda_, 0.0, reading)[0]
+        assert (other - mixed).abs().max() > 1e-3
+
+
+def test_search_says_what_it_finds_and_what_to_raise(config, lm, domain, monkeypatch, capsys):
+    assert md.measure_recall(config, lm.base, domain, lm.datastore) == 1
+    assert capsys.readouterr().out == f"search (flat): finds 100.0% of the {config.knn_k} nearest "\
+        "keys\n"
+    asked = []
+    monkeypatch.setattr(ds.Datastore, "recall",
+                        lambda self, queries, k: asked.append(queries) or 0.8)
+    for kind, says in (("flat", "keys; build with --index flat"), ("ivfpq", "raise --nprobe or")):
+        md.measure_recall(config, lm.base, domain, lm.datastore._replace(kind=kind))
+        assert says in capsys.readouterr().out
+    assert 0 < len(asked[0]) <= 256
 
 
 def test_repeated_tokens_are_those_of_passages_that_the_stored_text_has():
@@ -1641,7 +1736,7 @@ def test_an_arm_says_all_that_its_training_depends_on():
     common = {"seed", "num_epochs", "train_tokens", "batch_tokens"}
     beside = {"decoder_lr", "decoder_reach"}
     wanted = {
-        "hidden": common | beside | {"beta", "target_width", "tau", "k"},
+        "hidden": common | beside | {"beta", "target_width", "tau", "k", "distance"},
         "text": common | beside,
         "distilled": common | beside | {"beta"},
         "finetuned": common | {"finetune_lrs"},
