@@ -82,6 +82,7 @@ from dnc_gpt2 import (
     print_heading,
     rate_share,
     run_facts,
+    student_interval,
     # data and model
     asking_hub,
     count_parameters,
@@ -1556,6 +1557,49 @@ def evaluation_facts(config: Config, base: Base, domain: Domain, systems: System
     }
 
 
+STRETCHES = 8  # of the test text, the units of an interval
+
+
+class Change(NamedTuple):
+    """By what part the perplexity of a system differs from another's on the same tokens, and its 95
+    % interval."""
+
+    system: str
+    against: str
+    ratio: float
+    low: float
+    high: float
+
+
+def change_of(log_p: dict[str, np.ndarray], system: str, against: str) -> Change:
+    """Compare two systems by log-probabilities (n,), paired by token; the units are eighths of the
+    text, because neighbouring tokens are alike."""
+    apart = log_p[against] - log_p[system]  # (n,) nats, below 0 where the system is better
+    units = [part.mean(dtype=np.float64) for part in np.array_split(apart, STRETCHES)]
+    mean = float(apart.mean(dtype=np.float64))
+    interval = student_interval(mean, float(np.var(units, ddof=1)) / STRETCHES, STRETCHES - 1)
+    ends = (mean, mean - interval.half, mean + interval.half)
+    return Change(system, against, *(math.expm1(end) for end in ends))
+
+
+def changes_of(config: Config, log_p: dict[str, np.ndarray]) -> list[Change]:
+    """Compare what a reader will: kNN-LM and the decoder with the base, a decoder with the one of
+    text alone, what was trained with the search, and each with and without a search beside it."""
+    kind = config.decoder_kind
+    pairs = [
+        ("knn", "base"),
+        (kind, "base"),
+        (kind, "knn"),
+        (kind, "text"),
+        ("both", "both_text"),
+        ("both", "knn"),
+        ("lora", "knn"),
+        ("finetuned", "knn"),
+        *searching(config).items(),
+    ]
+    return [change_of(log_p, *pair) for pair in pairs if set(pair) <= log_p.keys()]
+
+
 def table_rows(log_p: dict[str, np.ndarray], is_new: np.ndarray, chosen: dict,
                times: dict[str, list[float]]) -> dict[str, dict]:
     """The row of every system, from log-probabilities (n,) of test, of which those that is_new
@@ -1595,8 +1639,15 @@ def evaluate(config: Config, base: Base, domain: Domain) -> None:
     about["valid_tokens"] = chosen["valid_tokens"]
     about["test_tokens"] = len(is_new)
     about["new_tokens"] = int(is_new.sum())
-    write_json({"about": about, "rows": list(rows.values())}, config.folder / "evaluation.json")
+    changes = changes_of(config, log_p)
+    found = {
+        "about": about,
+        "rows": list(rows.values()),
+        "changes": [change._asdict() for change in changes],
+    }
+    write_json(found, config.folder / "evaluation.json")
     print_table(rows, about)
+    print_changes(changes)
     plot(config, rows, manifest, about)
 
 
@@ -1635,6 +1686,14 @@ def print_table(rows: dict[str, dict], about: dict) -> None:
     print(f"  new: without the {1 - new:.0%} of test tokens that stand among {PASSAGE} in a row "
           "which the datastore has too")
     print("  settings chosen on validation, test scored once with them; ms a generated token")
+
+
+def print_changes(changes: list[Change]) -> None:
+    """Print each comparison with its interval."""
+    print("\n  Change of test perplexity, with the 95 % interval over eighths of the text")
+    for change in changes:
+        names = f"{NAMES[change.system]} against {NAMES[change.against]}"
+        print(f"  {names:<56}{change.ratio:+7.1%}  [{change.low:+.1%}, {change.high:+.1%}]")
 
 
 def print_gains(rows: dict[str, dict]) -> None:

@@ -1715,6 +1715,29 @@ def test_search_says_what_it_finds_and_what_to_raise(config, lm, domain, monkeyp
     assert 0 < len(asked[0]) <= 256
 
 
+def test_a_change_has_an_interval_that_holds_and_knows_a_difference():
+    """Two systems that differ by chance alone, in stretches that are alike inside, are told apart
+    as rarely as 95 % promises, and a true difference of 5 % is found; in plain arithmetic once."""
+    draw = np.random.default_rng(0)
+    told, found = 0, 0
+    for _ in range(400):
+        base = draw.normal(-3, 1, 1600)
+        apart = np.repeat(draw.normal(0, 0.05, 16), 100) + draw.normal(0, 0.2, 1600)
+        log_p = {"base": base, "same": base + apart, "better": base + apart + 0.15}
+        same = md.change_of(log_p, "same", "base")
+        told += not same.low <= 0 <= same.high
+        found += md.change_of(log_p, "better", "base").high < 0
+    assert told <= 32 and found >= 380  # 20 expected, with two standard deviations and a half
+
+    change = md.change_of({"a": np.log([0.5] * 8), "b": np.log([0.4] * 8)}, "a", "b")
+    assert change.ratio == change.low == change.high == pytest.approx(0.4 / 0.5 - 1)
+    pairs = {(change.system, change.against) for change in md.changes_of(
+        md.Config(decoder_kind="tail", arms="text,lora"),
+        dict.fromkeys(("base", "knn", "tail", "text", "lora", "both", "both_text", "both_lora"),
+                      np.log(draw.random(16))))}
+    assert {("tail", "text"), ("lora", "knn"), ("both_lora", "lora"), ("both", "tail")} <= pairs
+
+
 def test_repeated_tokens_are_those_of_passages_that_the_stored_text_has():
     draw = np.random.default_rng(0)
     stored, tokens = draw.integers(0, 9, 400), draw.integers(0, 9, 300)
