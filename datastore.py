@@ -1089,7 +1089,8 @@ def read_sources(folder: Path) -> list[Source]:
 def knn_share(nearest: np.ndarray, lambda_: float, decay: float) -> np.ndarray:
     """Return what part of the prediction the neighbours get, lambda exp(-decay d), by the distance
     d of the nearest (…): a state that was never met is no reason to believe them. None where none
-    was found (inf). decay 0 is kNN-LM, one share everywhere."""
+    was found (inf). decay 0 is kNN-LM, one share everywhere. Drozdov et al. 2022, arXiv 2210.15859,
+    give each of some bins of similarity a share of its own; two numbers do as well here."""
     found = np.isfinite(nearest)
     near = np.where(found, nearest, 0)
     return np.where(found, lambda_ * np.exp(-decay * near), 0)
