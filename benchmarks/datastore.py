@@ -82,21 +82,15 @@ def random_keys(count: int, width: int, queries: int, folder: Path
     return keys, some(queries)
 
 
-def true_neighbours(keys: np.ndarray, scale: Scale, queries: np.ndarray, k: int,
-                    own: np.ndarray | None) -> np.ndarray:
-    """Find the nearest ids (Q, k) by brute force: squared distances of unit vectors in float32, not
-    by FAISS."""
-    nearest = []
-    for i, query in enumerate(torch.from_numpy(scale.unit(queries))):
-        parts = []
-        for start in range(0, len(keys), 8192):
-            block = torch.from_numpy(scale.unit(keys[start : start + 8192]))
-            parts.append((block - query).square_().sum(1))
-        distances = torch.cat(parts)  # (n,)
-        if own is not None:
-            distances[own[i]] = np.inf
-        nearest.append(distances.topk(k, largest=False).indices.numpy())
-    return np.stack(nearest)
+def true_neighbours(keys: np.ndarray, queries: np.ndarray, k: int, own: np.ndarray | None
+                    ) -> np.ndarray:
+    """Find the nearest ids (Q, k) by looking at all keys, not by FAISS; without the own of each
+    query (Q,), if any."""
+    store = Datastore(keys, np.zeros(len(keys), np.int32), None, "flat", Scale.of(keys))
+    if own is None:
+        return store.exact(queries, k)
+    nearest = store.exact(queries, k + 1)
+    return np.stack([ids[ids != i][:k] for ids, i in zip(nearest, own, strict=True)])
 
 
 def time_search(store: Datastore, queries: np.ndarray, own: np.ndarray | None, k: int
@@ -197,7 +191,7 @@ def run_benchmark(args: argparse.Namespace, report: dict, folder: Path) -> None:
         keys, queries = random_keys(args.count, args.width, args.queries, folder)
     if args.k >= len(keys):
         raise ValueError(f"--k {args.k}: must be below the {len(keys):,} keys")
-    true = true_neighbours(keys, Scale.of(keys), queries, args.k, own)
+    true = true_neighbours(keys, queries, args.k, own)
     for kind in args.index:
         report["rows"].append(measure(kind, keys, queries, own, true, args))
         write_json(report, args.json)
