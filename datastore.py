@@ -778,7 +778,7 @@ def index_again(job: Build) -> None:
     kind = build_index(job.folder, job.folder / KEYS, wanted, job.count)
     if rank_and_size()[0]:
         return
-    print(f"build: index {kind} of them; train and tune again")
+    print(f"build: index {kind} of them")
     of_index = {"index": kind}
     for name, field in ((INDEX, "index_sha256"), (SCALE, "scale_sha256")):
         part = job.folder / f"{name}.part"
@@ -786,6 +786,7 @@ def index_again(job: Build) -> None:
         with growing(job.folder / name) as path:
             os.replace(part, path)
     if any(old.get(field) != value for field, value in of_index.items()):
+        print("build: that is another index; train and tune again")
         same = (*job.describe(), "identity", "keys_sha256", "values_sha256", "states_sha256")
         kept = {name: old[name] for name in same if name in old}
         write_json(kept | of_index | {"settings": {}} | job.extra, job.folder / MANIFEST)
